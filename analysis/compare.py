@@ -1,0 +1,434 @@
+"""Which architecture is best, and how sure are we? Tables, pictures and one page from finished runs.
+
+    python -m analysis.compare runs/digits
+
+Reads run directories alone, so it can be repeated on any subset of runs that is complete.
+"""
+
+import base64
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import numpy as np
+import pandas as pd
+from absl import flags
+from scipy import stats
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from analysis.runs import FinishedRun, load_runs
+from errors import UserError
+from experiment import run_command
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+plt.rcParams.update(
+    {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
+)
+BINS = 15  # of confidence, in the calibration error
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `write_report` made: the table as text, the page, and the runs that are not complete."""
+
+    text: str
+    page: Path
+    not_complete: dict[str, str]
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error (Naeini et al. 2015) of the top class, 15 bins of equal width.
+
+    Args:
+      probabilities: [N, K], rows that sum to 1.
+      labels: int [N].
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gap = np.bincount(bins, weights=confidence - correct, minlength=BINS)
+    return float(np.abs(gap).sum() / len(labels))
+
+
+def run_metrics(run: FinishedRun) -> dict[str, float]:
+    """Returns the test metrics of one run, computed from its saved predictions."""
+    labels, predicted = run.test["labels"], run.test["logits"].argmax(axis=1)
+    classes = range(run.test["logits"].shape[1])
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predicted, labels=classes, average="macro", zero_division=0
+    )
+    return {
+        "test_accuracy": float((labels == predicted).mean()),
+        "macro_precision": float(precision),
+        "macro_recall": float(recall),
+        "macro_f1": float(f1),
+        "ece": calibration_error(run.probabilities, labels),
+        "validation_accuracy": run.summary["metrics"]["validation"]["accuracy"],
+    }
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % t-interval of the mean over seeds, cut to 0..1; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return max(0.0, values.mean() - half), min(1.0, values.mean() + half)
+
+
+def group_runs(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Returns complete runs by label (model and variant), the highest mean accuracy first."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        if run.status == "complete":
+            groups.setdefault(run.label, []).append(run)
+    mean = {k: np.mean([run_metrics(run)["test_accuracy"] for run in g]) for k, g in groups.items()}
+    return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
+
+
+def make_table(groups: dict[str, list[FinishedRun]]) -> pd.DataFrame:
+    """Returns a row per model and variant; the columns of `table.csv`.
+
+    Accuracies and shares are in 0..1. The interval is over seeds: how far another set of seeds
+    would move the mean on the same split. Costs are means over seeds.
+    """
+    rows = []
+    for runs in groups.values():
+        measured = pd.DataFrame([run_metrics(run) for run in runs])
+        cost = pd.DataFrame([run.summary["cost"] for run in runs])
+        accuracy = measured["test_accuracy"].to_numpy()
+        low, high = interval(accuracy)
+
+        def mean(name: str, cost: pd.DataFrame = cost) -> float:
+            return pd.to_numeric(cost[name]).mean()
+
+        rows.append(
+            {
+                "model": runs[0].model,
+                "seeds": len(runs),
+                "test_accuracy_mean": accuracy.mean(),
+                "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
+                "test_accuracy_ci95_low": low,
+                "test_accuracy_ci95_high": high,
+                **{f"{name}_mean": measured[name].mean() for name in list(measured)[1:]},
+                "parameters": int(mean("parameters")),
+                "flops_per_image": mean("flops_per_image"),
+                "train_images_per_second": mean("train_images_per_second"),
+                "seconds_to_best": mean("seconds_to_best"),
+                "test_images": len(runs[0].test["labels"]),
+                "image_size": runs[0].config["data"]["image_size"],
+                "variant": runs[0].variant,
+                "device": runs[0].summary["cost"]["device"],
+                "runs": ";".join(run.name for run in runs),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def printed_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns the table as a reader wants it: percent, rounded, "–" where there is no number."""
+
+    def percent(value: float, digits: int = 2) -> str:
+        return "–" if pd.isna(value) else f"{100 * value:.{digits}f}"
+
+    def scaled(value: float) -> str:
+        if pd.isna(value):
+            return "–"
+        for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+            if value >= size:
+                return f"{value / size:.3g} {unit}"
+        return f"{value:.3g}"
+
+    return pd.DataFrame(
+        [
+            {
+                "model": f"{row.model} ({row.variant})" if row.variant else row.model,
+                "seeds": str(row.seeds),
+                "test acc. %": percent(row.test_accuracy_mean),
+                "std": percent(row.test_accuracy_std),
+                "95 % interval": "–"
+                if row.seeds < 2
+                else f"{percent(row.test_accuracy_ci95_low)}–{percent(row.test_accuracy_ci95_high)}",
+                "precision": percent(row.macro_precision_mean),
+                "recall": percent(row.macro_recall_mean),
+                "F1": percent(row.macro_f1_mean),
+                "ECE": percent(row.ece_mean),
+                "params": scaled(row.parameters),
+                "FLOPs/image": scaled(row.flops_per_image),
+                "train images/s": scaled(row.train_images_per_second),
+                "s to best": scaled(row.seconds_to_best),
+            }
+            for row in table.itertuples()
+        ]
+    )
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """Returns the printed table in GitHub's Markdown."""
+    escape = lambda text: str(text).replace("|", "\\|")  # noqa: E731
+    rows = [list(table), ["---"] + ["---:"] * (len(table.columns) - 1), *table.values.tolist()]
+    return "".join("| " + " | ".join(map(escape, row)) + " |\n" for row in rows)
+
+
+def to_latex(table: pd.DataFrame) -> str:
+    """Returns the printed table for the booktabs package."""
+    columns = "l" + "r" * (len(table.columns) - 1)
+    return table.to_latex(index=False, escape=True, column_format=columns).replace("–", "--")
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def answer(table: pd.DataFrame) -> str:
+    """Returns the comparison in a sentence or two."""
+    if table.empty:
+        return "No run is complete yet."
+    names = printed_table(table)["model"]
+    first = table.iloc[0]
+    text = f"{names[0]} has the highest mean test accuracy, {100 * first.test_accuracy_mean:.2f} %"
+    if first.seeds > 1:
+        low, high = first.test_accuracy_ci95_low, first.test_accuracy_ci95_high
+        text += f" (95 % interval over {first.seeds} seeds {100 * low:.2f} to {100 * high:.2f})"
+    if len(table) == 1:
+        return text + "."
+    second = table.iloc[1]
+    gap = 100 * (first.test_accuracy_mean - second.test_accuracy_mean)
+    text += f", {gap:.2f} points above {names[1]}."
+    if min(first.seeds, second.seeds) < 2:
+        return text + " With one seed, how much of that is chance is unknown."
+    if first.test_accuracy_ci95_low <= second.test_accuracy_ci95_high:
+        return text + " Their intervals overlap, so these seeds do not establish which is better."
+    return text + " Their intervals do not overlap."
+
+
+def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
+    """Returns {run: why} for every run that exists or was planned, and is not complete."""
+    reasons = {}
+    plan = workdir / "experiment.json"
+    if plan.exists():
+        planned = json.loads(plan.read_text(encoding="utf-8"))["runs"]
+        reasons = {name: "not started" for name in planned}
+    for run in runs:
+        reasons.pop(run.name, None)
+        if run.status != "complete":
+            error = run.summary.get("error", "").strip().split("\n")[0]
+            reasons[run.name] = f"{run.status}: {error}" if error else run.status
+    return reasons
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def colours(groups: dict) -> dict:
+    """Returns a colour for each label, the same in every picture."""
+    cycle = plt.get_cmap("tab10" if len(groups) <= 10 else "tab20").colors
+    return {label: cycle[i % len(cycle)] for i, label in enumerate(sorted(groups))}
+
+
+def draw_curves(groups: dict[str, list[FinishedRun]]) -> plt.Figure:
+    """Validation accuracy and loss against epochs: a thin line a seed, a thick one for their mean."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for axis, value in zip(axes, ("accuracy", "loss"), strict=True):
+        for label, runs in groups.items():
+            series = []
+            for run in runs:
+                lines = [x for x in run.metrics if x["split"] == "validation"]
+                series.append(pd.Series({x["epoch"]: x[value] for x in lines}, dtype=float))
+            colour = colours(groups)[label]
+            if max(map(len, series)) == 1:  # fitted at once, without epochs
+                axis.axhline(
+                    np.mean([s.iloc[0] for s in series]), color=colour, ls="--", label=label
+                )
+                continue
+            for one in series:
+                axis.plot(one.index, one, color=colour, lw=0.7, alpha=0.4)
+            mean = pd.concat(series, axis=1).dropna().mean(axis=1)
+            axis.plot(mean.index, mean, color=colour, lw=2, label=label)
+        axis.set(xlabel="epoch", ylabel=f"validation {value}")
+        axis.grid(alpha=0.3)
+    if groups:
+        axes[1].set_yscale("log")
+        axes[0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def draw_confusion(groups: dict[str, list[FinishedRun]]) -> plt.Figure:
+    """A matrix a model: counts summed over seeds, coloured by the share of the true class."""
+    columns = min(3, max(1, len(groups)))
+    rows = max(1, -(-len(groups) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.3 * columns, 4.3 * rows), squeeze=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.axis("off")
+    for axis, (label, runs) in zip(axes.flat, groups.items(), strict=False):
+        names = runs[0].dataset["class_names"]
+        counts = sum(
+            confusion_matrix(
+                run.test["labels"], run.test["logits"].argmax(axis=1), labels=range(len(names))
+            )
+            for run in runs
+        )
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        if len(names) <= 12:
+            for i, j in np.ndindex(counts.shape):
+                if counts[i, j]:
+                    ink = "white" if share[i, j] > 0.5 else "black"
+                    axis.text(
+                        j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color=ink
+                    )
+        if len(names) <= 40:
+            short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
+            axis.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=7)
+            axis.set_yticks(range(len(names)), short, fontsize=7)
+        axis.set(xlabel="predicted", ylabel="true")
+        axis.set_title(f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def draw_cost(groups: dict[str, list[FinishedRun]], table: pd.DataFrame) -> plt.Figure:
+    """Test accuracy, with the interval over seeds, against three costs."""
+    costs = {
+        "parameters": "parameters",
+        "flops_per_image": "FLOPs per image, forward",
+        "seconds_to_best": "seconds to the best weights",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), sharey=True)
+    for axis, (column, title) in zip(axes, costs.items(), strict=True):
+        for label, row in zip(groups, table.itertuples(), strict=True):
+            x, y = getattr(row, column), 100 * row.test_accuracy_mean
+            if pd.isna(x) or x <= 0:
+                continue  # no such cost: nearest neighbours have no parameters
+            spread = None
+            if row.seeds > 1:
+                low, high = row.test_accuracy_ci95_low, row.test_accuracy_ci95_high
+                spread = [[y - 100 * low], [100 * high - y]]
+            axis.errorbar(
+                x, y, spread, fmt="o", color=colours(groups)[label], capsize=3, label=label
+            )
+        axis.set(xlabel=title, xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    if len(table):
+        handles = {}
+        for axis in axes:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        figure.legend(
+            handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+        )
+    figure.tight_layout()
+    return figure
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def write_report(workdir: Path) -> Report:
+    """Writes `report/`: table.csv, table.md, table.tex, pictures and the self-contained index.html.
+
+    Raises:
+      UserError: there is no run under the workdir, or the report cannot be written.
+    """
+    runs = load_runs(workdir)
+    if not runs:
+        raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
+    groups = group_runs(runs)
+    table = make_table(groups)
+    reasons = incomplete(workdir, runs)
+    output = workdir / "report"
+    try:
+        output.mkdir(exist_ok=True)
+        if len(table):
+            printed = printed_table(table)
+            table.to_csv(output / "table.csv", index=False)
+            (output / "table.md").write_text(to_markdown(printed), encoding="utf-8")
+            (output / "table.tex").write_text(to_latex(printed), encoding="utf-8")
+            _save(draw_curves(groups), output / "learning_curves.png")
+            _save(draw_confusion(groups), output / "confusion.png")
+            _save(draw_cost(groups, table), output / "cost.png")
+        page = output / "index.html"
+        page.write_text(render_page(workdir, groups, table, reasons), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {output}: {error}") from error
+    lines = [answer(table)]
+    if len(table):
+        lines.insert(0, printed.to_string(index=False) + "\n")
+    lines += [f"not complete: {name}: {reason}" for name, reason in reasons.items()]
+    return Report("\n".join(lines), page, reasons)
+
+
+def render_page(
+    workdir: Path,
+    groups: dict[str, list[FinishedRun]],
+    table: pd.DataFrame,
+    reasons: dict[str, str],
+) -> str:
+    """Returns index.html: every picture is inside it, every name is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+
+    def picture(path: Path) -> str:
+        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+    output, audit = workdir / "report", workdir / "audit"
+    titles = {
+        "learning_curves.png": "Learning curves on validation images: thin lines are seeds.",
+        "confusion.png": "Confusion on test images: counts over all seeds, colour by true class.",
+        "cost.png": "Test accuracy against cost; bars are 95 % intervals over seeds.",
+    }
+    first = next(iter(groups.values()))[0] if groups else None
+    printed = printed_table(table) if len(table) else pd.DataFrame()
+    found = audit / "audit.json"
+    return environment.get_template("report.html.j2").render(
+        title=workdir.resolve().name,
+        answer=answer(table),
+        columns=list(printed),
+        rows=printed.values.tolist(),
+        has_knn="knn" in set(table.get("model", [])),
+        reasons=reasons,
+        pictures=[(picture(output / name), text) for name, text in titles.items()]
+        if groups
+        else [],
+        audit=json.loads(found.read_text(encoding="utf-8")) if found.exists() else None,
+        contact_sheet=picture(audit / "contact_sheet.png") if found.exists() else None,
+        augmented=[
+            (label, picture(path))
+            for label, runs in groups.items()
+            if (path := runs[0].path / "augmented_batch.png").exists()
+        ],
+        dataset=first.dataset if first else None,
+        environment=first.environment if first else None,
+        test_images=int(table.test_images.iloc[0]) if len(table) else 0,
+        config=json.dumps(first.config, indent=2, ensure_ascii=False) if first else "",
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Writes the report of a workdir; returns 1 if a run in it is not complete."""
+    if len(argv) != 2:
+        raise UserError("usage: python -m analysis.compare WORKDIR")
+    report = write_report(Path(argv[1]).expanduser())
+    print(f"{report.text}\n\nreport: {report.page}")
+    return 1 if report.not_complete else 0
+
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    sys.exit(run_command(main))

@@ -1,0 +1,102 @@
+"""Read run directories: the contract between training and analysis."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from recorder import read_lines
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run directory, whatever its status: complete, diverged, failed, or not finished."""
+
+    path: Path
+    name: str  # relative to the workdir
+    config: dict
+    summary: dict
+
+    @property
+    def status(self) -> str:
+        """`complete`, `diverged`, `failed`, or `not finished`."""
+        return self.summary.get("status", "not finished")
+
+    @property
+    def model(self) -> str:
+        """Name of the architecture."""
+        return self.config["model"]["name"]
+
+    @property
+    def variant(self) -> str:
+        """Swept fields beside the model and the seed, "" for none."""
+        return self.config["variant"]
+
+    @property
+    def label(self) -> str:
+        """Model and variant, as a reader sees them."""
+        return f"{self.model} ({self.variant})" if self.variant else self.model
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.config["seed"]
+
+    @cached_property
+    def dataset(self) -> dict:
+        """Content of dataset.json."""
+        return json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def environment(self) -> dict:
+        """Content of environment.json."""
+        return json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        """Lines of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    @cached_property
+    def test(self) -> dict[str, np.ndarray]:
+        """Test predictions: ids [N], labels int32 [N], logits float32 [N, K]."""
+        with np.load(self.path / "predictions_test.npz", allow_pickle=False) as file:
+            return dict(file)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the test logits: float64 [N, K]."""
+        logits = self.test["logits"].astype(np.float64)
+        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def load_runs(workdir: Path) -> list[FinishedRun]:
+    """Returns every run under a workdir, by model, variant and seed."""
+    runs = []
+    for file in sorted(workdir.glob("*/seed*/config.json")):
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            summary = _read(file.parent / "summary.json")
+        except ValueError as error:
+            config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
+        config.setdefault("model", {"name": file.parent.parent.name})
+        config.setdefault("variant", "")
+        config.setdefault("seed", -1)
+        name = file.parent.relative_to(workdir).as_posix()
+        runs.append(FinishedRun(file.parent, name, config, summary))
+    return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
+
+
+def read_status(run_dir: Path) -> str | None:
+    """Returns the status in a run's summary, None where there is no readable one."""
+    try:
+        return _read(run_dir / "summary.json").get("status")
+    except ValueError:
+        return None
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

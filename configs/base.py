@@ -1,0 +1,123 @@
+"""Every field of an experiment, with its default and its meaning; other configs start from here.
+
+This file trains nothing by itself. To see a config as it resolves, without training:
+
+    python main.py --config=configs/digits.py --workdir=runs/digits --dry_run
+
+An experiment is the grid models x seeds x sweep. The config of one run is everything below except
+`models`, `seeds`, `sweep` and `per_model`, changed in this order: the file's `per_model.<model>`,
+then fields given on the command line, then `--config.per_model.<model>...`, then the sweep.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(models: str = "") -> ConfigDict:
+    """Returns the default experiment; `models` is a comma-separated choice ("" for all five)."""
+    config = ConfigDict()
+
+    # --- the grid -------------------------------------------------------------------------------
+    config.models = ("linear", "knn", "mlp", "cnn", "cnn_deep")
+    config.seeds = (0, 1, 2)  # initialisation, batch order, augmentation, dropout; never the split
+    # Further swept fields, e.g. "optimizer.learning_rate=0.001,0.01; augment.mixup=0,0.2".
+    config.sweep = ""
+
+    # --- data -----------------------------------------------------------------------------------
+    data = config.data = ConfigDict()
+    data.source = "folder"  # digits | folder | npz | tfds
+    data.path = ""  # the folder, the .npz file, or the tfds name (tfds_dir holds prepared data)
+    data.tfds_dir = ""  # "" is the default of tensorflow-datasets
+    # Fractions of train, validation, test, stratified. Parts that the source already has are kept:
+    # with a test folder, (0.8, 0.2) divides the rest; three numbers then count in proportion.
+    data.split = (0.7, 0.15, 0.15)
+    data.split_seed = 0
+    # Images of one group stay in one part: a regular expression whose first group, searched in the
+    # image's id (its path), is the key; or a .csv file with the columns id,group.
+    data.groups = ""
+    data.image_size = 64  # height and width in pixels
+    data.resize = "squash"  # squash: ignore the aspect ratio | crop: shorter side, then the centre
+    data.interpolation = "bilinear"  # nearest | bilinear | bicubic | lanczos; always antialiased
+    data.background = (255, 255, 255)  # RGB shown through transparent pixels
+    data.unreadable = (
+        "error"  # error: refuse to start | skip: leave broken files out, with a warning
+    )
+    # Leave out training and validation images that are also in a later part, or whose exact copies
+    # carry another label. Test images are never left out.
+    data.exclude_leaks = False
+
+    # --- model ----------------------------------------------------------------------------------
+    config.model = ConfigDict()  # fields of the architecture; named below, model by model
+    config.compute_dtype = "float32"  # float32 | bfloat16; parameters and logits stay float32
+
+    # --- training -------------------------------------------------------------------------------
+    config.phases = ("all",)  # what trains, one phase after the other; "all" is every parameter
+    config.epochs = 20
+    config.batch_size = 64  # over all devices together
+    config.eval_batch_size = 256
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.name = "adamw"  # sgd | adam | adamw
+    optimizer.learning_rate = 1e-3
+    optimizer.momentum = 0.9  # sgd
+    optimizer.nesterov = True  # sgd
+    optimizer.b1 = 0.9  # adam, adamw
+    optimizer.b2 = 0.999  # adam, adamw
+    # Not applied to biases and norms. adamw: decoupled; adam and sgd: added to the gradient.
+    optimizer.weight_decay = 1e-4
+    optimizer.l1 = 0.0  # weight of the sum of absolute kernel values, added to the loss
+    optimizer.clip_norm = 0.0  # largest global gradient norm; 0 is off
+
+    schedule = config.schedule = ConfigDict()
+    schedule.name = "cosine"  # constant | step | cosine | plateau
+    schedule.warmup_epochs = 0.0  # linear, from 0; may be a fraction; before any schedule
+    schedule.end_factor = 0.0  # cosine: last rate as a fraction of the first
+    schedule.step_epochs = (10, 15)  # step: epochs after which the rate is multiplied by `factor`
+    schedule.factor = 0.1  # step, plateau
+    schedule.patience = 3  # plateau: evaluations without improvement before the rate drops
+
+    loss = config.loss = ConfigDict()
+    loss.name = "cross_entropy"  # cross_entropy | hinge
+    loss.label_smoothing = 0.0
+    loss.class_weights = "none"  # none | balanced | one number per class: "1,2.5,1"
+
+    config.ema_decay = 0.0  # moving average of the weights, evaluated in their place; 0 is off
+    config.eval_every_epochs = 1
+    # Evaluations without a lower validation loss before training ends; 0 is off. The weights with
+    # the lowest validation loss are evaluated in either case.
+    config.early_stopping_patience = 0
+
+    # --- augmentation: training images only, on the device --------------------------------------
+    augment = config.augment = ConfigDict()
+    augment.flip_horizontal = False
+    augment.flip_vertical = False
+    augment.rotation = 0.0  # up to this many degrees either way
+    augment.zoom = 0.0  # scale in [1 - zoom, 1 + zoom]
+    augment.shift = 0.0  # up to this fraction of the side, each way
+    augment.crop_area = (1.0, 1.0)  # random resized crop: fraction of the area; (1, 1) is off
+    augment.crop_aspect = (0.75, 1.3333)  # its aspect ratio
+    augment.brightness = 0.0  # factor in [1 - b, 1 + b]; likewise the next two
+    augment.contrast = 0.0
+    augment.saturation = 0.0
+    augment.mixup = 0.0  # alpha of the Beta distribution; 0 is off
+    augment.cutmix = 0.0
+
+    # --- what differs from model to model -------------------------------------------------------
+    per_model = config.per_model = ConfigDict()
+    per_model.linear = ConfigDict({"model": {}})
+    per_model.knn = ConfigDict({"model": {"metric": "l2", "max_k": 15}})
+    per_model.mlp = ConfigDict({"model": {"hidden": (256,), "dropout": 0.0}})
+    per_model.cnn = ConfigDict({"model": {"dropout": 0.0}})
+    per_model.cnn_deep = ConfigDict({"model": {"dropout": 0.1, "head_dropout": 0.5}})
+
+    # --- how to run, never what to compute: may change between a run and its resumption ---------
+    runtime = config.runtime = ConfigDict()
+    runtime.cache_dir = "~/.cache/archcompare"  # decoded images and compiled programs
+    runtime.feed = "auto"  # resident: images on the device | streaming: read ahead | auto
+    runtime.resident_limit_mb = 2048  # auto: larger image sets are streamed
+    runtime.checkpoint_every_seconds = 60.0  # at least; saved when training metrics are logged
+    runtime.log_every_steps = 100  # and at each evaluation
+    runtime.tensorboard = True
+
+    if models:
+        config.models = tuple(name for name in models.split(",") if name)
+    return config

@@ -1,0 +1,334 @@
+"""From a data config to batches on the device: load, split, and feed.
+
+The batch at step t is a pure function of (seed, t), whichever way it is fed, so a resumed run needs
+to know nothing but its step.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from decoding import Decoded, decode_all
+from errors import UserError
+from sources import PARTS, Listing, list_source
+
+SHUFFLE = 1  # names the use of a seed, so that no two uses draw the same numbers
+
+
+@dataclass
+class Dataset:
+    """Decoded images and which rows belong to which part.
+
+    Attributes:
+      rows: row numbers, ascending, for each of train, validation and test.
+      excluded: ids left out, with the reason.
+      split_by_us: whether any part was drawn here rather than given by the source.
+    """
+
+    listing: Listing
+    decoded: Decoded
+    rows: dict[str, np.ndarray]
+    excluded: dict[str, str]
+    split_by_us: bool
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of the labels."""
+        return self.listing.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.listing.class_names)
+
+    def labels(self, part: str) -> np.ndarray:
+        """int32 [n] labels of a part."""
+        return self.listing.labels[self.rows[part]]
+
+    def ids(self, part: str) -> list[str]:
+        """Ids of a part, in the order of its rows."""
+        return [self.listing.ids[row] for row in self.rows[part]]
+
+    def images(self, part: str) -> np.ndarray:
+        """uint8 [n, S, S, 3] of a part, copied into memory."""
+        return self.decoded.images[self.rows[part]]
+
+    def to_dict(self, config: ConfigDict) -> dict:
+        """Returns what `dataset.json` holds."""
+        counts = {
+            part: dict(
+                zip(
+                    self.class_names,
+                    np.bincount(self.labels(part), minlength=self.num_classes).tolist(),
+                    strict=True,
+                )
+            )
+            for part in PARTS
+        }
+        return {
+            "source": config.source,
+            "path": config.path,
+            "class_names": self.class_names,
+            "counts": counts,
+            "fingerprint": self.decoded.fingerprint,
+            "split_seed": config.split_seed,
+            "split_by_us": self.split_by_us,
+            "excluded": self.excluded,
+        }
+
+
+def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
+    """Lists, decodes (or maps from the cache) and splits the images of `config.data`.
+
+    Raises:
+      UserError: unreadable images, an empty part, or a class without training images.
+    """
+    return _load_dataset(config.to_json(), cache_dir)
+
+
+@functools.lru_cache(maxsize=4)
+def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
+    config = ConfigDict(json.loads(config_json))
+    listing = list_source(config)
+    decoded = decode_all(listing, config, cache_dir)
+    broken = [i for i, error in enumerate(decoded.errors) if error]
+    excluded = {listing.ids[i]: f"unreadable: {decoded.errors[i]}" for i in broken}
+    if broken:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in list(excluded.items())[:20])
+        more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
+        text = f"{len(broken)} of {len(listing.ids)} images cannot be used:\n{lines}{more}"
+        if config.unreadable == "error":
+            raise UserError(
+                f"{text}\nRepair or delete them, or leave them out with "
+                "--config.data.unreadable=skip"
+            )
+        print(f"warning: {text}\nThey are left out.", file=sys.stderr)
+    usable = np.array([not error for error in decoded.errors])
+    groups = exact_duplicates(decoded)
+    parts = split_parts(listing, usable, groups, tuple(config.split), config.split_seed)
+    if config.exclude_leaks:
+        for row, reason in culprits(listing.labels, parts, groups).items():
+            excluded[listing.ids[row]] = reason
+            parts[row] = -1
+    rows = {name: np.flatnonzero(parts == i) for i, name in enumerate(PARTS)}
+    dataset = Dataset(
+        listing, decoded, rows, excluded, "" in listing.parts or _missing(listing) != []
+    )
+    _check_parts(dataset)
+    return dataset
+
+
+def _missing(listing: Listing) -> list[str]:
+    return [part for part in PARTS if part not in listing.parts]
+
+
+def _check_parts(dataset: Dataset) -> None:
+    for part in PARTS:
+        if not len(dataset.rows[part]):
+            raise UserError(
+                f"the {part} part has no images ({len(dataset.listing.ids)} in all): change "
+                "config.data.split, or add images"
+            )
+        counts = np.bincount(dataset.labels(part), minlength=dataset.num_classes)
+        absent = [dataset.class_names[i] for i in np.flatnonzero(counts == 0)]
+        if absent and part == "train":
+            raise UserError(f"no training image of class {', '.join(map(repr, absent))}: add some")
+        if absent:
+            print(f"warning: no {part} image of class {', '.join(absent)}", file=sys.stderr)
+
+
+# --- duplicates and the split -------------------------------------------------------------------
+
+
+def exact_duplicates(decoded: Decoded) -> list[np.ndarray]:
+    """Returns groups of rows, two or more each, whose decoded pixels are the same."""
+    readable = np.flatnonzero([not error for error in decoded.errors])
+    _, key = np.unique(decoded.facts["pixels"][readable].view("S32"), return_inverse=True)
+    order = np.argsort(key, kind="stable")
+    groups = np.split(readable[order], np.flatnonzero(np.diff(key[order])) + 1)
+    return [group for group in groups if len(group) > 1]
+
+
+def culprits(labels: np.ndarray, parts: np.ndarray, groups: list[np.ndarray]) -> dict[int, str]:
+    """Returns the rows that `exclude_leaks` leaves out, with the reason.
+
+    Of images that lie in several parts, the copies outside the last of those parts; of images with
+    contradictory labels, all outside the test part.
+    """
+    test = PARTS.index("test")
+    found = {}
+    for group in groups:
+        for row in group:
+            if parts[row] in (-1, test):
+                continue
+            if len(set(labels[group])) > 1:
+                found[int(row)] = "an exact copy carries another label"
+            elif parts[row] < parts[group].max():
+                found[int(row)] = f"an exact copy is in the {PARTS[parts[group].max()]} part"
+    return found
+
+
+def split_parts(
+    listing: Listing,
+    usable: np.ndarray,
+    duplicates: list[np.ndarray],
+    fractions: tuple[float, ...],
+    seed: int,
+) -> np.ndarray:
+    """Assigns every image to a part: int [N], an index into PARTS, -1 for one that is not used.
+
+    Parts the source gives are kept. The rest is drawn from its training images (or from all),
+    stratified by class, so that exact duplicates and images of one group stay together. It depends
+    on ids, labels and the seed alone, not on their order.
+
+    Raises:
+      UserError: two fractions where the source has no test part.
+    """
+    missing = _missing(listing)
+    parts = np.array([PARTS.index(part) if part else 0 for part in listing.parts])
+    parts[~usable] = -1
+    if "test" in missing and len(fractions) < 3:
+        raise UserError(
+            f"config.data.split={fractions} names no test fraction, and the source has no test "
+            "part: give three fractions, such as (0.7, 0.15, 0.15)"
+        )
+    drawn = ["train", *(part for part in ("validation", "test") if part in missing)]
+    if len(drawn) == 1:
+        return parts
+    weights = np.array([fractions[PARTS.index(part)] for part in drawn])
+    pool = np.flatnonzero(parts == 0)
+    pool = pool[np.argsort(np.array(listing.ids, object)[pool])]
+    units = _units(pool, duplicates, listing.groups)
+    chosen = _stratify(listing.labels[pool], units, weights / weights.sum(), seed)
+    parts[pool] = [PARTS.index(drawn[i]) for i in chosen]
+    return parts
+
+
+def _units(pool: np.ndarray, duplicates: list[np.ndarray], groups: list[str] | None) -> np.ndarray:
+    """Numbers the rows of `pool` so that rows that must stay together share a number."""
+    position = {row: i for i, row in enumerate(pool)}
+    ties = [[position[row] for row in group if row in position] for group in duplicates]
+    if groups:
+        by_key: dict[str, list[int]] = {}
+        for i, row in enumerate(pool):
+            by_key.setdefault(groups[row], []).append(i)
+        ties += by_key.values()
+    pairs = [(tie[0], other) for tie in ties for other in tie[1:]]
+    left, right = np.array(pairs, int).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), (left, right)), shape=(len(pool), len(pool)))
+    return connected_components(graph, directed=False)[1]
+
+
+def _stratify(labels: np.ndarray, units: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+    """Gives each unit, the large ones first, to the part that lacks most of its classes."""
+    count, num_classes = units.max(initial=-1) + 1, labels.max(initial=-1) + 1
+    content = np.zeros((count, num_classes), int)
+    np.add.at(content, (units, labels), 1)
+    order = np.random.default_rng(seed).permutation(count)
+    order = order[np.argsort(-content.sum(axis=1)[order], kind="stable")]
+    target = content.sum(axis=0)[:, None] * weights  # [K, P]
+    have = np.zeros_like(target)
+    chosen = np.zeros(count, int)
+    for unit in order:
+        lack = content[unit] @ ((target - have) / np.maximum(target, 1e-9))
+        chosen[unit] = np.argmax(lack)
+        have[:, chosen[unit]] += content[unit]
+    return chosen[units]
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Returns how many batches show every one of `count` images once."""
+    return -(-count // batch_size)
+
+
+def batch_rows(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
+    """Returns the images of training batch `step`: int [batch_size], each below `count`.
+
+    Epochs of a fresh order each follow one another without a gap, so no image is dropped and all
+    are seen equally often.
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, within = np.divmod(places, count)
+    orders = {epoch: _order(seed, int(epoch), count) for epoch in np.unique(epochs)}
+    return np.array([orders[epoch][i] for epoch, i in zip(epochs, within, strict=True)])
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([SHUFFLE, seed, epoch]).permutation(count)
+
+
+def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (rows int [B], mask bool [B]) that cover 0..count-1 once; padding repeats row 0."""
+    for start in range(0, count, batch_size):
+        rows = np.arange(start, start + batch_size)
+        mask = rows < count
+        yield np.where(mask, rows, 0), mask
+
+
+class Feed:
+    """Batches of one part on the devices of a mesh: {"image", "label", "mask"}.
+
+    image: uint8 [B, S, S, 3]; label: int32 [B]; mask: bool [B], False for padding. Each is sharded
+    over the mesh's "data" axis. Both ways of feeding give the same batches.
+    """
+
+    def __init__(self, dataset: Dataset, part: str, mesh: Mesh, runtime: ConfigDict):
+        self.rows, self.labels = dataset.rows[part], dataset.labels(part)
+        self.stored = dataset.decoded.images
+        self.sharding = NamedSharding(mesh, PartitionSpec("data"))
+        size = len(self.rows) * int(np.prod(self.stored.shape[1:]))
+        fits = size <= runtime.resident_limit_mb * 2**20
+        self.resident = runtime.feed == "resident" or (runtime.feed == "auto" and fits)
+        if self.resident:
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            self.images = jax.device_put(self.stored[self.rows], everywhere)
+            self._gather = jax.jit(lambda images, rows: images[rows], out_shardings=self.sharding)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def training(self, seed: int, batch_size: int, start: int, stop: int) -> Iterator[dict]:
+        """Yields the batches of steps start .. stop - 1."""
+        everything = np.ones(batch_size, bool)
+
+        def plan(step: int) -> tuple[np.ndarray, np.ndarray]:
+            return batch_rows(seed, step, len(self), batch_size), everything
+
+        return self._batches(grain.MapDataset.range(start, stop).map(plan))
+
+    def evaluation(self, batch_size: int) -> Iterator[dict]:
+        """Yields batches that cover the part once, in order, the last one padded."""
+        plans = list(evaluation_rows(len(self), batch_size))
+        return self._batches(grain.MapDataset.range(len(plans)).map(lambda i: plans[i]))
+
+    def _batches(self, plans: grain.MapDataset) -> Iterator[dict]:
+        if not self.resident:  # Grain reads ahead in threads and keeps the order
+            options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+            read = plans.map(lambda plan: (*plan, self.stored[self.rows[plan[0]]]))
+            for rows, mask, images in read.to_iter_dataset(options):
+                yield self._batch(rows, mask, self._put(images))
+        else:
+            for i in range(len(plans)):
+                rows, mask = plans[i]
+                yield self._batch(rows, mask, self._gather(self.images, self._put(rows)))
+
+    def _batch(self, rows: np.ndarray, mask: np.ndarray, images: jax.Array) -> dict:
+        return {"image": images, "label": self._put(self.labels[rows]), "mask": self._put(mask)}
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        """Shards an array, which every host computes alike, over the devices."""
+        return jax.device_put(array, self.sharding)

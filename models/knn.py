@@ -1,0 +1,116 @@
+"""k nearest neighbours on the pixels: what similarity of raw images alone can tell."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from errors import UserError, choose
+from models.classifier import Classifier, Preprocessing
+from models.layers import flatten
+
+BLOCK = 1024  # training images compared at once, which bounds the memory taken
+FLOOR = 1e-3  # votes added to every class, so that the log of its share is finite
+
+
+class Memory(nnx.Variable):
+    """An array remembered from the training images rather than learned by gradient."""
+
+
+class Neighbours(nnx.Module):
+    """Votes of the k remembered images nearest to each input, as log-probabilities."""
+
+    def __init__(self, num_classes: int, pixels: int, metric: str, max_k: int):
+        self.num_classes, self.metric, self.max_k = num_classes, metric, max_k
+        self.images = Memory(jnp.zeros((0, pixels), jnp.uint8))  # [N, D]
+        self.labels = Memory(jnp.zeros((0,), jnp.int32))  # [N]
+        self.k = Memory(jnp.asarray(1, jnp.int32))
+
+    def nearest_labels(self, x: jax.Array) -> jax.Array:
+        """[B, D] float32 in 0..1 -> labels [B, max_k] of the nearest images, nearest first."""
+        count, pixels = self.images.shape
+        blocks = -(-count // BLOCK)
+        images = jnp.pad(self.images[...], ((0, blocks * BLOCK - count), (0, 0)))
+
+        def distances(block: jax.Array) -> jax.Array:  # [BLOCK, D] -> [BLOCK, B]
+            block = block.astype(jnp.float32) / 255
+            if self.metric == "l1":
+                return jax.lax.map(lambda row: jnp.abs(row - x).sum(axis=-1), block)
+            product = jnp.matmul(block, x.T, precision=jax.lax.Precision.HIGHEST)
+            return (block**2).sum(axis=-1, keepdims=True) - 2 * product  # + |x|^2, the same for all
+
+        table = jax.lax.map(distances, images.reshape(blocks, BLOCK, pixels))
+        table = table.reshape(blocks * BLOCK, -1)[:count].T  # [B, N]
+        _, rows = jax.lax.top_k(-table, min(self.max_k, count))
+        return self.labels[...][rows]
+
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """[B, H, W, 3] float32 in 0..1 -> logits [B, K], the log of each class's share of votes."""
+        labels = self.nearest_labels(flatten(features))
+        counted = jnp.arange(labels.shape[1]) < self.k[...]
+        votes = (jax.nn.one_hot(labels, self.num_classes) * counted[:, None]).sum(axis=1)
+        share = (votes + FLOOR) / (self.k[...] + FLOOR * self.num_classes)
+        return jnp.log(share)
+
+
+class Knn(Classifier):
+    """k nearest neighbours by L1 or L2 distance, k from 1 to `max_k` chosen on validation images.
+
+    Ties between classes go to the first one. Nothing is random: every seed gives the same result.
+    """
+
+    preprocessing = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    trained_by_gradient = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int,
+        *,
+        metric: str = "l2",
+        max_k: int = 15,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del dtype, rngs  # distances are always float32
+        if max_k < 1:
+            raise UserError(f"knn: max_k={max_k} must be at least 1")
+        metric = choose("knn: metric", metric, ("l1", "l2"))
+        pixels = image_size * image_size * 3
+        self.stages = nnx.List([Neighbours(num_classes, pixels, metric, max_k)])
+
+    def flops_per_image(self) -> float:
+        """Returns the operations of comparing one image with all that are remembered."""
+        head = self.stages[-1]
+        return head.images[...].size * (3 if head.metric == "l1" else 2)
+
+    def fit(self, train: tuple, validation: tuple, batch_size: int) -> dict[int, float]:
+        """Remembers the training images and chooses k.
+
+        Args:
+          train: images [N, H, W, 3] uint8 and labels [N].
+          validation: likewise.
+          batch_size: validation images looked up at once.
+
+        Returns:
+          The validation accuracy of every k; the smallest of the best is kept.
+        """
+        head = self.stages[-1]
+        images, labels = train
+        head.images.set_value(jnp.asarray(images).reshape(len(images), -1))
+        head.labels.set_value(jnp.asarray(labels, jnp.int32))
+        graphdef, state = nnx.split(head)
+        look_up = jax.jit(
+            lambda state, x: nnx.merge(graphdef, state).nearest_labels(flatten(self.preprocess(x)))
+        )
+        images, labels = validation
+        nearest = []
+        for start in range(0, len(images), batch_size):
+            batch = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+            part = images[start : start + batch_size]
+            batch[: len(part)] = part
+            nearest.append(np.asarray(look_up(state, batch))[: len(part)])
+        votes = np.eye(head.num_classes)[np.concatenate(nearest)].cumsum(axis=1)  # [V, max_k, K]
+        accuracy = (votes.argmax(axis=2) == np.asarray(labels)[:, None]).mean(axis=0)
+        head.k.set_value(jnp.asarray(accuracy.argmax() + 1, jnp.int32))
+        return {k: float(value) for k, value in enumerate(accuracy, start=1)}

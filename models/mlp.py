@@ -1,0 +1,32 @@
+"""Multilayer perceptron on the pixels: what depth gives without any notion of place."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from models.classifier import Classifier
+from models.layers import flatten, he_normal
+
+
+class Mlp(Classifier):
+    """Fully connected ReLU layers of the widths `hidden`, with dropout after each."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int,
+        *,
+        hidden: tuple[int, ...] = (256,),
+        dropout: float = 0.0,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        layers, inputs = [flatten], image_size * image_size * 3
+        for width in hidden:
+            layers += [
+                nnx.Linear(inputs, width, kernel_init=he_normal, dtype=dtype, rngs=rngs),
+                nnx.relu,
+                nnx.Dropout(dropout, rngs=rngs),
+            ]
+            inputs = width
+        layers.append(nnx.Linear(inputs, num_classes, dtype=dtype, rngs=rngs))
+        self.stages = nnx.List([nnx.Sequential(*layers)])

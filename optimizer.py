@@ -1,0 +1,61 @@
+"""The optax transformation and the learning-rate schedule that a config asks for."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step; `plateau` is constant here.
+
+    Args:
+      config: one run's config.
+      steps_per_epoch: batches an epoch.
+      total_steps: of the phase, warmup included.
+    """
+    rate, schedule = config.optimizer.learning_rate, config.schedule
+    warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps)
+    if schedule.name == "cosine":
+        main = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1), schedule.end_factor)
+    elif schedule.name == "step":
+        drops = {round(e * steps_per_epoch) - warmup: schedule.factor for e in schedule.step_epochs}
+        main = optax.piecewise_constant_schedule(rate, drops)
+    else:
+        main = optax.constant_schedule(rate)
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), main], [warmup])
+
+
+def is_kernel(params: dict) -> dict:
+    """Returns which parameters weight decay and L1 apply to: all but biases and norms, which are 1-D."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def l1_penalty(params: dict) -> jax.Array:
+    """Returns the sum of absolute values of all kernels."""
+    return sum((jnp.abs(p).sum() for p in params.values() if p.ndim > 1), jnp.zeros(()))
+
+
+def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain."""
+    optimizer = config.optimizer
+    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_kernel)
+    parts = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
+    if optimizer.name == "adamw":
+        parts += [optax.scale_by_adam(optimizer.b1, optimizer.b2), decay]
+    elif optimizer.name == "adam":
+        parts += [decay, optax.scale_by_adam(optimizer.b1, optimizer.b2)]
+    else:
+        parts += [decay, optax.trace(optimizer.momentum, optimizer.nesterov)]
+    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+
+
+def make_plateau(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """Returns the rule that lowers the rate when the validation loss stands still.
+
+    It is asked once an evaluation; its state's `scale` then multiplies every update.
+    """
+    schedule = config.schedule
+    return optax.contrib.reduce_on_plateau(schedule.factor, schedule.patience)
