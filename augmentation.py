@@ -1,4 +1,4 @@
-"""Random changes to training images, on the device and under jit: one resample, then colour, then mix.
+"""Random changes to training images, on the device under jit: one resample, colour, then mixing.
 
 Geometry is one affine map an image, sampled bilinearly once: flips, rotation, zoom, shift and
 random resized crop cost the same together as any one of them alone.
@@ -6,7 +6,9 @@ random resized crop cost the same together as any one of them alone.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as Pillow converts to grey
 
@@ -126,14 +128,13 @@ def _mirror(position: jax.Array, size: int) -> jax.Array:
 
 def random_colour(key: jax.Array, images: jax.Array, config: ConfigDict) -> jax.Array:
     """Scales brightness, contrast and saturation of [B, H, W, 3] in 0..255, in that order."""
-    for name, key in zip(
-        ("brightness", "contrast", "saturation"), jax.random.split(key, 3), strict=True
-    ):
+    keys = jax.random.split(key, 3)
+    for i, name in enumerate(("brightness", "contrast", "saturation")):
         strength = config[name]
         if not strength:
             continue
         low, high = 1 - strength, 1 + strength
-        factor = jax.random.uniform(key, (len(images), 1, 1, 1), minval=low, maxval=high)
+        factor = jax.random.uniform(keys[i], (len(images), 1, 1, 1), minval=low, maxval=high)
         grey = (images * jnp.array(GREY)).sum(axis=-1, keepdims=True)
         anchor = {
             "brightness": 0.0,
@@ -170,3 +171,15 @@ def _mix(
     share = weight.mean()
     images = images * weight + images[::-1] * (1 - weight)
     return images, targets * share + targets[::-1] * (1 - share)
+
+
+def image_sheet(images: np.ndarray, columns: int = 8) -> Image.Image:
+    """Returns [N, H, W, 3] uint8 as one picture, row by row; small images are enlarged."""
+    framed = np.pad(
+        images, ((0, -len(images) % columns), (1, 1), (1, 1), (0, 0)), constant_values=255
+    )
+    count, height, width, channels = framed.shape
+    sheet = framed.reshape(count // columns, columns, height, width, channels).swapaxes(1, 2)
+    picture = Image.fromarray(sheet.reshape(count // columns * height, columns * width, channels))
+    factor = max(1, 64 // height)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.NEAREST)

@@ -1,14 +1,14 @@
-"""Orbax behind four functions: checkpoints that are whole, verified, and kept until replaced.
+"""Orbax behind a few functions: checkpoints that are whole, verified, and kept until replaced.
 
 A checkpoint is a folder `<kind>-<step>` of named arrays and a small JSON record. Orbax writes it
 under a temporary name and renames it, so a kill at any moment leaves whole checkpoints only.
 """
 
 import hashlib
-import logging
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,75 +16,98 @@ import orbax.checkpoint as ocp
 
 from errors import UserError
 
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-
 
 class CheckpointError(UserError):
     """A checkpoint could not be written or read; the message names its path."""
 
 
-def save(directory: Path, kind: str, step: int, arrays: dict, record: dict) -> Path:
-    """Writes `<directory>/<kind>-<step>`; returns when it is safely there.
+def path_of(directory: Path, kind: str, step: int) -> Path:
+    """Returns the folder of a checkpoint."""
+    return directory.resolve() / f"{kind}-{step:09d}"
+
+
+def save(directory: Path, kind: str, step: int, tree: Any, record: dict) -> Path:
+    """Writes `<directory>/<kind>-<step>` and returns its path when it is safely there.
+
+    A checkpoint of that step that is already there is kept: a resumed run comes past the same step
+    with the same arrays.
 
     Args:
-      arrays: a flat dictionary of arrays.
+      directory: of the run's checkpoints.
+      kind: such as "latest" or "best".
+      step: names the folder.
+      tree: nested dictionaries, tuples and dataclasses of arrays.
       record: plain values, stored as JSON beside them.
 
     Raises:
       CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
-    path = (directory / f"{kind}-{step:08d}").resolve()
-    if path.exists():  # a resumed run comes past the same step with the same state
+    path = path_of(directory, kind, step)
+    if path.exists():
         return path
-    host = {name: np.asarray(value) for name, value in jax.device_get(arrays).items()}
-    content = {"record": record, "digests": {name: _digest(value) for name, value in host.items()}}
+    arrays = {name: np.asarray(value) for name, value in flat(jax.device_get(tree)).items()}
+    content = {"record": record, "digests": {name: _digest(a) for name, a in arrays.items()}}
     items = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(host), record=ocp.args.JsonSave(content)
+        arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(content)
     )
     try:
         with _checkpointer() as checkpointer:
             checkpointer.save(path, items)
-    except Exception as error:  # noqa: BLE001 - a full disk surfaces as OSError, ValueError or other
+    except Exception as error:  # noqa: BLE001 - a full disk surfaces as OSError, ValueError, ...
         for half in directory.glob(f"{path.name}.orbax*"):
             shutil.rmtree(half, ignore_errors=True)
         reason = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: {reason}\nEarlier checkpoints are untouched: make "
-            "room or mend the disk, and run the same command again to go on from them."
+            f"cannot write the checkpoint {path}: {reason}\nEarlier checkpoints are untouched: "
+            "make room or mend the disk, and run the same command again to go on from them."
         ) from error
     return path
 
 
-def restore(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Reads a checkpoint written by `save`: its arrays and its record.
+def restore(path: Path, template: Any) -> tuple[Any, dict]:
+    """Reads a checkpoint: a tree of NumPy arrays in the structure of `template`, and its record.
 
     Raises:
       CheckpointError: it is damaged; every array is compared with its stored SHA-256.
+      UserError: it is whole, but holds other arrays than the template.
     """
+    arrays, record = restore_arrays(path)
+    names = list(flat(template))
+    if set(names) != set(arrays):
+        different = sorted(set(names) ^ set(arrays))[:5]
+        raise UserError(
+            f"{path} was written by other code: {', '.join(different)} ... are on one side only. "
+            f"Use that code, or delete {path.parent} to train anew"
+        )
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names]), record
+
+
+def restore_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Reads a checkpoint without a template: {"params/stages.0.kernel": array}, and its record.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     try:
         with _checkpointer() as checkpointer:
-            items = ocp.args.Composite(
-                arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore()
-            )
             loaded = checkpointer.restore(path.resolve(), items)
-        content = loaded.record
         arrays = {name: np.asarray(value) for name, value in loaded.arrays.items()}
-    except Exception as error:  # noqa: BLE001
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error}") from error
-    wrong = [name for name, digest in content["digests"].items() if _digest(arrays[name]) != digest]
+        wrong = [
+            n for n, digest in loaded.record["digests"].items() if _digest(arrays[n]) != digest
+        ]
+    except Exception as error:  # noqa: BLE001 - damage surfaces as many types
+        reason = str(error).strip().split("\n")[0][:300]
+        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}") from error
     if wrong:
-        raise CheckpointError(
-            f"the checkpoint {path} is damaged: {', '.join(wrong)} changed on disk"
-        )
-    return arrays, content["record"]
+        raise CheckpointError(f"the checkpoint {path} is damaged: {wrong[0]} changed on disk")
+    return arrays, loaded.record["record"]
 
 
 def find(directory: Path, kind: str) -> list[Path]:
     """Returns the whole checkpoints of a kind, newest first."""
-    pattern = re.compile(rf"{kind}-\d+")
-    return sorted(
-        (p for p in directory.glob(f"{kind}-*") if pattern.fullmatch(p.name)), reverse=True
-    )
+    found = (p for p in directory.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d+", p.name))
+    return sorted(found, reverse=True)
 
 
 def keep(directory: Path, paths: list[Path]) -> None:
@@ -93,6 +116,12 @@ def keep(directory: Path, paths: list[Path]) -> None:
     for path in directory.iterdir():
         if path.name not in names:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Returns {path: leaf} for a nested tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
 
 def _checkpointer() -> ocp.Checkpointer:

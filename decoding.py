@@ -22,6 +22,7 @@ from sources import Listing
 
 VERSION = 1  # of the cache; raise it when decoding gives other pixels or facts
 MAX_PIXELS = 100_000_000  # a larger image is refused: decoding it could take all memory
+Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's limit, whose message names no size
 THUMBNAIL = 16  # side of the grey thumbnail that near duplicates are compared by
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,

@@ -1,4 +1,4 @@
-"""From one config to a grid of checked runs: expansion, validation, and the command line's errors."""
+"""From one config to a grid of checked runs: expansion, validation, command-line errors."""
 
 import difflib
 import itertools
@@ -22,7 +22,7 @@ GRID_FIELDS = ("models", "seeds", "sweep", "per_model")
 
 @dataclass(frozen=True)
 class Run:
-    """One model trained once: `name` is its folder under the workdir, `config` all it depends on."""
+    """One model trained once: `name` is its folder in the workdir, `config` all it depends on."""
 
     name: str
     config: ConfigDict
@@ -201,9 +201,9 @@ def validate(config: ConfigDict) -> None:
             value <= high if high_allowed else value < high
         )
         if not inside:  # also when it is nan
+            below, above = ("<=" if allowed else "<" for allowed in (low_allowed, high_allowed))
             raise UserError(
-                f"config.{path}={value} is out of range: expected {low} {'<=' if low_allowed else '<'}"
-                f" value {'<=' if high_allowed else '<'} {high}"
+                f"config.{path}={value} is out of range: need {low} {below} value {above} {high}"
             )
     if tuple(config.phases) != ("all",):
         raise UserError(f"config.phases={tuple(config.phases)}: only ('all',) is known")

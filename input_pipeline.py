@@ -104,7 +104,7 @@ def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     broken = [i for i, error in enumerate(decoded.errors) if error]
     excluded = {listing.ids[i]: f"unreadable: {decoded.errors[i]}" for i in broken}
     if broken:
-        lines = "\n".join(f"  {name}: {reason}" for name, reason in list(excluded.items())[:20])
+        lines = "\n".join(f"  {listing.ids[i]}: {decoded.errors[i]}" for i in broken[:20])
         more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
         text = f"{len(broken)} of {len(listing.ids)} images cannot be used:\n{lines}{more}"
         if config.unreadable == "error":

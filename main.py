@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before JAX is imported: XL
 
 import jax
 from absl import flags
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
@@ -29,7 +30,8 @@ from analysis.runs import read_status
 from errors import UserError
 from input_pipeline import load_dataset
 from recorder import write_json
-from train import Interrupted, build_model, check_batches, class_weights, train_and_evaluate
+from steps import class_weights
+from train import Interrupted, build_model, check_batches, train_and_evaluate
 
 STOPPED = 75  # EX_TEMPFAIL: try again
 
@@ -112,7 +114,7 @@ def check(runs: list[experiment.Run], workdir: Path) -> None:
         dataset = load_dataset(run.config.data, run.config.runtime.cache_dir)
         check_batches(run.config, mesh)
         class_weights(run.config, dataset)
-        build_model(settings, dataset.num_classes)
+        nnx.eval_shape(lambda run=run, k=dataset.num_classes: build_model(run.config, k))
         if not sources:
             print(audit.describe(audit.write_audit(dataset, workdir / "audit")), flush=True)
         sources.add(source)

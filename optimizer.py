@@ -29,7 +29,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) ->
 
 
 def is_kernel(params: dict) -> dict:
-    """Returns which parameters weight decay and L1 apply to: all but biases and norms, which are 1-D."""
+    """Returns which parameters weight decay applies to: all but biases and norms, which are 1-D."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 

@@ -103,7 +103,8 @@ def _groups(rule: str, ids: list[str]) -> list[str]:
     missing = [name for name, match in zip(ids, matches, strict=True) if not match]
     if missing:
         raise UserError(
-            f"config.data.groups={rule!r} matches nothing in {len(missing)} ids, such as {missing[0]}"
+            f"config.data.groups={rule!r} matches nothing in {len(missing)} ids, such as "
+            f"{missing[0]}"
         )
     return [match[1] for match in matches]
 
@@ -151,8 +152,8 @@ def _folder(data: ConfigDict) -> Listing:
                     strays.append(path.relative_to(root).as_posix())
         if not found:
             raise UserError(
-                f"{folder} holds no images: expected {folder.name}/<class>/<image>, with one of the "
-                f"endings {' '.join(sorted(SUFFIXES))}"
+                f"{folder} holds no images: expected {folder.name}/<class>/<image>, with one of "
+                f"the endings {' '.join(sorted(SUFFIXES))}"
             )
     if "" not in roots and "train" not in roots:
         raise UserError(f"{root} has {', '.join(roots)} but no train folder")
@@ -278,8 +279,8 @@ def _tfds(data: ConfigDict) -> Listing:
     except Exception as error:  # noqa: BLE001 - tfds raises many types; all mean "not available"
         text = str(error).split("\n")[0]
         raise UserError(
-            f"config.data.path: tfds cannot give {data.path!r}: {text}\nPrepare it once where there "
-            f"is a network: tfds.builder({data.path!r}, file_format='array_record')"
+            f"config.data.path: tfds cannot give {data.path!r}: {text}\nPrepare it once where "
+            f"there is a network: tfds.builder({data.path!r}, file_format='array_record')"
             ".download_and_prepare(), and name its folder with --config.data.tfds_dir=..."
         ) from error
     place = [(table, i) for table in tables for i in range(len(table))]

@@ -1,4 +1,4 @@
-"""Which architecture is best, and how sure are we? Tables, pictures and one page from finished runs.
+"""Which architecture is best, and how sure are we? Tables, pictures and a page from finished runs.
 
     python -m analysis.compare runs/digits
 
@@ -139,6 +139,9 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
     def percent(value: float, digits: int = 2) -> str:
         return "–" if pd.isna(value) else f"{100 * value:.{digits}f}"
 
+    def percents(low: float, high: float) -> str:
+        return "–" if pd.isna(low) else f"{percent(low)}–{percent(high)}"
+
     def scaled(value: float) -> str:
         if pd.isna(value):
             return "–"
@@ -154,9 +157,7 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
                 "seeds": str(row.seeds),
                 "test acc. %": percent(row.test_accuracy_mean),
                 "std": percent(row.test_accuracy_std),
-                "95 % interval": "–"
-                if row.seeds < 2
-                else f"{percent(row.test_accuracy_ci95_low)}–{percent(row.test_accuracy_ci95_high)}",
+                "95 % interval": percents(row.test_accuracy_ci95_low, row.test_accuracy_ci95_high),
                 "precision": percent(row.macro_precision_mean),
                 "recall": percent(row.macro_recall_mean),
                 "F1": percent(row.macro_f1_mean),
@@ -234,7 +235,7 @@ def colours(groups: dict) -> dict:
 
 
 def draw_curves(groups: dict[str, list[FinishedRun]]) -> plt.Figure:
-    """Validation accuracy and loss against epochs: a thin line a seed, a thick one for their mean."""
+    """Validation accuracy and loss by epoch: a thin line a seed, a thick one for their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, value in zip(axes, ("accuracy", "loss"), strict=True):
         for label, runs in groups.items():

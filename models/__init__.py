@@ -2,6 +2,7 @@
 
 import inspect
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -64,10 +65,10 @@ def create_model(
             f"{name} needs images of at least {architecture.min_image_size} pixels a side, got "
             f"{image_size}: set data.image_size"
         )
-    return architecture(
-        num_classes,
-        image_size,
-        dtype=jnp.dtype(dtype),
-        rngs=nnx.Rngs(params=seed, dropout=seed),
-        **fields,
-    )
+
+    @nnx.jit  # one program for all layers; op by op, each shape would be compiled by itself
+    def initialise(key: jax.Array) -> Classifier:
+        rngs = nnx.Rngs(params=key, dropout=key)
+        return architecture(num_classes, image_size, dtype=jnp.dtype(dtype), rngs=rngs, **fields)
+
+    return initialise(jax.random.key(seed))

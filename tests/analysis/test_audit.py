@@ -1,0 +1,93 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from analysis import audit
+from decoding import decode_all
+from sources import list_source
+from tests.conftest import ROOT, paint
+
+
+@pytest.fixture
+def messy(make_folder):
+    """A folder with one of everything that an audit should find."""
+    root = make_folder({"train/a": 6, "train/b o'<i>": 5, "test/a": 2, "test/b o'<i>": 2})
+    paint(0).save(root / "train/a/again.png")  # in its class
+    paint(1).save(root / "train/b o'<i>/liar.png")  # in another class
+    paint(11).save(root / "train/a/leak.bmp")  # test/a/0.png: in another part, as another format
+    photo = paint(50, (5, 5)).resize((120, 90), Image.BICUBIC)
+    photo.save(root / "train/a/photo.png")
+    brighter = ImageEnhance.Brightness(photo).enhance(1.02)
+    brighter.resize((100, 75)).save(root / "train/a/photo_small.jpg", quality=85)
+    data = (root / "train/a/photo_small.jpg").read_bytes()
+    (root / "train/a/truncated.jpg").write_bytes(data[: len(data) // 2])
+    (root / "train/a/words.jpg").write_text("words")
+    (root / "train/a/notes.txt").write_text("words")
+    Image.new("L", (9, 9), 7).save(root / "test/a/flat.png")
+    return root
+
+
+def test_findings(messy, folder_config, cache_dir):
+    listing = list_source(folder_config(messy))
+    found = audit.findings(
+        listing, decode_all(listing, folder_config(messy), cache_dir), listing.parts
+    )
+    assert found["counts"] == {
+        "train": {"a": 10, "b o'<i>": 6},
+        "test": {"a": 3, "b o'<i>": 2},
+    }
+    assert found["imbalance"]["train"] == pytest.approx(10 / 6)
+    assert found["unreadable"] == ["train/a/truncated.jpg", "train/a/words.jpg"]
+    assert "truncated" in found["reasons"]["train/a/truncated.jpg"]
+    assert found["not_images"] == ["train/a/notes.txt"]
+    assert found["constant"] == ["test/a/flat.png"]
+    within = ["train/a/0.png", "train/a/again.png"]
+    conflict = ["train/a/1.png", "train/b o'<i>/liar.png"]
+    leak = ["test/a/0.png", "train/a/leak.bmp"]
+    assert sorted(found["exact_duplicates"]) == sorted([within, conflict, leak])
+    assert found["label_conflicts"] == [conflict]
+    assert found["leaks"] == [leak]
+    assert found["near_duplicates"] == [["train/a/photo.png", "train/a/photo_small.jpg"]]
+    assert found["modes"] == {"RGB": 20, "L": 1}
+    assert found["sizes"]["12x10"] == 18 and found["value_range"] == [0, 255]
+
+
+def test_a_clean_folder_has_no_findings(make_folder, folder_config, cache_dir):
+    config = folder_config(make_folder({"a": 20, "b": 20}))
+    listing = list_source(config)
+    found = audit.findings(listing, decode_all(listing, config, cache_dir), ["all"] * 40)
+    for key in ("unreadable", "exact_duplicates", "label_conflicts", "leaks", "near_duplicates"):
+        assert found[key] == []
+
+
+def run_audit(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "analysis.audit", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command_writes_json_and_says_by_its_exit_code(messy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # the cache of the default config
+    output, file = tmp_path / "out", tmp_path / "audit.json"
+    result = run_audit(messy, f"--json={file}", f"--output={output}")
+    assert result.returncode == 1, result.stderr
+    assert "1 of them across parts (leaks)" in result.stdout
+    found = json.loads(file.read_text())
+    assert found["leaks"] == [["test/a/0.png", "train/a/leak.bmp"]]
+    assert np.asarray(Image.open(output / "contact_sheet.png")).std() > 10
+    (messy / "train/a/leak.bmp").unlink()
+    (messy / "train/b o'<i>/liar.png").unlink()
+    assert run_audit(messy, f"--output={output}").returncode == 0
+    result = run_audit(tmp_path / "absent")
+    assert result.returncode == 2 and "does not exist" in result.stderr
+    assert "Traceback" not in result.stderr
+    config = ("--config=configs/folder.py", f"--config.data.path={messy}", f"--output={output}")
+    result = run_audit(*config)
+    assert result.returncode == 0 and "validation: " in result.stdout, result.stderr
