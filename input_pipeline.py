@@ -90,6 +90,8 @@ class Dataset:
 def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
     """Lists, decodes (or maps from the cache) and splits the images of `config.data`.
 
+    A process looks at the files of one config once: later changes to them do not reach it.
+
     Raises:
       UserError: unreadable images, an empty part, or a class without training images.
     """

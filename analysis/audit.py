@@ -8,6 +8,7 @@ Exit codes: 0 no leak and no contradictory label, 1 some, 2 a mistake in the com
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +31,7 @@ import matplotlib.pyplot as plt
 
 HASH_DISTANCE = 8  # bits of 64 in which near duplicates may differ, and
 THUMBNAIL_DISTANCE = 8.0  # root mean square difference of their thumbnails, in grey levels of 255
+LEFT_OUT = "left out"  # the part of images that a config excludes: they can leak nowhere
 NEAR_LIMIT = 100_000  # images; comparing all pairs of more would take too long
 
 
@@ -44,16 +46,23 @@ def findings(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
     Returns:
       `counts` by part and class; `unreadable` ids; and groups of ids: `exact_duplicates` (all of
       them), of which `label_conflicts` lie in several classes and `leaks` in several parts, and
-      `near_duplicates`. Further: sizes, modes, value ranges, imbalance, files that are no image.
+      `near_duplicates`. Images left out by a config count as neither leak nor conflict. Further:
+      sizes, modes, value ranges, imbalance, files that are no image.
     """
     ids, labels = np.array(listing.ids, object), listing.labels
     readable = np.array([not error for error in decoded.errors])
     facts = decoded.facts[readable]
     groups = exact_duplicates(decoded)
     near = near_duplicates(decoded, groups)
-    named = lambda some: [sorted(ids[group].tolist()) for group in some]  # noqa: E731
-    across = lambda some, values: [g for g in some if len({values[i] for i in g}) > 1]  # noqa: E731
-    order = [*PARTS, "all", "left out"]
+
+    def named(groups: list[np.ndarray]) -> list[list[str]]:
+        return [sorted(ids[group].tolist()) for group in groups]
+
+    def across(groups: list[np.ndarray], values: Sequence) -> list[np.ndarray]:
+        used = [[i for i in group if parts[i] != LEFT_OUT] for group in groups]
+        return [np.array(group) for group in used if len({values[i] for i in group}) > 1]
+
+    order = [*PARTS, "all", LEFT_OUT]
     counts = {
         part: {name: 0 for name in listing.class_names}
         for part in sorted(set(parts), key=order.index)
@@ -124,6 +133,9 @@ def describe(found: dict) -> str:
     """Returns the findings as a few lines of text."""
     lines = [f"data audit: {found['images']} images, {len(found['class_names'])} classes"]
     for part, by_class in found["counts"].items():
+        if part == LEFT_OUT:
+            lines.append(f"  {part}: {sum(by_class.values())}")
+            continue
         ratio = found["imbalance"][part]
         ratio = "a class is empty" if ratio is None else f"largest/smallest class {ratio:.2f}"
         numbers = ", ".join(f"{name} {n}" for name, n in list(by_class.items())[:12])
@@ -133,7 +145,7 @@ def describe(found: dict) -> str:
     modes = ", ".join(f"{mode} ({n})" for mode, n in found["modes"].items())
     low, high = found["value_range"]
     lines.append(
-        f"  {found['distinct_sizes']} sizes: {sizes}; modes: {modes}; values {low} to {high}"
+        f"  {found['distinct_sizes']} size(s): {sizes}; modes: {modes}; values {low} to {high}"
     )
     for key, what in (
         ("unreadable", "unreadable files"),
@@ -186,7 +198,7 @@ def contact_sheet(listing: Listing, decoded: Decoded, path: Path, columns: int =
 
 def write_audit(dataset: Dataset, output: Path) -> dict:
     """Audits a split dataset into `audit.json` and `contact_sheet.png`; returns the findings."""
-    parts = np.full(len(dataset.listing.ids), "left out", object)
+    parts = np.full(len(dataset.listing.ids), LEFT_OUT, object)
     for part in PARTS:
         parts[dataset.rows[part]] = part
     return _write(dataset.listing, dataset.decoded, parts.tolist(), output)

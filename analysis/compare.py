@@ -27,9 +27,7 @@ from experiment import run_command
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-plt.rcParams.update(
-    {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False}
-)
+plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 BINS = 15  # of confidence, in the calibration error
 
 
@@ -234,6 +232,11 @@ def colours(groups: dict) -> dict:
     return {label: cycle[i % len(cycle)] for i, label in enumerate(sorted(groups))}
 
 
+def literal(name: str) -> str:
+    """Returns a name as matplotlib shows it letter by letter, without reading $ as mathematics."""
+    return name.replace("$", r"\$")
+
+
 def draw_curves(groups: dict[str, list[FinishedRun]]) -> plt.Figure:
     """Validation accuracy and loss by epoch: a thin line a seed, a thick one for their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
@@ -246,13 +249,16 @@ def draw_curves(groups: dict[str, list[FinishedRun]]) -> plt.Figure:
             colour = colours(groups)[label]
             if max(map(len, series)) == 1:  # fitted at once, without epochs
                 axis.axhline(
-                    np.mean([s.iloc[0] for s in series]), color=colour, ls="--", label=label
+                    np.mean([s.iloc[0] for s in series]),
+                    color=colour,
+                    ls="--",
+                    label=literal(label),
                 )
                 continue
             for one in series:
                 axis.plot(one.index, one, color=colour, lw=0.7, alpha=0.4)
             mean = pd.concat(series, axis=1).dropna().mean(axis=1)
-            axis.plot(mean.index, mean, color=colour, lw=2, label=label)
+            axis.plot(mean.index, mean, color=colour, lw=2, label=literal(label))
         axis.set(xlabel="epoch", ylabel=f"validation {value}")
         axis.grid(alpha=0.3)
     if groups:
@@ -287,11 +293,11 @@ def draw_confusion(groups: dict[str, list[FinishedRun]]) -> plt.Figure:
                         j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color=ink
                     )
         if len(names) <= 40:
-            short = [name if len(name) <= 14 else name[:13] + "…" for name in names]
+            short = [literal(name if len(name) <= 14 else name[:13] + "…") for name in names]
             axis.set_xticks(range(len(names)), short, rotation=60, ha="right", fontsize=7)
             axis.set_yticks(range(len(names)), short, fontsize=7)
         axis.set(xlabel="predicted", ylabel="true")
-        axis.set_title(f"{label}, {len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
+        axis.set_title(f"{literal(label)}, {len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
     figure.tight_layout()
     return figure
 
@@ -314,7 +320,7 @@ def draw_cost(groups: dict[str, list[FinishedRun]], table: pd.DataFrame) -> plt.
                 low, high = row.test_accuracy_ci95_low, row.test_accuracy_ci95_high
                 spread = [[y - 100 * low], [100 * high - y]]
             axis.errorbar(
-                x, y, spread, fmt="o", color=colours(groups)[label], capsize=3, label=label
+                x, y, spread, fmt="o", color=colours(groups)[label], capsize=3, label=literal(label)
             )
         axis.set(xlabel=title, xscale="log")
         axis.grid(alpha=0.3)

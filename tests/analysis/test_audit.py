@@ -8,6 +8,7 @@ from PIL import Image, ImageEnhance
 
 from analysis import audit
 from decoding import decode_all
+from input_pipeline import load_dataset
 from sources import list_source
 from tests.conftest import ROOT, paint
 
@@ -54,6 +55,15 @@ def test_findings(messy, folder_config, cache_dir):
     assert found["near_duplicates"] == [["train/a/photo.png", "train/a/photo_small.jpg"]]
     assert found["modes"] == {"RGB": 20, "L": 1}
     assert found["sizes"]["12x10"] == 18 and found["value_range"] == [0, 255]
+
+
+def test_images_left_out_are_no_leak(messy, folder_config, cache_dir):
+    config = folder_config(messy, split=(0.75, 0.25), unreadable="skip", exclude_leaks=True)
+    found = audit.write_audit(load_dataset(config, cache_dir), messy.parent / "out")
+    assert found["leaks"] == [] and found["label_conflicts"] == []
+    assert len(found["exact_duplicates"]) == 3
+    assert sum(found["counts"]["left out"].values()) == 3  # and two unreadable ones
+    assert "left out: 3" in audit.describe(found)
 
 
 def test_a_clean_folder_has_no_findings(make_folder, folder_config, cache_dir):
