@@ -26,5 +26,5 @@ def get_config(models: str = "") -> ConfigDict:
     config.per_model.mlp.augment = plain
     config.per_model.cnn.model.dropout = 0.25
     config.per_model.cnn_deep.data = {"image_size": 16}  # it halves the image four times
-    config.per_model.cnn_deep.epochs = 8
+    config.per_model.cnn_deep.epochs = 12
     return config

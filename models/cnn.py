@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import flatten, he_normal, max_pool_2x2
+from models.layers import Conv, flatten, he_normal, max_pool_2x2
 
 
 class Cnn(Classifier):
@@ -24,7 +24,7 @@ class Cnn(Classifier):
         settings = {"kernel_init": he_normal, "dtype": dtype, "rngs": rngs}
 
         def block(inputs: int, outputs: int) -> nnx.Sequential:
-            conv = nnx.Conv(inputs, outputs, (3, 3), padding="SAME", **settings)
+            conv = Conv(inputs, outputs, (3, 3), padding="SAME", **settings)
             return nnx.Sequential(conv, nnx.relu, max_pool_2x2)
 
         side = image_size // 2 // 2

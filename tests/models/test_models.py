@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from errors import UserError
 from models import MODELS, create_model
 from models.classifier import merge_model, set_mode, split_model
-from models.layers import max_pool_2x2
+from models.layers import convolve, max_pool_2x2
 
 # Trainable parameters with 6 classes at 32 pixels, counted by hand.
 PARAMETERS = {
@@ -129,6 +129,42 @@ def test_max_pool_equals_flax():
     for size in (8, 9):
         x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
         np.testing.assert_array_equal(max_pool_2x2(x), nnx.max_pool(x, (2, 2), (2, 2)))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("size", "channels", "side", "strides", "padding"),
+    [
+        (9, 3, 3, (1, 1), "SAME"),
+        (9, 3, 5, (2, 2), "SAME"),
+        (4, 7, 3, (1, 1), "VALID"),
+        (2, 8, 3, (1, 1), "SAME"),
+        (3, 8, 1, (1, 1), "SAME"),
+        (7, 8, 3, (2, 2), [(1, 1), (0, 2)]),
+        (12, 8, 3, (1, 1), "SAME"),
+    ],
+)
+def test_both_lowerings_of_a_convolution_agree(
+    monkeypatch, backend, size, channels, side, strides, padding
+):
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (2, size, size, channels))
+    kernel = jax.random.normal(keys[1], (side, side, channels, 5))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def both(function):
+        loss = lambda x, k: (function(x, k, strides, padding, **options) ** 2).sum()  # noqa: E731
+        return function(x, kernel, strides, padding, **options), *jax.grad(loss, (0, 1))(x, kernel)
+
+    for ours, theirs in zip(both(convolve), both(jax.lax.conv_general_dilated), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_grouped_and_dilated_convolutions_pass_through():
+    x, kernel = jnp.ones((1, 3, 3, 4)), jnp.ones((3, 3, 1, 4))
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 4}
+    assert convolve(x, kernel, (1, 1), "SAME", **options)[0, 1, 1].tolist() == [9.0] * 4
 
 
 @pytest.mark.parametrize(("metric", "theirs"), [("l1", "manhattan"), ("l2", "euclidean")])
