@@ -256,6 +256,16 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
+def check_batches(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises a UserError if a batch cannot be divided over the devices."""
+    for name in ("batch_size", "eval_batch_size"):
+        if config[name] % mesh.size:
+            raise UserError(
+                f"config.{name}={config[name]} cannot be divided over {mesh.size} devices: "
+                f"use a multiple of {mesh.size}"
+            )
+
+
 def batch_rows(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
     """Returns the images of training batch `step`: int [batch_size], each below `count`.
 

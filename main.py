@@ -28,10 +28,10 @@ import experiment
 from analysis import audit, compare
 from analysis.runs import read_status
 from errors import UserError
-from input_pipeline import load_dataset
+from input_pipeline import check_batches, load_dataset
 from recorder import write_json
 from steps import class_weights
-from train import Interrupted, build_model, check_batches, train_and_evaluate
+from train import Interrupted, build_model, train_and_evaluate
 
 STOPPED = 75  # EX_TEMPFAIL: try again
 

@@ -279,9 +279,11 @@ def _tfds(data: ConfigDict) -> Listing:
     except Exception as error:  # noqa: BLE001 - tfds raises many types; all mean "not available"
         text = str(error).split("\n")[0]
         raise UserError(
-            f"config.data.path: tfds cannot give {data.path!r}: {text}\nPrepare it once where "
-            f"there is a network: tfds.builder({data.path!r}, file_format='array_record')"
-            ".download_and_prepare(), and name its folder with --config.data.tfds_dir=..."
+            f"config.data.path: tfds cannot give {data.path!r}: {text}\nPrepare it once, "
+            "where there is a network and TensorFlow, with tfds.builder("
+            f"{data.path!r}, file_format='array_record').download_and_prepare(), and name "
+            "its folder with --config.data.tfds_dir=... "
+            "Reading it needs neither."
         ) from error
     place = [(table, i) for table in tables for i in range(len(table))]
     return Listing(

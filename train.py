@@ -4,6 +4,7 @@ Every number drawn comes from (seed, purpose, step), so an interrupted run that 
 checkpoint ends with the same bits as one that was never interrupted.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -21,9 +22,8 @@ from tqdm import tqdm
 import checkpoint
 from augmentation import augment, image_sheet
 from cost import model_cost, peak_memory
-from errors import UserError
 from experiment import stored_config
-from input_pipeline import Dataset, Feed, load_dataset, steps_per_epoch
+from input_pipeline import Dataset, Feed, check_batches, load_dataset, steps_per_epoch
 from models import Classifier, create_model
 from models.classifier import split_model
 from optimizer import make_optimizer, make_plateau, make_schedule
@@ -123,16 +123,6 @@ def build_model(config: ConfigDict, num_classes: int) -> Classifier:
         dtype=config.compute_dtype,
         **fields,
     )
-
-
-def check_batches(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises a UserError if a batch cannot be divided over the devices."""
-    for name in ("batch_size", "eval_batch_size"):
-        if config[name] % mesh.size:
-            raise UserError(
-                f"config.{name}={config[name]} cannot be divided over {mesh.size} devices: "
-                f"use a multiple of {mesh.size}"
-            )
 
 
 class TrainingRun:
@@ -247,25 +237,28 @@ class TrainingRun:
         bad = int(state["bad_step"])
         if bad >= 0:
             self.recorder.write("train", bad + 1, **where, loss=float("nan"), learning_rate=rate)
-            advice = (
-                "a lower optimizer.learning_rate, schedule.warmup_epochs=1, optimizer.clip_norm=1"
-            )
-            if self.config.compute_dtype != "float32":
-                advice += ", compute_dtype=float32"
             raise Diverged(
                 f"the loss or its gradient was not finite at step {bad + 1} (learning rate "
-                f"{rate:.3g}); try {advice}"
+                f"{rate:.3g}); try {self._advice()}"
             )
         measured = {name: float(value) for name, value in state["metrics"].compute().items()}
         self.recorder.write(
             "train", self.progress.step, **where, **measured, learning_rate=rate, **speed
         )
 
+    def _advice(self) -> str:
+        advice = "a lower optimizer.learning_rate, schedule.warmup_epochs=1, optimizer.clip_norm=1"
+        return advice + ", compute_dtype=float32" * (self.config.compute_dtype != "float32")
+
     def _validate(self, state: dict, validation: Feed, where: dict, bar: tqdm) -> dict:
         """Evaluates on validation images, keeps the weights if they are the best so far."""
         progress, weights = self.progress, evaluated_weights(state)
         measured, _ = self.evaluate(validation, weights)
         self.recorder.write("validation", progress.step, **where, **measured)
+        if not math.isfinite(measured["loss"]):
+            raise Diverged(
+                f"the validation loss was not finite at step {progress.step}; try {self._advice()}"
+            )
         text = f"validation accuracy {measured['accuracy']:.4f}, loss {measured['loss']:.4f}"
         bar.set_postfix_str(text)
         if bar.disable and time.monotonic() - self.said_at > SAY_EVERY_SECONDS:

@@ -1,8 +1,11 @@
-"""CIFAR-10, 32x32, from tensorflow-datasets (no TensorFlow needed) or from a folder.
+"""CIFAR-10, 32x32, from tensorflow-datasets or from a folder of images.
 
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10
     python main.py --config=configs/cifar10.py --workdir=runs/cifar10 \
         --config.data.source=folder --config.data.path=DATA
+
+tensorflow-datasets needs TensorFlow once, to prepare this set as array_record, and never to read
+it; DATA is a folder with train/<class> and test/<class>.
 """
 
 from ml_collections import ConfigDict

@@ -275,7 +275,8 @@ from pathlib import Path
 import jax, numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from train import check_batches, train_and_evaluate
+from input_pipeline import check_batches
+from train import train_and_evaluate
 config = ConfigDict(json.loads(Path(sys.argv[1]).read_text()))
 print(train_and_evaluate(config, Path(sys.argv[2]))["cost"]["device"])
 config.batch_size = 36

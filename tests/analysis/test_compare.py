@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from analysis import compare
+from analysis import compare, figures
 from analysis.runs import load_runs
 from errors import UserError
 
@@ -133,7 +133,7 @@ def test_page_is_self_contained_and_escapes_names(tmp_path):
         "near_duplicates": [], "near_duplicates_checked": True, "distinct_sizes": 1, "modes": {}, "value_range": [0, 1],
     }  # fmt: skip
     (audit / "audit.json").write_text(json.dumps(found))
-    compare.draw_curves({}).savefig(audit / "contact_sheet.png")
+    figures.draw_curves({}).savefig(audit / "contact_sheet.png")
     page = compare.write_report(tmp_path).page.read_text(encoding="utf-8")
     assert "<script>" not in page and "<img src=x" not in page and "<b>lost" not in page
     assert "o&#39;brien &lt;img" in page and "&lt;script&gt;alert" in page
