@@ -325,13 +325,15 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except Exception as error:  # noqa: BLE001
-        cause = error.__cause__ if isinstance(error.__cause__, UserError) else error
-        text = str(cause).replace("\\'", "'").replace("\\n", "\n").strip("\"'")
-        unknown = re.search(r"--config\.([\w.]+)", " ".join(argv[1:]))
-        if isinstance(error, (AttributeError, KeyError)) and unknown:
-            text = f"no such config field: {text}\nEvery field is explained in configs/base.py."
+        text = str(error.__cause__ if isinstance(error.__cause__, UserError) else error)
+        hint = re.search(r'Did you mean "([\w.]+)" instead of "([\w.]+)"', text)
+        if isinstance(error, (AttributeError, KeyError)) and "--config." in " ".join(argv):
+            known = f'{hint[2]!r}. Did you mean "{hint[1]}"?' if hint else text.strip("\"'") + "."
+            text = f"no such config field: {known} Every field is explained in configs/base.py."
         if isinstance(error, flags.UnrecognizedFlagError):
             near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
-            text = str(error) + (f" Did you mean --{near[0]}?" if near else "")
+            text = f"no such option: --{error.flagname}." + (
+                f" Did you mean --{near[0]}?" if near else ""
+            )
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)

@@ -59,6 +59,8 @@ def create_model(
     for field in fields:
         if field not in known:
             raise UserError(f"{name} has no field {field!r}; it has {', '.join(known) or 'none'}")
+        if field.endswith("dropout") and not 0 <= fields[field] < 1:
+            raise UserError(f"{name}: {field}={fields[field]} is out of range: need 0 <= rate < 1")
     image_size = architecture.default_image_size if image_size is None else image_size
     if image_size < architecture.min_image_size:
         raise UserError(

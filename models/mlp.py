@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
+from errors import UserError
 from models.classifier import Classifier
 from models.layers import flatten, he_normal
 
@@ -20,6 +21,8 @@ class Mlp(Classifier):
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
+        if any(width < 1 for width in hidden):
+            raise UserError(f"mlp: hidden={tuple(hidden)} needs widths of at least 1")
         layers, inputs = [flatten], image_size * image_size * 3
         for width in hidden:
             layers += [

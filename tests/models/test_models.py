@@ -198,6 +198,8 @@ def test_knn_agrees_with_scikit_learn(metric, theirs):
         ("cnn_deep", {"image_size": 8}, "at least 16 pixels"),
         ("cnn", {"droput": 0.5}, "no field 'droput'; it has dropout"),
         ("cnn", {"weights": "timm/x"}, "no pretrained weights"),
+        ("cnn", {"dropout": 2.0}, "dropout=2.0 is out of range"),
+        ("mlp", {"hidden": (0,)}, "widths of at least 1"),
         ("knn", {"metric": "l3"}, "l1, l2"),
         ("knn", {"max_k": 0}, "max_k"),
     ],
