@@ -174,15 +174,13 @@ class TrainingRun:
         progress, key = self.progress, jax.random.key(config.seed)
         self.recorder = Recorder(self.run_dir, progress.step, config.runtime.tensorboard)
         if progress.step == 0:
-            self._save_augmented_batch(
-                next(feed.training(config.seed, config.batch_size, 0, 1)), key
-            )
+            self._save_augmented_batch(feed, key)
         weights = class_weights(config, self.dataset)
         train_step = make_train_step(config, self.model, optimizer, weights)
         validation = self.feed("validation")
         batches = feed.training(config.seed, config.batch_size, progress.step, total)
-        name = f"{config.model.name} seed {config.seed}"
         self.clock = time.monotonic()
+        name = f"{config.model.name} seed {config.seed}"
         with tqdm(total=total, initial=progress.step, desc=name, leave=False, disable=None) as bar:
             while not progress.finished:
                 stop, evaluates = next_pause(progress.step, total, per_epoch, config)
@@ -198,6 +196,8 @@ class TrainingRun:
                 due = self.clock - self.saved_at >= config.runtime.checkpoint_every_seconds
                 if due or progress.finished:
                     self.save(state)
+                if not progress.finished and self.should_stop():
+                    self._interrupt(state)
         return self.best
 
     def _train_until(
@@ -220,10 +220,8 @@ class TrainingRun:
                 jax.block_until_ready(state)
                 self.compile_seconds = time.monotonic() - began
                 began, first = time.monotonic(), progress.step
-            if self.should_stop():
-                self._count_time()
-                self.save(state)
-                raise Interrupted(f"stopped at step {progress.step}; the state is saved")
+            if progress.step < stop and self.should_stop():  # at `stop` the pause comes first
+                self._interrupt(state)
         jax.block_until_ready(state)
         images, seconds = (progress.step - first) * self.config.batch_size, time.monotonic() - began
         if not images:
@@ -300,6 +298,11 @@ class TrainingRun:
         kept.append(checkpoint.save(self.checkpoints, "latest", progress.step, state, record))
         checkpoint.keep(self.checkpoints, kept)
         self.saved_at = time.monotonic()
+
+    def _interrupt(self, state: dict) -> None:
+        self._count_time()
+        self.save(state)
+        raise Interrupted(f"stopped at step {self.progress.step}; the state is saved")
 
     def resume(self, state: dict) -> dict:
         """Returns the newest state that can be read, or `state` itself where there is none."""
@@ -381,9 +384,10 @@ class TrainingRun:
             **peak_memory(),
         }
 
-    def _save_augmented_batch(self, batch: dict, key: jax.Array) -> None:
+    def _save_augmented_batch(self, feed: Feed, key: jax.Array) -> None:
         """Writes `augmented_batch.png`: 32 images of the first batch as the model sees them."""
         config = self.config.augment
+        batch = next(feed.training(self.config.seed, self.config.batch_size, 0, 1))
         targets = jax.nn.one_hot(batch["label"], self.dataset.num_classes)
         draw = jax.jit(lambda *arguments: augment(*arguments, config)[0])
         images = draw(step_keys(key, 0)[0], batch["image"], targets)

@@ -149,10 +149,11 @@ def test_an_interrupted_run_ends_with_the_same_bits(digits_run, few_digits, tmp_
 
         return should_stop
 
-    for first in (5, 8):  # the second goes on from the first
+    # 9 steps an epoch: between pauses; where metrics are logged; where the model is evaluated
+    for further, reached in ((3, 3), (4, 7), (2, 9)):
         steps["taken"] = 0
-        with pytest.raises(Interrupted):
-            train_and_evaluate(config, tmp_path / "parts", stop_at(first))
+        with pytest.raises(Interrupted, match=f"stopped at step {reached};"):
+            train_and_evaluate(config, tmp_path / "parts", stop_at(further))
         assert not (tmp_path / "parts" / "summary.json").exists()
     parts = train_and_evaluate(config, tmp_path / "parts")
     assert np.array_equal(
