@@ -17,7 +17,6 @@ from errors import UserError
 from experiment import Run
 from tests.conftest import ROOT, paint
 
-pytestmark = pytest.mark.xdist_group("main")  # they share the uninterrupted run
 DIGITS = (
     "--config=configs/digits.py:cnn",
     "--config.seeds=0",
