@@ -4,9 +4,12 @@ A checkpoint is a folder `<kind>-<step>` of named arrays and a small JSON record
 under a temporary name and renames it, so a kill at any moment leaves whole checkpoints only.
 """
 
+import functools
 import hashlib
+import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +54,13 @@ def save(directory: Path, kind: str, step: int, tree: Any, record: dict) -> Path
         arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(content)
     )
     try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(path, items)
+        _checkpointer().save(path, items)
     except Exception as error:  # noqa: BLE001 - a full disk surfaces as OSError, ValueError, ...
         for half in directory.glob(f"{path.name}.orbax*"):
             shutil.rmtree(half, ignore_errors=True)
-        reason = str(error).strip().split("\n")[0][:300]
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: {reason}\nEarlier checkpoints are untouched: "
-            "make room or mend the disk, and run the same command again to go on from them."
+            f"cannot write the checkpoint {path}: {_reason(error)}\n"
+            "Earlier checkpoints are untouched: make room or mend the disk, and run the same command again to go on from them."
         ) from error
     return path
 
@@ -90,15 +91,13 @@ def restore_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     try:
-        with _checkpointer() as checkpointer:
-            loaded = checkpointer.restore(path.resolve(), items)
+        loaded = _checkpointer().restore(path.resolve(), items)
         arrays = {name: np.asarray(value) for name, value in loaded.arrays.items()}
         wrong = [
             n for n, digest in loaded.record["digests"].items() if _digest(arrays[n]) != digest
         ]
     except Exception as error:  # noqa: BLE001 - damage surfaces as many types
-        reason = str(error).strip().split("\n")[0][:300]
-        raise CheckpointError(f"cannot read the checkpoint {path}: {reason}") from error
+        raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
     if wrong:
         raise CheckpointError(f"the checkpoint {path} is damaged: {wrong[0]} changed on disk")
     return arrays, loaded.record["record"]
@@ -124,8 +123,26 @@ def flat(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
 
 
+@functools.cache
 def _checkpointer() -> ocp.Checkpointer:
+    # A failed write is raised once; its other parts then report to nobody, one by one, by way of
+    # asyncio's log and of an event loop that is closed.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def quiet(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = quiet
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" in text or "No space left" in text:
+        return "no space left on the disk"
+    return text.strip().split("\n")[0][:300]
 
 
 def _digest(array: np.ndarray) -> str:

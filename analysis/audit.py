@@ -6,7 +6,6 @@
 Exit codes: 0 no leak and no contradictory label, 1 some, 2 a mistake in the command or the folder.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,4 +244,4 @@ if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "Audit the data of this experiment")
     JSON = flags.DEFINE_string("json", None, "Also write the findings to this file")
     OUTPUT = flags.DEFINE_string("output", None, "Folder of audit.json and contact_sheet.png")
-    sys.exit(run_command(main))
+    run_command(main)

@@ -8,14 +8,12 @@ Reads run directories alone, so it can be repeated on any subset of runs that is
 import base64
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 import numpy as np
 import pandas as pd
-from absl import flags
 from scipy import stats
 from sklearn.metrics import precision_recall_fscore_support
 
@@ -315,5 +313,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()
-    sys.exit(run_command(main))
+    run_command(main)
