@@ -60,7 +60,8 @@ def save(directory: Path, kind: str, step: int, tree: Any, record: dict) -> Path
             shutil.rmtree(half, ignore_errors=True)
         raise CheckpointError(
             f"cannot write the checkpoint {path}: {_reason(error)}\n"
-            "Earlier checkpoints are untouched: make room or mend the disk, and run the same command again to go on from them."
+            "Earlier checkpoints are untouched: make room or mend the disk, and run the same "
+            "command again to go on from them."
         ) from error
     return path
 
@@ -125,9 +126,9 @@ def flat(tree: Any) -> dict[str, Any]:
 
 @functools.cache
 def _checkpointer() -> ocp.Checkpointer:
-    # A failed write is raised once; its other parts then report to nobody, one by one, by way of
-    # asyncio's log and of an event loop that is closed.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # A failed write is raised to us; its parts report it again, one by one, by way of Orbax's log
+    # and of an event loop that is closed.
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     usual = sys.unraisablehook
 
     def quiet(unraisable) -> None:
