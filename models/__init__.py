@@ -1,18 +1,25 @@
 """The architectures: one dictionary from name to class, and the function that builds one."""
 
 import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from errors import UserError, choose
+from models import loading
 from models.classifier import Classifier, Preprocessing
 from models.cnn import Cnn
 from models.cnn_deep import CnnDeep
+from models.efficientnet import EfficientNetB0, EfficientNetB1, EfficientNetB2, EfficientNetB3
 from models.knn import Knn
 from models.linear import Linear
 from models.mlp import Mlp
+from models.mobilenet import MobileNetV2
+from models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
+from models.vgg import Vgg16, Vgg16Bn, Vgg19
+from models.vit import VitB16, VitS16
 
 MODELS: dict[str, type[Classifier]] = {
     "linear": Linear,
@@ -20,6 +27,21 @@ MODELS: dict[str, type[Classifier]] = {
     "mlp": Mlp,
     "cnn": Cnn,
     "cnn_deep": CnnDeep,
+    "vgg16": Vgg16,
+    "vgg16_bn": Vgg16Bn,
+    "vgg19": Vgg19,
+    "resnet18": ResNet18,
+    "resnet34": ResNet34,
+    "resnet50": ResNet50,
+    "resnet101": ResNet101,
+    "resnet152": ResNet152,
+    "efficientnet_b0": EfficientNetB0,
+    "efficientnet_b1": EfficientNetB1,
+    "efficientnet_b2": EfficientNetB2,
+    "efficientnet_b3": EfficientNetB3,
+    "mobilenet_v2": MobileNetV2,
+    "vit_s16": VitS16,
+    "vit_b16": VitB16,
 }
 
 __all__ = ["MODELS", "Classifier", "Preprocessing", "create_model"]
@@ -35,23 +57,23 @@ def create_model(
     dtype: str = "float32",
     **fields,
 ) -> Classifier:
-    """Builds an architecture with freshly initialised parameters.
+    """Builds an architecture, freshly initialised or with pretrained weights.
 
     Args:
       name: a key of `MODELS`.
       num_classes: length of a row of logits.
-      weights: name of pretrained weights; no architecture here has any yet.
+      weights: name of pretrained weights (see `models/pretrained.py`); None or "none" for none.
+        They bring their preprocessing, and a new classifier unless the number of classes is theirs.
       seed: of the initialisation and of dropout.
       image_size: height and width in pixels; None is the architecture's own.
       dtype: of the computation, float32 or bfloat16; parameters and logits are float32.
       **fields: the architecture's own, such as `dropout`.
 
     Raises:
-      UserError: an unknown name or field, or an image too small for the architecture.
+      UserError: an unknown name or field, an image too small for the architecture, or weights that
+        are not found or do not fit.
     """
     architecture = MODELS[choose("model", name, MODELS)]
-    if weights is not None:
-        raise UserError(f"{name} has no pretrained weights: leave weights={weights!r} out")
     if num_classes < 2:
         raise UserError(f"{name} needs at least two classes to tell apart, got {num_classes}")
     given = {"self", "num_classes", "image_size", "dtype", "rngs"}
@@ -59,7 +81,7 @@ def create_model(
     for field in fields:
         if field not in known:
             raise UserError(f"{name} has no field {field!r}; it has {', '.join(known) or 'none'}")
-        if field.endswith("dropout") and not 0 <= fields[field] < 1:
+        if field.endswith(("dropout", "stochastic_depth")) and not 0 <= fields[field] < 1:
             raise UserError(f"{name}: {field}={fields[field]} is out of range: need 0 <= rate < 1")
     image_size = architecture.default_image_size if image_size is None else image_size
     if image_size < architecture.min_image_size:
@@ -67,10 +89,41 @@ def create_model(
             f"{name} needs images of at least {architecture.min_image_size} pixels a side, got "
             f"{image_size}: set data.image_size"
         )
+    source = loading.find(weights, name, fields) if weights not in (None, "none") else None
+    fields = fields | (source.fields if source else {})
 
-    @nnx.jit  # one program for all layers; op by op, each shape would be compiled by itself
-    def initialise(key: jax.Array) -> Classifier:
+    def build(key: jax.Array) -> Classifier:
         rngs = nnx.Rngs(params=key, dropout=key)
         return architecture(num_classes, image_size, dtype=jnp.dtype(dtype), rngs=rngs, **fields)
 
-    return initialise(jax.random.key(seed))
+    # One program initialises all layers: op by op, each shape would be compiled by itself.
+    key = jax.random.key(seed)
+    model = nnx.eval_shape(build, key) if source else nnx.jit(build)(key)
+    model.num_classes, model.fields = num_classes, tuple(sorted(fields.items()))
+    return complete(loading.load(model, source), build, key) if source else model
+
+
+def complete(
+    model: Classifier, build: Callable[[jax.Array], Classifier], key: jax.Array
+) -> Classifier:
+    """Returns the model with initial values where it holds only the shape of an array.
+
+    Args:
+      model: as `build` makes it, with some arrays given.
+      build: returns the model, initialised from a key; what is not needed of it is not computed.
+      key: of the initialisation.
+    """
+    graphdef, _, variables = nnx.split(model, nnx.RngState, ...)
+    leaves, structure = jax.tree.flatten(variables)
+    missing = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
+
+    @jax.jit
+    def initial(key: jax.Array) -> tuple[list[jax.Array], nnx.State]:
+        _, rng_state, fresh = nnx.split(build(key), nnx.RngState, ...)
+        fresh = jax.tree.leaves(fresh)
+        return [fresh[i] for i in missing], rng_state
+
+    values, rng_state = initial(key)
+    for i, value in zip(missing, values, strict=True):
+        leaves[i] = value
+    return nnx.merge(graphdef, rng_state, jax.tree.unflatten(structure, leaves))

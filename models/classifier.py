@@ -1,6 +1,6 @@
 """What every architecture shares: the contract that training and analysis rely on."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,38 @@ from flax import nnx
 class Preprocessing:
     """How pixels become the numbers that these weights were trained on; it belongs to the weights.
 
-    y = (x * scale - mean) / std, channel by channel, for x in 0..255 in RGB order.
+    y = (x * scale - mean) / std, channel by channel, for x in 0..255 in the order of `channels`.
+    `size`, `interpolation` and `crop` record how the publisher cut and resized photos; an
+    experiment chooses its own in `config.data`, the same for every model.
     """
 
     scale: float = 1 / 255
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.25, 0.25, 0.25)
+    channels: str = "rgb"  # rgb | bgr; mean and std are in this order too
+    size: int = 0  # height and width in pixels; 0 is any
+    interpolation: str = "bilinear"
+    crop: float = 1.0  # side of the central crop as a fraction of the resized shorter side
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, 3] uint8, or float in 0..255 -> [B, H, W, 3] float32."""
+        """[B, H, W, 3] uint8, or float in 0..255, in RGB order -> [B, H, W, 3] float32."""
         mean, std = jnp.asarray(self.mean, jnp.float32), jnp.asarray(self.std, jnp.float32)
+        images = images[..., ::-1] if self.channels == "bgr" else images
         return (images.astype(jnp.float32) * self.scale - mean) / std
 
     def to_dict(self) -> dict:
         """Returns the fields as plain values for JSON."""
         return asdict(self)
+
+
+# Preprocessing gone wrong, as it commonly does; for ablations and for proving the preflight check.
+MISTAKES = {
+    "unit": lambda p: Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3),  # 1/255 and nothing else
+    "raw": lambda p: Preprocessing(1.0, mean=(0.0,) * 3, std=(1.0,) * 3),  # no rescaling at all
+    "unscaled": lambda p: replace(p, scale=255 * p.scale),  # mean and std, but of pixels in 0..255
+    "rescaled_twice": lambda p: replace(p, scale=p.scale / 255),
+    "swapped": lambda p: replace(p, channels={"rgb": "bgr", "bgr": "rgb"}[p.channels]),
+}
 
 
 class Classifier(nnx.Module):
@@ -37,34 +54,60 @@ class Classifier(nnx.Module):
 
     default_image_size = 64
     min_image_size = 1
-    preprocessing = Preprocessing()
+    preprocessing = Preprocessing()  # of the class; loading weights gives a model its own
     trained_by_gradient = True  # False: the model has `fit` instead
+    num_classes: int
+    fields: tuple[tuple, ...]  # what `create_model` was given beside the common arguments
     stages: nnx.List
 
     def preprocess(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] uint8 -> [B, H, W, 3] float32, as these weights were trained."""
         return self.preprocessing(images)
 
+    def run(self, x: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
+        """Applies `stages[start:stop]` to what the stage before them hands on."""
+        for stage in self.stages[start:stop]:
+            x = stage(x)
+        return x
+
     def features(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] float32 -> [B, h, w, C], the last spatial map."""
-        for stage in self.stages[:-1]:
-            images = stage(images)
-        return images
+        return self.run(images, 0, -1)
 
     def classify(self, features: jax.Array) -> jax.Array:
         """[B, h, w, C] -> logits [B, K] float32."""
-        return self.stages[-1](features).astype(jnp.float32)
+        return self.run(features, -1).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] float32, preprocessed -> logits [B, K] float32."""
         return self.classify(self.features(images))
 
 
-def set_mode(model: nnx.Module, *, training: bool) -> None:
-    """Switches dropout on or off and BatchNorm between batch and running statistics."""
-    model.set_attributes(
-        deterministic=not training, use_running_average=not training, raise_if_not_found=False
-    )
+def set_mode(
+    model: Classifier,
+    *,
+    training: bool,
+    first: int = 0,
+    batch_norm: str = "batch",
+    frozen_batch_norm: str = "running",
+) -> None:
+    """Switches dropout on or off and BatchNorm between batch and running statistics.
+
+    Args:
+      model: all of its stages are switched.
+      training: False for evaluation, where the rest does not matter.
+      first: the first stage that trains; those before it are frozen, their dropout is off.
+      batch_norm: of stages that train: "batch" normalises by the batch and moves the running
+        statistics, "running" normalises by those and keeps them.
+      frozen_batch_norm: likewise of frozen stages, where "batch" is a mistake.
+    """
+    for number, stage in enumerate(model.stages):
+        trains = training and number >= first
+        mode = batch_norm if number >= first else frozen_batch_norm
+        running = not training or mode == "running"
+        stage.set_attributes(
+            deterministic=not trains, use_running_average=running, raise_if_not_found=False
+        )
 
 
 def split_model(model: Classifier) -> tuple[nnx.GraphDef, dict, dict]:
@@ -89,6 +132,11 @@ def merge_model(model: Classifier, params: dict, stats: dict, dropout_key=None) 
     if dropout_key is not None:
         nnx.reseed(merged, dropout=dropout_key)
     return merged
+
+
+def stage_of(path: str) -> int:
+    """Returns the number of the stage that a parameter or statistic belongs to."""
+    return int(path.split(".")[1])
 
 
 def _path(keys: tuple) -> str:

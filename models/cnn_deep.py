@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import Conv, global_average_pool, he_normal, max_pool_2x2
+from models.layers import BatchNorm, Conv, global_average_pool, he_normal, max_pool_2x2
 
 
 class CnnDeep(Classifier):
@@ -30,7 +30,7 @@ class CnnDeep(Classifier):
 
         def conv_norm(inputs: int, outputs: int) -> list:
             conv = Conv(inputs, outputs, (3, 3), use_bias=False, kernel_init=he_normal, **settings)
-            return [conv, nnx.BatchNorm(outputs, momentum=0.9, **settings), nnx.relu]
+            return [conv, BatchNorm(outputs, momentum=0.9, **settings), nnx.relu]
 
         widths = (32, 64, 128, 256)
         blocks = [

@@ -1,3 +1,8 @@
+"""Every architecture keeps the contract of `models/classifier.py`."""
+
+import functools
+from functools import cached_property
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,23 +13,61 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from errors import UserError
 from models import MODELS, create_model
-from models.classifier import merge_model, set_mode, split_model
-from models.layers import convolve, max_pool_2x2
+from models.classifier import Classifier, merge_model, set_mode, split_model
+from tests.models.filled import filled, unfilled
 
 # Trainable parameters with 6 classes at 32 pixels, counted by hand.
-PARAMETERS = {
+SMALL = {
     "linear": 32 * 32 * 3 * 6 + 6,
     "knn": 0,
     "mlp": 32 * 32 * 3 * 256 + 256 + 256 * 6 + 6,
     "cnn": (27 * 32 + 32) + (288 * 64 + 64) + (8 * 8 * 64 * 128 + 128) + (128 * 6 + 6),
     "cnn_deep": sum(
         9 * a * b + 2 * b
-        for a, b in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))  # noqa: E501
+        for a, b in ((3, 32), (32, 32), (32, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
     )
     + (256 * 256 + 256)
     + (256 * 6 + 6),
 }  # fmt: skip
+# With 1,000 classes at 224 pixels, as timm counts them.
+LARGE = {
+    "vgg16": 138_357_544,
+    "vgg16_bn": 138_365_992,
+    "vgg19": 143_667_240,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_b2": 9_109_994,
+    "efficientnet_b3": 12_233_232,
+    "mobilenet_v2": 3_504_872,
+    "vit_s16": 22_050_664,
+    "vit_b16": 86_567_656,
+}
+# One network of every file, the large ones with fewer blocks (whole ones are in test_conversion.py),
+# and with whatever training draws at random switched on.
+NETWORKS = {
+    "linear": ("linear", {}),
+    "knn": ("knn", {}),
+    "mlp": ("mlp", {"dropout": 0.5}),
+    "cnn": ("cnn", {"dropout": 0.5}),
+    "cnn_deep": ("cnn_deep", {"dropout": 0.5}),
+    "vgg16": ("vgg16", {"hidden": 32, "dropout": 0.2}),
+    "resnet18": ("resnet18", {"dropout": 0.2}),
+    "resnet50-torch": ("resnet50", {"dropout": 0.2}),
+    "resnet50-keras": ("resnet50", {"form": "keras"}),
+    "efficientnet_b0": ("efficientnet_b0", {"dropout": 0.0, "stochastic_depth": 0.9}),
+    "mobilenet_v2": ("mobilenet_v2", {"dropout": 0.2, "form": "tf"}),
+    "vit_s16": ("vit_s16", {"dropout": 0.2}),
+}
+# Not both forms: a step compiles for long, and a bias before BatchNorm has no gradient but rounding.
+TRAINED = [label for label in NETWORKS if label not in ("knn", "resnet50-keras")]
+FILES = {MODELS[name].__module__ for name in MODELS}
 IMAGES = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def build(name, **fields):
@@ -36,136 +79,145 @@ def build(name, **fields):
     return model
 
 
-def test_the_table_of_parameters_covers_every_model():
-    assert set(PARAMETERS) == set(MODELS)
+class Network:
+    """A small network and what it computes, each compiled once for all tests of this file."""
+
+    def __init__(self, label: str):
+        name, fields = NETWORKS[label]
+        self.model = (
+            build(name, **fields) if name in SMALL else filled(name, 6, 32, shallow=True, **fields)
+        )
+        _, self.params, self.stats = split_model(self.model)
+
+    @cached_property
+    def evaluation(self) -> dict:
+        """All steps of the contract, and the statistics after them."""
+
+        def run(params, stats):
+            model = merge_model(self.model, params, stats)
+            images = model.preprocess(IMAGES)
+            features = model.features(images)
+            out = {"images": images, "features": features, "logits": model(images)}
+            return out | {"classified": model.classify(features), "stats": split_model(model)[2]}
+
+        set_mode(self.model, training=False)
+        return jax.jit(run, compiler_options=QUICK)(self.params, self.stats)
+
+    @cached_property
+    def training(self) -> list[dict]:
+        """Logits, gradients and statistics of a step with one key, the same again, and another."""
+
+        def loss(params, stats, key):
+            model = merge_model(self.model, params, stats, key)
+            logits = model(model.preprocess(IMAGES))
+            value = (logits * jnp.arange(6.0)).sum() ** 2 + logits[:, 0].sum()
+            return value, {"logits": logits, "stats": split_model(model)[2]}
+
+        set_mode(self.model, training=True)
+        step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
+        keys = (jax.random.key(seed) for seed in (0, 0, 1))
+        steps = [step(self.params, self.stats, key) for key in keys]
+        return [out | {"gradient": gradient} for gradient, out in steps]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Returns a function: the network of a label, built once."""
+    return functools.cache(Network)
+
+
+def test_the_tables_cover_every_model_and_every_file():
+    assert set(SMALL) | set(LARGE) == set(MODELS)
+    assert {MODELS[name].__module__ for name, _ in NETWORKS.values()} == FILES
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_count(name):
-    params = split_model(build(name))[1]
-    assert sum(p.size for p in params.values()) == PARAMETERS[name]
+    num_classes, size = (6, 32) if name in SMALL else (1000, 224)
+
+    params = split_model(unfilled(name, num_classes, size))[1]
+    assert sum(p.size for p in params.values()) == (SMALL | LARGE)[name]
     assert all(path.startswith("stages.") for path in params)
+    assert all(p.dtype == jnp.float32 for p in params.values())
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_contract(name):
-    model = build(name)
-    images = model.preprocess(IMAGES)
-    assert images.shape == (4, 32, 32, 3) and images.dtype == jnp.float32
-    features = model.features(images)
-    assert features.ndim == 4 and len(features) == 4
-    logits = model(images)
-    assert logits.shape == (4, 6) and logits.dtype == jnp.float32
-    np.testing.assert_array_equal(logits, model.classify(features))
-    shift = create_model(name, 6, image_size=32).preprocessing
-    expected = (IMAGES / 255 - np.array(shift.mean)) / np.array(shift.std)
-    np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("label", NETWORKS)
+def test_contract(network, label):
+    model, out = network(label).model, network(label).evaluation
+    assert isinstance(model, Classifier) and isinstance(model.stages, nnx.List)
+    assert out["images"].shape == (4, 32, 32, 3) and out["images"].dtype == jnp.float32
+    assert out["features"].ndim == 4 and len(out["features"]) == 4
+    assert out["logits"].shape == (4, 6) and out["logits"].dtype == jnp.float32
+    scale = np.abs(out["logits"]).max()
+    np.testing.assert_allclose(out["classified"], out["logits"], atol=1e-5 * scale)
+    pixels = model.preprocessing
+    expected = (IMAGES * pixels.scale - np.array(pixels.mean)) / np.array(pixels.std)
+    np.testing.assert_allclose(out["images"], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n].trained_by_gradient])
-def test_every_parameter_receives_a_gradient(name):
-    model = build(name)
-    _, params, stats = split_model(model)
-    if name == "linear":
-        assert not any(p.any() for p in params.values())  # starts at zero
-    set_mode(model, training=True)
+def test_the_features_of_a_vision_transformer_let_every_patch_reach_the_logits(network):
+    """After the last block only the class token would: a map that says nothing about places."""
+    model, features = network("vit_s16").model, network("vit_s16").evaluation["features"]
+    assert features.shape == (4, 2, 2, 2 * model.width)
+    params, stats = split_model(model)[1:]
 
-    @jax.jit
-    @jax.grad
-    def gradient(params):
-        merged = merge_model(model, params, stats, jax.random.key(0))
-        logits = merged(merged.preprocess(IMAGES))
-        return (logits * jnp.arange(6.0)).sum() ** 2 + logits[:, 0].sum()
+    def first_logit(features, params, stats):
+        return merge_model(model, params, stats).classify(features)[:, 0].sum()
 
-    gradient = gradient(params)
-    dead = [path for path, g in gradient.items() if not jnp.abs(g).max() > 0]
-    assert not dead
+    gradient = jax.jit(jax.grad(first_logit))(features, params, stats)
+    assert (np.abs(gradient[..., : model.width]).max(axis=-1) > 0).all()
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n].trained_by_gradient])
-def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(name):
-    exact, rough = build(name, seed=1), build(name, seed=1, dtype="bfloat16")
-    assert all(p.dtype == jnp.float32 for p in split_model(rough)[1].values())
-    a, b = (model(model.preprocess(IMAGES)) for model in (exact, rough))
-    assert b.dtype == jnp.float32
-    np.testing.assert_allclose(a, b, atol=0.05 * max(1, float(jnp.abs(a).max())))
+@pytest.mark.parametrize("label", TRAINED)
+def test_every_parameter_receives_a_gradient(network, label):
+    if label == "linear":
+        assert not any(p.any() for p in network(label).params.values())  # starts at zero
+    gradient = network(label).training[0]["gradient"]
+    assert set(gradient) == set(network(label).params)
+    assert not [path for path, g in gradient.items() if not jnp.abs(g).max() > 0]
+
+
+@pytest.mark.parametrize("label", [label for label in TRAINED if label != "linear"])
+def test_what_training_draws_at_random_follows_its_key(network, label):
+    first, again, other = (step["logits"] for step in network(label).training)
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+
+
+@pytest.mark.parametrize("label", TRAINED)
+def test_batch_norm_moves_its_statistics_in_training_only(network, label):
+    before = network(label).stats
+    for stats, moves in (
+        (network(label).evaluation["stats"], False),
+        (network(label).training[0]["stats"], True),
+    ):
+        moved = [path for path in before if not np.array_equal(stats[path], before[path])]
+        assert len(moved) == (len(before) if moves else 0)
+    counts = {"cnn_deep": 16, "mlp": 0, "vgg16": 0, "vit_s16": 0}
+    assert len(before) == counts.get(label, len(before))
+
+
+@pytest.mark.parametrize("label", [label for label in TRAINED if label != "linear"])
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(network, label):
+    exact, (name, fields) = network(label), NETWORKS[label]
+    model = unfilled(name, 6, 32, dtype=jnp.bfloat16, shallow=True, **fields)
+    for ours, theirs in zip(split_model(model)[1:], (exact.params, exact.stats), strict=True):
+        assert {p: a.dtype for p, a in ours.items()} == {p: a.dtype for p, a in theirs.items()}
+
+    def logits(params, stats):
+        merged = merge_model(model, params, stats)
+        return merged(merged.preprocess(IMAGES))
+
+    rough = jax.jit(logits, compiler_options=QUICK)(exact.params, exact.stats)
+    exact = exact.evaluation["logits"]
+    assert rough.dtype == jnp.float32 and not np.array_equal(rough, exact)
+    np.testing.assert_allclose(rough, exact, atol=0.05 * max(1, float(jnp.abs(exact).max())))
 
 
 def test_seeds_decide_the_initialisation():
     first, again, other = (split_model(build("cnn", seed=s))[1] for s in (0, 0, 1))
     path = "stages.0.layers.0.kernel"
     assert np.array_equal(first[path], again[path]) and not np.array_equal(first[path], other[path])
-
-
-@pytest.mark.parametrize("name", ["mlp", "cnn", "cnn_deep"])
-def test_dropout_acts_in_training_only_and_follows_its_key(name):
-    model = build(name, dropout=0.5)
-    _, params, stats = split_model(model)
-    images = model.preprocess(IMAGES)
-
-    def logits(key):
-        return merge_model(model, params, stats, key)(images)
-
-    keys = jax.random.split(jax.random.key(0))
-    assert np.array_equal(logits(keys[0]), logits(keys[1]))
-    set_mode(model, training=True)
-    assert np.array_equal(logits(keys[0]), logits(keys[0]))
-    assert not np.allclose(logits(keys[0]), logits(keys[1]))
-
-
-def test_batch_norm_moves_its_statistics_in_training_only():
-    model = build("cnn_deep")
-    _, params, stats = split_model(model)
-    for training in (False, True):
-        set_mode(model, training=training)
-        merged = merge_model(model, params, stats, jax.random.key(0))
-        merged(merged.preprocess(IMAGES))
-        moved = [
-            path for path, s in split_model(merged)[2].items() if not np.array_equal(s, stats[path])
-        ]
-        assert len(moved) == (16 if training else 0)
-
-
-def test_max_pool_equals_flax():
-    for size in (8, 9):
-        x = jax.random.normal(jax.random.key(0), (2, size, size, 3))
-        np.testing.assert_array_equal(max_pool_2x2(x), nnx.max_pool(x, (2, 2), (2, 2)))
-
-
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
-@pytest.mark.parametrize(
-    ("size", "channels", "side", "strides", "padding"),
-    [
-        (9, 3, 3, (1, 1), "SAME"),
-        (9, 3, 5, (2, 2), "SAME"),
-        (4, 7, 3, (1, 1), "VALID"),
-        (2, 8, 3, (1, 1), "SAME"),
-        (3, 8, 1, (1, 1), "SAME"),
-        (7, 8, 3, (2, 2), [(1, 1), (0, 2)]),
-        (12, 8, 3, (1, 1), "SAME"),
-    ],
-)
-def test_both_lowerings_of_a_convolution_agree(
-    monkeypatch, backend, size, channels, side, strides, padding
-):
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], (2, size, size, channels))
-    kernel = jax.random.normal(keys[1], (side, side, channels, 5))
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-
-    def both(function):
-        loss = lambda x, k: (function(x, k, strides, padding, **options) ** 2).sum()  # noqa: E731
-        return function(x, kernel, strides, padding, **options), *jax.grad(loss, (0, 1))(x, kernel)
-
-    for ours, theirs in zip(both(convolve), both(jax.lax.conv_general_dilated), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
-
-
-def test_grouped_and_dilated_convolutions_pass_through():
-    x, kernel = jnp.ones((1, 3, 3, 4)), jnp.ones((3, 3, 1, 4))
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 4}
-    assert convolve(x, kernel, (1, 1), "SAME", **options)[0, 1, 1].tolist() == [9.0] * 4
 
 
 @pytest.mark.parametrize(("metric", "theirs"), [("l1", "manhattan"), ("l2", "euclidean")])
@@ -197,9 +249,14 @@ def test_knn_agrees_with_scikit_learn(metric, theirs):
     [
         ("cmn", {}, "Did you mean 'cnn'"),
         ("cnn_deep", {"image_size": 8}, "at least 16 pixels"),
+        ("resnet18", {"image_size": 31}, "at least 32 pixels"),
+        ("vit_s16", {"image_size": 40}, "a multiple of it, got 40"),
         ("cnn", {"droput": 0.5}, "no field 'droput'; it has dropout"),
-        ("cnn", {"weights": "timm/x"}, "no pretrained weights"),
+        ("cnn", {"weights": "timm/x"}, "no weights of cnn are published"),
         ("cnn", {"dropout": 2.0}, "dropout=2.0 is out of range"),
+        ("efficientnet_b0", {"stochastic_depth": 1.0}, "stochastic_depth=1.0 is out of range"),
+        ("resnet18", {"form": "tf"}, "choose one of torch, keras"),
+        ("mobilenet_v2", {"form": "keras"}, "choose one of torch, tf"),
         ("mlp", {"hidden": (0,)}, "widths of at least 1"),
         ("knn", {"metric": "l3"}, "l1, l2"),
         ("knn", {"max_k": 0}, "max_k"),
@@ -208,5 +265,8 @@ def test_knn_agrees_with_scikit_learn(metric, theirs):
 def test_mistakes_are_named(name, options, message):
     with pytest.raises(UserError, match=message):
         create_model(name, 6, **options)
+
+
+def test_one_class_is_refused():
     with pytest.raises(UserError, match="at least two classes"):
         create_model("cnn", 1)

@@ -1,0 +1,187 @@
+"""EfficientNet (Tan and Le 2019, arXiv:1905.11946) and the inverted residual block it is made of.
+
+Two forms are published. "torch": explicit padding, BatchNorm epsilon 1e-5. "tf" (TensorFlow's own
+weights, also Keras'): `SAME` padding, epsilon 1e-3.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from errors import choose
+from models.classifier import Classifier
+from models.layers import BatchNorm, PooledLinear, SqueezeExcite, conv, stochastic_depth
+
+
+class ConvNormAct(nnx.Module):
+    """Convolution, BatchNorm and an activation (None for a linear layer)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, side: int, stride: int = 1, *, tf: bool, act, **settings
+    ):
+        norm = {"momentum": 0.9, "epsilon": 1e-3 if tf else 1e-5}
+        norm |= {key: settings[key] for key in ("dtype", "rngs")}
+        self.conv = conv(inputs, outputs, side, stride, same=tf, **settings)
+        self.norm = BatchNorm(outputs, **norm)
+        self.act = act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, h, w, O]."""
+        x = self.norm(self.conv(x))
+        return x if self.act is None else self.act(x)
+
+
+class InvertedResidual(nnx.Module):
+    """Expand 1x1, depthwise, squeeze-excite, project 1x1; a shortcut where shapes agree.
+
+    Args:
+      inputs, outputs: channels.
+      side, stride: of the depthwise convolution.
+      expansion: of channels inside; with 1 there is no expanding layer.
+      act: the activation.
+      squeeze_excite: whether channels are gated, by a layer of inputs / 4 channels.
+      drop: rate of stochastic depth.
+      tf: the form of the weights.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        side: int,
+        stride: int,
+        expansion: int,
+        *,
+        act,
+        squeeze_excite: bool,
+        drop: float,
+        tf: bool,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        settings = {"dtype": dtype, "rngs": rngs}
+        form = {"tf": tf, **settings}
+        inner, reduced = inputs * expansion, inputs // 4
+        expands = expansion > 1
+        self.expand = ConvNormAct(inputs, inner, 1, act=act, **form) if expands else None
+        self.depthwise = ConvNormAct(inner, inner, side, stride, act=act, groups=inner, **form)
+        self.gate = SqueezeExcite(inner, reduced, act=act, **settings) if squeeze_excite else None
+        self.project = ConvNormAct(inner, outputs, 1, act=None, **form)
+        self.drop = stochastic_depth(drop, rngs)
+        self.has_shortcut = stride == 1 and inputs == outputs
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H / stride, W / stride, O]."""
+        y = x if self.expand is None else self.expand(x)
+        y = self.depthwise(y)
+        y = self.project(y if self.gate is None else self.gate(y))
+        return x + self.drop(y) if self.has_shortcut else y
+
+
+def inverted_residual_stages(channels: int, plan: list[tuple], drop_rate: float, **options) -> list:
+    """Returns a stage per row of `plan`: (expansion, outputs, blocks, stride, side).
+
+    Stochastic depth grows linearly from 0 to `drop_rate` over the blocks.
+    """
+    total, done, stages = sum(row[2] for row in plan), 0, []
+    for expansion, outputs, count, stride, side in plan:
+        blocks = []
+        for i in range(count):
+            blocks.append(
+                InvertedResidual(
+                    channels,
+                    outputs,
+                    side,
+                    stride if i == 0 else 1,
+                    expansion,
+                    drop=drop_rate * done / total,
+                    **options,
+                )
+            )
+            channels, done = outputs, done + 1
+        stages.append(nnx.Sequential(*blocks))
+    return stages
+
+
+def round_channels(channels: float, divisor: int = 8) -> int:
+    """Rounds to a multiple of `divisor`, never down by more than a tenth."""
+    rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * channels else rounded
+
+
+class EfficientNet(Classifier):
+    """Stem, seven stages of inverted residuals, 1x1 convolution, pooled linear head."""
+
+    min_image_size = 32
+    width, depth = 1.0, 1.0
+    # expansion, channels, blocks, stride, kernel side: of B0
+    plan = (
+        (1, 16, 1, 1, 3),
+        (6, 24, 2, 2, 3),
+        (6, 40, 2, 2, 5),
+        (6, 80, 3, 2, 3),
+        (6, 112, 3, 1, 5),
+        (6, 192, 4, 2, 5),
+        (6, 320, 1, 1, 3),
+    )
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int,
+        *,
+        form: str = "torch",
+        dropout: float = 0.2,
+        stochastic_depth: float = 0.2,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del image_size  # any: the head averages over places
+        tf = choose("efficientnet: form", form, ("torch", "tf")) == "tf"
+        settings = {"tf": tf, "act": nnx.silu, "dtype": dtype, "rngs": rngs}
+        plan = [
+            (expansion, round_channels(channels * self.width), math.ceil(count * self.depth), s, k)
+            for expansion, channels, count, s, k in self.plan
+        ]
+        stem = round_channels(32 * self.width)
+        blocks = inverted_residual_stages(
+            stem, plan, stochastic_depth, squeeze_excite=True, **settings
+        )
+        last, top = plan[-1][1], round_channels(1280 * self.width)
+        self.stages = nnx.List(
+            [
+                ConvNormAct(3, stem, 3, 2, **settings),
+                *blocks,
+                ConvNormAct(last, top, 1, **settings),
+                PooledLinear(top, num_classes, dropout, dtype=dtype, rngs=rngs),
+            ]
+        )
+
+
+class EfficientNetB0(EfficientNet):
+    """5.3 M parameters with 1,000 classes."""
+
+    default_image_size = 224
+
+
+class EfficientNetB1(EfficientNet):
+    """7.8 M parameters with 1,000 classes."""
+
+    default_image_size = 240
+    depth = 1.1
+
+
+class EfficientNetB2(EfficientNet):
+    """9.1 M parameters with 1,000 classes."""
+
+    default_image_size = 260
+    width, depth = 1.1, 1.2
+
+
+class EfficientNetB3(EfficientNet):
+    """12.2 M parameters with 1,000 classes."""
+
+    default_image_size = 300
+    width, depth = 1.2, 1.4

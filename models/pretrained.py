@@ -1,0 +1,241 @@
+"""Pretrained weights: what their names mean, and a command line to list, convert and verify them.
+
+A name is one of
+
+    timm/resnet50.tv_in1k             a published file, fetched once and verified (see `list`)
+    timm:FILE.safetensors             a local file in a publisher's own format; likewise
+    torchvision:FILE.pth, keras:FILE.h5
+    archcompare:FILE.safetensors      a file that `convert` wrote
+    run:RUN_DIR                       the best weights of a finished run
+
+    python -m models.pretrained list
+    python -m models.pretrained convert timm/resnet50.tv_in1k --output=resnet50.safetensors
+    python -m models.pretrained verify timm/resnet50.tv_in1k
+
+`verify` needs the publisher's library: pip install 'archcompare[parity]'. Names become models in
+`models/loading.py`; the published ones are listed in `models/published.py`.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from errors import UserError, choose
+from models import MODELS, conversion, create_model, reference
+from models.classifier import set_mode, split_model
+from models.loading import FORMATS, OURS, Source, fetch, find, read_own, read_run
+from models.published import PUBLISHED
+from models.weight_files import write_safetensors
+
+TOLERANCE = 1e-4  # of the largest value; float32 sums in another order stay below 1e-5
+MARK = 7919  # a number of classes that no other axis of a parameter has
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, 1 if `verify` disagrees, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m models.pretrained")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="the published weights")
+    listing.add_argument("--json", action="store_true", help="every field, for programs")
+    convert = commands.add_parser("convert", help="write weights in our own names and layout")
+    convert.add_argument("--output", type=Path, required=True, help="a .safetensors file")
+    verify = commands.add_parser("verify", help="compare with the publisher's own library")
+    for command in (convert, verify):
+        command.add_argument("name", help="such as timm/resnet50.tv_in1k or timm:FILE")
+        command.add_argument("--model", default="", help="architecture, of a local file")
+        command.add_argument("--form", default="", help="of the architecture, where it has several")
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "list":
+            print(_as_json() if options.json else _as_table(), flush=True)
+            return 0
+        model = _model_of(options.name, options.model)
+        fields = {"form": options.form} if options.form else {}
+        if options.command == "convert":
+            print(convert_weights(options.name, model, fields, options.output))
+            return 0
+        return 0 if verify_weights(options.name, model, fields) <= TOLERANCE else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# --- list ---------------------------------------------------------------------------------------
+
+
+def _as_json() -> str:
+    entries = [{"family": entry.family, **asdict(entry)} for entry in PUBLISHED.values()]
+    return json.dumps(entries, indent=1)
+
+
+def _as_table() -> str:
+    recipes = list(dict.fromkeys(entry.recipe for entry in PUBLISHED.values()))
+    rows = [("name", "model", "form", "top-1", "licence", "size", "commit", "digest", "by")]
+    for entry in PUBLISHED.values():
+        rows.append(
+            (
+                entry.name,
+                entry.model,
+                entry.form or "-",
+                f"{entry.top1:.1f}" if entry.top1 else "-",
+                "-" if entry.licence.startswith("not") else entry.licence,
+                str(entry.preprocessing.size),
+                entry.revision[:7] or "URL",
+                "sha256" if entry.sha256 else "md5" if entry.md5 else "none",
+                str(recipes.index(entry.recipe) + 1),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    notes = [f"{number:2}  {recipe}" for number, recipe in enumerate(recipes, start=1)]
+    told = (
+        "top-1: published accuracy on ImageNet-1k in percent, - without classifier; size in",
+        "pixels; licence -: not stated by the publisher. --json: whole commits, URLs, digests.",
+    )
+    return "\n".join([*lines, "", "by: the training", *notes, "", *told])
+
+
+# --- what a name stands for ---------------------------------------------------------------------
+
+
+def _model_of(name: str, given: str) -> str:
+    """Returns the architecture: the one given, or the one that the weights know themselves."""
+    family, colon, path = name.partition(":")
+    if given:
+        return choose("--model", given, MODELS)
+    if not colon:
+        return PUBLISHED[choose("weights", name, PUBLISHED)].model
+    if choose(f"weights {name!r}: family", family, (*FORMATS, *OURS)) in OURS:
+        return (read_run if family == "run" else read_own)(Path(path))["model"]
+    raise UserError(f"weights {name!r} do not say of which architecture they are: give --model")
+
+
+def shape_of(source: Source, name: str, fields: dict) -> tuple[int, int]:
+    """Returns the number of classes of the file's own head, 0 for none, and its image size."""
+    arrays = conversion.normalise_names(source.read(), source.family)
+    architecture, size = MODELS[name], source.preprocessing.size
+    size = size or architecture.default_image_size
+    fields = fields | source.fields
+
+    def build() -> nnx.Module:
+        return architecture(MARK, size, dtype=jnp.float32, rngs=nnx.Rngs(0), **fields)
+
+    skeleton = nnx.eval_shape(build)
+    params = split_model(skeleton)[1]
+    names = {path: path for path in params}
+    if source.family not in OURS:
+        if source.family not in conversion.published_by(skeleton):
+            return 2, size  # loading says what is wrong
+        names = conversion.source_names(skeleton, source.family, list(params))
+    head = [names[path] for path, param in params.items() if param.shape == (MARK,)]
+    positions = [arrays[n] for p, n in names.items() if p.endswith(".positions") and n in arrays]
+    if positions and positions[0].ndim == 3:
+        size = round(max(positions[0].shape[1] - 1, 1) ** 0.5) * architecture.patch
+    width = len(arrays[head[0]]) if head[0] in arrays and arrays[head[0]].ndim else 0
+    return width, size
+
+
+# --- convert ------------------------------------------------------------------------------------
+
+
+def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
+    """Writes weights as our own file, which `archcompare:FILE` reads; returns a line about it.
+
+    A file without classifier stays without: whoever loads it gets a new one.
+
+    Raises:
+      UserError: the weights are not found or do not fit, or the file cannot be written.
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output={output}: give a name that ends in .safetensors")
+    source, facts = find(name, model, fields), _facts(name)
+    num_classes, image_size = shape_of(source, model, fields)
+    image_size = facts.pop("image_size", image_size)
+    loaded = create_model(
+        model, num_classes or 2, weights=name, image_size=image_size, **facts["fields"], **fields
+    )
+    _, params, stats = split_model(loaded)
+    arrays = {path: np.asarray(array) for path, array in (params | stats).items()}
+    if not num_classes:
+        head = f"stages.{len(loaded.stages) - 1}."
+        arrays = {path: array for path, array in arrays.items() if not path.startswith(head)}
+    facts |= {
+        "model": model,
+        "fields": dict(loaded.fields),
+        "preprocessing": loaded.preprocessing.to_dict(),
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "reference": source.reference,
+    }
+    write_safetensors(output, arrays, {"archcompare": json.dumps(facts)})
+    classes = f"{num_classes} classes" if num_classes else "no classifier"
+    return f"{output}: {len(arrays)} arrays of {model}, {classes}, read as archcompare:{output}"
+
+
+def _facts(name: str) -> dict:
+    """Returns what is known of weights beside their numbers."""
+    family, colon, path = name.partition(":")
+    facts = {"source": name, "licence": "", "recipe": "", "top1": 0.0, "fields": {}}
+    if not colon:
+        entry = PUBLISHED[name]
+        stated = {"licence": entry.licence, "recipe": entry.recipe, "top1": entry.top1}
+        return facts | stated | {"revision": entry.revision, "url": entry.url}
+    if family in OURS:
+        stored = (read_run if family == "run" else read_own)(Path(path))
+        facts |= {key: value for key, value in stored.items() if key != "arrays"}
+    if family != "archcompare":  # of a path, only the last name says anything elsewhere
+        facts["source"] = f"{family}:{Path(path).name}"
+    return facts
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def verify_weights(name: str, model: str, fields: dict) -> float:
+    """Compares our network with the publisher's own on seeded images, and prints the errors.
+
+    Without classifier in the file, the stages alone are compared.
+
+    Returns:
+      The largest relative error of logits and of any stage.
+
+    Raises:
+      UserError: the publisher's library is not installed, or the weights do not fit.
+    """
+    family, colon, path = name.partition(":")
+    if family in OURS:
+        raise UserError(f"weights {name!r} are our own: verify those that they were made from")
+    source = find(name, model, fields)
+    reference.require(source.family)
+    num_classes, size = shape_of(source, model, fields)
+    ours = create_model(model, num_classes or 2, weights=name, image_size=size, **fields)
+    set_mode(ours, training=False)
+    theirs = reference.build(source.family, model, dict(ours.fields), num_classes, size)
+    theirs.load(Path(path) if colon else fetch(PUBLISHED[name]))
+    *stages, logits = errors = reference.compare(ours, theirs, reference.images_for(size))
+    if not num_classes:
+        stages, logits = errors, None
+    told = "no classifier" if logits is None else f"logits {logits:.1e}"
+    agree = "agrees" if max(errors) <= TOLERANCE else f"DIFFERS by more than {TOLERANCE:.0e}"
+    print(
+        f"{name}: {agree} with {source.family} at {size} pixels; largest error relative to the "
+        f"largest value: {told}, any of {len(stages)} stages {max(stages):.1e}"
+    )
+    return max(errors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Published weights: where they lie, who made them how, and which pixels they expect.
+
+Revisions, digests and licences are those that the publishers state (Hugging Face pages of the
+files; `keras/src/applications`), and for a few digests a public repository that pins the file.
+Top-1 accuracies on ImageNet-1k: `results-imagenet.csv` of timm and the Keras Applications table.
+"""
+
+from dataclasses import dataclass, replace
+
+from models.classifier import Preprocessing
+
+IMAGENET = Preprocessing(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=224, crop=0.875
+)
+BICUBIC = replace(IMAGENET, interpolation="bicubic")
+HALVES = replace(BICUBIC, mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9)
+CAFFE = Preprocessing(
+    1.0, mean=(103.939, 116.779, 123.68), std=(1.0,) * 3, channels="bgr", size=224
+)
+SYMMETRIC = Preprocessing(1 / 127.5, mean=(1.0,) * 3, std=(1.0,) * 3, size=224)
+
+TORCHVISION = "torchvision reference: SGD, 90 epochs, step schedule, random resized crop, flip"
+A1 = "ResNet strikes back A1 (arXiv:2110.00476): LAMB, BCE, 600 epochs, RandAugment, mixup, cutmix"
+RA = "timm RandAugment recipe (B of arXiv:2110.00476): RMSProp, EMA, step decay, warmup"
+TF = "the EfficientNet authors' TensorFlow training (arXiv:1905.11946), base preprocessing"
+AUGREG = "How to train your ViT (arXiv:2106.10270): ImageNet-21k, then ImageNet-1k at 224"
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published file of weights.
+
+    Attributes:
+      name: "family/model.tag", as `create_model(weights=...)` takes it.
+      model: key of `models.MODELS`.
+      form: of the architecture, "" where it has one only.
+      repository, revision: on the Hugging Face hub, or both "".
+      url: elsewhere.
+      sha256, md5: of the file, "" where the publisher states none.
+      top: whether the file holds the classifier of the 1,000 ImageNet classes.
+      top1: published accuracy on ImageNet-1k in percent, at the preprocessing's size; 0 for none.
+    """
+
+    name: str
+    model: str
+    form: str
+    preprocessing: Preprocessing
+    licence: str
+    recipe: str
+    top1: float
+    repository: str = ""
+    revision: str = ""
+    url: str = ""
+    sha256: str = ""
+    md5: str = ""
+    top: bool = True
+
+    @property
+    def family(self) -> str:
+        """Publisher of the file, which decides its format: timm or keras."""
+        return self.name.partition("/")[0]
+
+
+def _timm(name, model, form, preprocessing, licence, recipe, top1, revision, sha256) -> Published:
+    licence = {"bsd": "BSD-3-Clause", "apache": "Apache-2.0"}[licence]
+    return Published(
+        f"timm/{name}", model, form, preprocessing, licence, recipe, top1,
+        repository=f"timm/{name}", revision=revision, sha256=sha256,
+    )  # fmt: skip
+
+
+def _sized(preprocessing: Preprocessing, size: int, crop: float) -> Preprocessing:
+    return replace(preprocessing, size=size, crop=crop)
+
+
+# fmt: off
+_TIMM = [
+    _timm("vgg16.tv_in1k", "vgg16", "", IMAGENET, "bsd", TORCHVISION, 71.59,
+          "3394518cba29aee1ea82a49d971be90d2dd1dab7",
+          "57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8"),
+    _timm("vgg16_bn.tv_in1k", "vgg16_bn", "", IMAGENET, "bsd", TORCHVISION, 73.35,
+          "e00c01e7cee168262dcba6428dc4a8f41e27e965",
+          "88bbedbc8e780413736db38ac4efd41b06fc0e93fd5b8879b584bba63a950129"),
+    _timm("vgg19.tv_in1k", "vgg19", "", IMAGENET, "bsd", TORCHVISION, 72.40,
+          "128d4708565b3a414bcbb9bbad440b2fe37b9f18",
+          "11aea017b543ff59233749d8f1cf544cda749378f5790d2fedab841fb86b7669"),
+    _timm("resnet18.tv_in1k", "resnet18", "torch", IMAGENET, "bsd", TORCHVISION, 69.75,
+          "a987fd6b60f845221bfff84b6f0191273ba56ead",
+          "694f673df6520a3158624e8a89af086f59923ee4cd7436fe5bc3bc71d295ad81"),
+    _timm("resnet18.a1_in1k", "resnet18", "torch", _sized(BICUBIC, 224, 0.95), "apache", A1, 71.50,
+          "491b427b45c94c7fb0e78b5474cc919aff584bbf",
+          "80c49dee3da4822c009c5a7fe591e9223c5a2cfcf95a4067ca4dfb5a7b89c612"),
+    _timm("resnet34.tv_in1k", "resnet34", "torch", IMAGENET, "bsd", TORCHVISION, 73.30,
+          "1b7b21cca82ff974d341713f777bf740c2db38c4",
+          "0bb82595a564991a9d424708b33f5d843f5aaed7f6c0886ff10849ff97022235"),
+    _timm("resnet50.tv_in1k", "resnet50", "torch", IMAGENET, "bsd", TORCHVISION, 76.16,
+          "aa6c2d36d56bc0209040c02b5a7b7d7bf11d57b8",
+          "5d061a3c593d795bfe682d9b152bafbcf550579873492def3515b46db1189888"),
+    _timm("resnet50.a1_in1k", "resnet50", "torch", _sized(BICUBIC, 224, 0.95), "apache", A1, 80.38,
+          "767268603ca0cb0bfe326fa87277f19c419566ef",
+          "773525d5821de224f8f30c33377b7a795d7863e08522698200d3217d3f2a41bb"),
+    _timm("resnet152.tv_in1k", "resnet152", "torch", IMAGENET, "bsd", TORCHVISION, 78.33,
+          "2a9b5c2460893a2ab13d8625db2383f3094d704f",
+          "15897077afdf4d6334dc0c3f8e6fb483afb3faa9298c139f3c6eb29bca6ae5b2"),
+    _timm("efficientnet_b0.ra_in1k", "efficientnet_b0", "torch", BICUBIC, "apache", RA, 77.70,
+          "1b5383e5f79cc0f7fc067e372f8f26a5fa73f26a",
+          "d569899762ea9b1384ee07f4af64805cf8caa1c55f9253ebb1080dc40e87a2cd"),
+    _timm("efficientnet_b1.ft_in1k", "efficientnet_b1", "torch", BICUBIC, "apache",
+          "timm, fine-tuned on ImageNet-1k; no recipe published", 77.59,
+          "1d6ddfd0ad535646fdb05bc3834913d93816152e",
+          "2eb860ed42ef594b3ae479669e306927bb4d4018e246e38f512b6b25b1734f6e"),
+    _timm("efficientnet_b2.ra_in1k", "efficientnet_b2", "torch", _sized(BICUBIC, 256, 0.875),
+          "apache", RA, 79.32,
+          "3577c4a7d84723645311bb5a9e5086f1b62ec8e2",
+          "e9adbcce7e5d5055c571c4cafdcc7f920b6a6ec42e643c49dff1aabe1d5f53c5"),
+    _timm("efficientnet_b3.ra2_in1k", "efficientnet_b3", "torch", _sized(BICUBIC, 288, 0.875),
+          "apache", RA, 81.47,
+          "707c9b711f7f114b4c1601d566a4aaf9fdba4a49",
+          "279d2a53898aa89dab43fd6bd7df9f706aea4cb9cf916223988bbcb8e5850469"),
+    _timm("tf_efficientnet_b0.in1k", "efficientnet_b0", "tf", BICUBIC, "apache", TF, 76.54,
+          "8186ca4217f9c67824ebe7566008bdc69976d15a",
+          "276dfe076f3fca30c2f7bf1e44039e395e6de50248caaa159d16530699f16995"),
+    _timm("tf_efficientnet_b2.in1k", "efficientnet_b2", "tf", _sized(BICUBIC, 260, 0.89),
+          "apache", TF, 79.61,
+          "3e01dbe00212e5f9f8713cf7b27d717adc1ae5dc",
+          "7baae812d58f483b6c3ada0e445b93c40740776a5d007bf0fdbf8a4adfa5f348"),
+    _timm("tf_efficientnet_b3.in1k", "efficientnet_b3", "tf", _sized(BICUBIC, 300, 0.904),
+          "apache", TF, 80.88,
+          "530a04510c181c86ca3e626b355b99b1fbe84878", ""),
+    _timm("mobilenetv2_100.ra_in1k", "mobilenet_v2", "torch", BICUBIC, "apache", RA, 72.91,
+          "f3ff81ba89de0bc46b546568ebeab2edef6b9d49",
+          "55ea4fb3a96010b933710ebf44fc965b070d5cd054d3f35e44f2d1320b4a714e"),
+    _timm("vit_small_patch16_224.augreg_in21k_ft_in1k", "vit_s16", "", HALVES, "apache", AUGREG,
+          81.40,
+          "7e2c55630205e1266030f18370f4c6ed1a514b52",
+          "79c03c635cdfd798a364a9d8c4e5c0b7255b975ea2c9616046d4f77ab01435aa"),
+    _timm("vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_b16", "", HALVES, "apache", AUGREG,
+          84.53,
+          "2ec9fb3d7bb664aac471ac44582c94d18de33780",
+          "c401d219603ac3e20b6373c7b198c78d3a733f80b755d148bda3bc320ae69800"),
+]
+
+_KERAS_FOLDER = "https://storage.googleapis.com/tensorflow/keras-applications/"
+_DIM_ORDERING = "_weights_tf_dim_ordering_tf_kernels"
+_UNSTATED = "not stated by Keras"
+# Keras' name, model, form, preprocessing, recipe, top-1, file with top and without, MD5 of each.
+_KERAS = [
+    ("vgg16", "vgg16", "", CAFFE, "the authors' Caffe training (arXiv:1409.1556)", 71.3,
+     f"{_KERAS_FOLDER}vgg16/vgg16{_DIM_ORDERING}.h5",
+     f"{_KERAS_FOLDER}vgg16/vgg16{_DIM_ORDERING}_notop.h5",
+     "64373286793e3c8b2b4e3219cbf3544b", "6d6bbae143d832006294945121d1f1fc"),
+    ("vgg19", "vgg19", "", CAFFE, "the authors' Caffe training (arXiv:1409.1556)", 71.3,
+     f"{_KERAS_FOLDER}vgg19/vgg19{_DIM_ORDERING}.h5",
+     f"{_KERAS_FOLDER}vgg19/vgg19{_DIM_ORDERING}_notop.h5",
+     "cbe5617147190e668d6c5d5026f83318", "253f8cb515780f3b799900260a226db6"),
+    *((name, name, "keras", CAFFE, "the authors' Caffe training (arXiv:1512.03385)", top1,
+       f"{_KERAS_FOLDER}resnet/{name}{_DIM_ORDERING}.h5",
+       f"{_KERAS_FOLDER}resnet/{name}{_DIM_ORDERING}_notop.h5", md5, md5_notop)
+      for name, top1, md5, md5_notop in (
+        ("resnet50", 74.9, "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"),
+        ("resnet101", 76.4, "f1aeb4b969a6efcfb50fad2f0c20cfc5", "88cf7a10940856eca736dc7b7e228a21"),
+        ("resnet152", 76.6, "100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
+    )),
+    *((f"efficientnetb{i}", f"efficientnet_b{i}", "tf", _sized(IMAGENET, size, 1.0),
+       "the authors' TensorFlow training (arXiv:1905.11946)", top1,
+       f"https://storage.googleapis.com/keras-applications/efficientnetb{i}.h5",
+       f"https://storage.googleapis.com/keras-applications/efficientnetb{i}_notop.h5",
+       md5, md5_notop)
+      for i, (size, top1, md5, md5_notop) in enumerate((
+        (224, 77.1, "902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"),
+        (240, 79.1, "1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"),
+        (260, 80.1, "b15cce36ff4dcbd00b6dd88e7857a6ad", "111f8e2ac8aa800a7a99e3239f7bfb39"),
+        (300, 81.6, "ffd1fdc53d0ce67064dc6a9c7960ede0", "af6d107764bb5b1abb91932881670226"),
+    ))),
+    ("mobilenetv2", "mobilenet_v2", "tf", SYMMETRIC, "TF-slim (arXiv:1801.04381)", 71.3,
+     f"{_KERAS_FOLDER}mobilenet_v2/mobilenet_v2{_DIM_ORDERING}_1.0_224.h5",
+     f"{_KERAS_FOLDER}mobilenet_v2/mobilenet_v2{_DIM_ORDERING}_1.0_224_no_top.h5", "", ""),
+]
+# fmt: on
+
+PUBLISHED: dict[str, Published] = {entry.name: entry for entry in _TIMM}
+for _name, _model, _form, _pixels, _recipe, _top1, _url, _url_notop, _md5, _md5_notop in _KERAS:
+    _entry = Published(
+        f"keras/{_name}.imagenet", _model, _form, _pixels, _UNSTATED, _recipe, _top1,
+        url=_url, md5=_md5,
+    )  # fmt: skip
+    PUBLISHED[_entry.name] = _entry
+    _notop = replace(
+        _entry, name=f"keras/{_name}.imagenet_notop", url=_url_notop, md5=_md5_notop, top=False
+    )
+    PUBLISHED[_notop.name] = replace(_notop, top1=0.0)

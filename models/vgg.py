@@ -1,0 +1,95 @@
+"""VGG (Simonyan and Zisserman 2014, arXiv:1409.1556), plain and with BatchNorm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.classifier import Classifier
+from models.layers import (
+    BatchNorm,
+    PooledLinear,
+    adaptive_average_pool,
+    conv,
+    flatten,
+    max_pool_2x2,
+)
+
+
+class Head(nnx.Module):
+    """Average pooling to 7x7 places (nothing at 224 pixels), two hidden layers, one linear."""
+
+    def __init__(self, num_classes: int, hidden: int, dropout: float, *, dtype, rngs: nnx.Rngs):
+        settings = {"dtype": dtype, "rngs": rngs}
+        self.fc1 = nnx.Linear(7 * 7 * 512, hidden, **settings)
+        self.fc2 = nnx.Linear(hidden, hidden, **settings)
+        self.linear = nnx.Linear(hidden, num_classes, **settings)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def condense(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, 512] -> [B, 7, 7, 512], all that this head needs of its input."""
+        return adaptive_average_pool(x, 7)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, 512] -> [B, K]."""
+        x = flatten(self.condense(x))  # rows, then columns, then channels
+        x = self.dropout(nnx.relu(self.fc1(x)))
+        x = self.dropout(nnx.relu(self.fc2(x)))
+        return self.linear(x)
+
+
+class Vgg(Classifier):
+    """Five stages of 3x3 convolutions, each ended by 2x2 max pooling, and a dense head.
+
+    Args of the architecture:
+      hidden: width of the head's two hidden layers; 0 for global average pooling and one linear
+        layer, which leaves out 124 of 138 M parameters.
+    """
+
+    default_image_size = 224
+    min_image_size = 32
+    blocks: tuple[int, int, int, int, int] = (2, 2, 3, 3, 3)
+    batch_norm = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int,
+        *,
+        hidden: int = 4096,
+        dropout: float = 0.5,
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        del image_size  # any: the head pools
+        settings = {"dtype": dtype, "rngs": rngs}
+        stages, channels = [], 3
+        for count, width in zip(self.blocks, (64, 128, 256, 512, 512), strict=True):
+            layers = []
+            for _ in range(count):
+                layers.append(conv(channels, width, 3, use_bias=True, **settings))
+                if self.batch_norm:
+                    layers.append(BatchNorm(width, momentum=0.9, **settings))
+                layers.append(nnx.relu)
+                channels = width
+            stages.append(nnx.Sequential(*layers, max_pool_2x2))
+        if hidden:
+            head = Head(num_classes, hidden, dropout, **settings)
+        else:
+            head = PooledLinear(channels, num_classes, dropout, **settings)
+        self.stages = nnx.List([*stages, head])
+
+
+class Vgg16(Vgg):
+    """138 M parameters with 1,000 classes."""
+
+
+class Vgg16Bn(Vgg):
+    """As `Vgg16`, each convolution followed by BatchNorm."""
+
+    batch_norm = True
+
+
+class Vgg19(Vgg):
+    """144 M parameters with 1,000 classes."""
+
+    blocks = (2, 2, 4, 4, 4)
