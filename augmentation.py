@@ -45,6 +45,13 @@ def augment(
     return _mix(mix, images, targets, config)
 
 
+def changes_nothing(config: ConfigDict) -> bool:
+    """Returns whether `config.augment` leaves images as they are."""
+    flips, colours = ("flip_horizontal", "flip_vertical"), ("brightness", "contrast", "saturation")
+    others = any(config[name] for name in (*flips, *colours, "mixup", "cutmix"))
+    return not (others or _resamples(config))
+
+
 def _resamples(config: ConfigDict) -> bool:
     crops = tuple(config.crop_area) != (1.0, 1.0)
     return bool(crops or config.rotation or config.zoom or config.shift)

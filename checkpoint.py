@@ -66,14 +66,12 @@ def save(directory: Path, kind: str, step: int, tree: Any, record: dict) -> Path
     return path
 
 
-def restore(path: Path, template: Any) -> tuple[Any, dict]:
-    """Reads a checkpoint: a tree of NumPy arrays in the structure of `template`, and its record.
+def fit(template: Any, arrays: dict[str, np.ndarray], path: Path) -> Any:
+    """Returns the arrays of the checkpoint at `path` in the structure of `template`.
 
     Raises:
-      CheckpointError: it is damaged; every array is compared with its stored SHA-256.
-      UserError: it is whole, but holds other arrays than the template.
+      UserError: it holds other arrays than the template.
     """
-    arrays, record = restore_arrays(path)
     names = list(flat(template))
     if set(names) != set(arrays):
         different = sorted(set(names) ^ set(arrays))[:5]
@@ -81,7 +79,7 @@ def restore(path: Path, template: Any) -> tuple[Any, dict]:
             f"{path} was written by other code: {', '.join(different)} ... are on one side only. "
             f"Use that code, or delete {path.parent} to train anew"
         )
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names]), record
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names])
 
 
 def restore_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:

@@ -3,7 +3,6 @@
 import difflib
 import itertools
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -16,8 +15,18 @@ from ml_collections import ConfigDict, config_flags
 
 from errors import UserError, choose
 from models import MODELS
+from settings import (
+    flatten,
+    lookup,
+    merge,
+    override,
+    parse,
+    phase_names,
+    stored_config,
+)
+from validation import validate
 
-GRID_FIELDS = ("models", "seeds", "sweep", "per_model")
+GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model")
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Run:
 
 
 def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[Run]:
-    """Returns the runs of models x sweep x seeds, each with its own checked config.
+    """Returns the runs of models x variants x sweep x seeds, each with its own checked config.
 
     Args:
       config: an experiment as `configs/base.py` describes it.
@@ -52,11 +61,17 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
             raise UserError(f"config.seeds: {seed!r} is not a whole number from 0 to 2**31 - 1")
 
     runs = []
-    for name, point in itertools.product(models, _sweep_points(config.sweep)):
+    variants = config.variants.to_dict() or {"": {}}
+    for name, variant, point in itertools.product(models, variants, _sweep_points(config.sweep)):
         settings = _model_config(config, name, overrides)
+        for path, value in flatten(variants[variant]).items():
+            override(settings, path, value, f"variants.{variant}")
         for path, text in point:
-            _assign(settings, path, _parse(text, _lookup(settings, path, "sweep"), path), "sweep")
-        settings.variant = ", ".join(f"{path.split('.')[-1]}={text}" for path, text in point)
+            value = parse(text, lookup(settings, path, "sweep"), path)
+            override(settings, path, value, "sweep")
+        swept = [f"{path.split('.')[-1]}={text}" for path, text in point]
+        settings.variant = ", ".join(filter(None, [variant, *swept]))
+        _resolve_phases(settings)
         validate(settings)
         suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
         for seed in config.seeds:
@@ -68,51 +83,34 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
     return runs
 
 
+def _resolve_phases(settings: ConfigDict) -> None:
+    """Replaces phases="auto", and drops the sections of phases that do not take part."""
+    if settings.phases == "auto":
+        settings.phases = "all" if settings.weights == "none" else "head,tune"
+    names = phase_names(settings)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"config.phases={settings.phases!r}: name each phase once, at least one")
+    for name in names:
+        choose("config.phases", name, settings.phase.keys())
+    settings.phase = ConfigDict({name: settings.phase[name].to_dict() for name in names})
+
+
 def _model_config(config: ConfigDict, name: str, overrides: dict[str, Any]) -> ConfigDict:
     """Returns the config of one model, before sweep and seed."""
     settings = ConfigDict({k: v for k, v in config.to_dict().items() if k not in GRID_FIELDS})
     prefix = f"per_model.{name}."
     specific = ConfigDict(config.per_model.get(name, {})).to_dict()
     settings.model.update(specific.pop("model", {}))
-    _merge(settings, specific, f"per_model.{name}")
-    for path, value in overrides.items():
+    merge(settings, specific, f"per_model.{name}")
+    by_phase_last = sorted(overrides.items(), key=lambda item: "phase." in item[0])
+    for path, value in by_phase_last:
         if path.split(".")[0].split("[")[0] not in GRID_FIELDS and "[" not in path:
-            _assign(settings, path, value, "command line")
-    for path, value in overrides.items():
+            override(settings, path, value, "command line")
+    for path, value in by_phase_last:
         if path.startswith(prefix):
-            _assign(settings, path.removeprefix(prefix), value, "command line")
+            override(settings, path.removeprefix(prefix), value, "command line")
     settings.model.name = name
     return settings
-
-
-def _merge(settings: ConfigDict, changes: dict, where: str) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict):
-            if not isinstance(settings.get(key), ConfigDict):
-                raise UserError(f"{where}: there is no section {key!r} in the config")
-            _merge(settings[key], value, f"{where}.{key}")
-        else:
-            _assign(settings, key, value, where)
-
-
-def _lookup(settings: ConfigDict, path: str, where: str) -> Any:
-    *sections, field = path.split(".")
-    for section in sections:
-        choose(f"{where}: section of {path!r}", section, settings.keys())
-        settings = settings[section]
-    choose(f"{where}: field of {path!r}", field, settings.keys())
-    return settings[field]
-
-
-def _assign(settings: ConfigDict, path: str, value: Any, where: str) -> None:
-    _lookup(settings, path, where)
-    *sections, field = path.split(".")
-    for section in sections:
-        settings = settings[section]
-    try:
-        settings[field] = value
-    except TypeError as error:
-        raise UserError(f"{where}: {path}={value!r} has the wrong type: {error}") from error
 
 
 def _sweep_points(sweep: str) -> list[list[tuple[str, str]]]:
@@ -126,122 +124,7 @@ def _sweep_points(sweep: str) -> list[list[tuple[str, str]]]:
     return [list(point) for point in itertools.product(*axes)]
 
 
-def _parse(text: str, current: Any, path: str) -> Any:
-    """Reads one swept value as the type that the field has."""
-    try:
-        if isinstance(current, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(current, (int, float, str)):
-            return type(current)(text)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"sweep: {path}={text!r} is not a {type(current).__name__}") from error
-    raise UserError(f"sweep: {path} is a {type(current).__name__}; sweep numbers, strings or flags")
-
-
-# --- validation ---------------------------------------------------------------------------------
-
-CHOICES = {
-    "data.source": ("digits", "folder", "npz", "tfds"),
-    "data.resize": ("squash", "crop"),
-    "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
-    "data.unreadable": ("error", "skip"),
-    "compute_dtype": ("float32", "bfloat16"),
-    "optimizer.name": ("sgd", "adam", "adamw"),
-    "schedule.name": ("constant", "step", "cosine", "plateau"),
-    "loss.name": ("cross_entropy", "hinge"),
-    "runtime.feed": ("auto", "resident", "streaming"),
-}
-# field: (lowest, highest, whether the lowest itself is allowed, likewise the highest)
-RANGES = {
-    "data.image_size": (1, 4096, True, True),
-    "data.split_seed": (0, 2**31, True, False),
-    "epochs": (1, 10**6, True, True),
-    "batch_size": (1, 10**6, True, True),
-    "eval_batch_size": (1, 10**6, True, True),
-    "optimizer.learning_rate": (0, math.inf, False, False),
-    "optimizer.momentum": (0, 1, True, False),
-    "optimizer.b1": (0, 1, True, False),
-    "optimizer.b2": (0, 1, True, False),
-    "optimizer.weight_decay": (0, math.inf, True, False),
-    "optimizer.l1": (0, math.inf, True, False),
-    "optimizer.clip_norm": (0, math.inf, True, False),
-    "schedule.warmup_epochs": (0, 10**6, True, True),
-    "schedule.end_factor": (0, 1, True, True),
-    "schedule.factor": (0, 1, False, False),
-    "schedule.patience": (1, 10**6, True, True),
-    "loss.label_smoothing": (0, 1, True, False),
-    "ema_decay": (0, 1, True, False),
-    "eval_every_epochs": (1, 10**6, True, True),
-    "early_stopping_patience": (0, 10**6, True, True),
-    "augment.rotation": (0, 180, True, True),
-    "augment.zoom": (0, 1, True, False),
-    "augment.shift": (0, 1, True, True),
-    "augment.brightness": (0, 1, True, True),
-    "augment.contrast": (0, 1, True, True),
-    "augment.saturation": (0, 1, True, True),
-    "augment.mixup": (0, math.inf, True, False),
-    "augment.cutmix": (0, math.inf, True, False),
-    "runtime.resident_limit_mb": (0, math.inf, True, True),
-    "runtime.checkpoint_every_seconds": (0, math.inf, True, True),
-    "runtime.log_every_steps": (1, 10**9, True, True),
-}
-
-
-def validate(config: ConfigDict) -> None:
-    """Checks one run's config; needs neither data nor devices.
-
-    Raises:
-      UserError: names the field, its value and what is allowed.
-    """
-    for path, known in CHOICES.items():
-        choose(f"config.{path}", _lookup(config, path, "config"), known)
-    for path, (low, high, low_allowed, high_allowed) in RANGES.items():
-        value = _lookup(config, path, "config")
-        inside = (low <= value if low_allowed else low < value) and (
-            value <= high if high_allowed else value < high
-        )
-        if not inside:  # also when it is nan
-            below, above = ("<=" if allowed else "<" for allowed in (low_allowed, high_allowed))
-            raise UserError(
-                f"config.{path}={value} is out of range: need {low} {below} value {above} {high}"
-            )
-    if tuple(config.phases) != ("all",):
-        raise UserError(f"config.phases={tuple(config.phases)}: only ('all',) is known")
-    split = tuple(config.data.split)
-    if len(split) not in (2, 3) or any(not 0 < part < 1 for part in split):
-        raise UserError(f"config.data.split={split}: give two or three fractions between 0 and 1")
-    if abs(sum(split) - 1) > 1e-6:
-        raise UserError(f"config.data.split={split} sums to {sum(split):g}; it must sum to 1")
-    if config.data.source != "digits" and not config.data.path:
-        raise UserError(
-            f"config.data.path is empty: say where the {config.data.source} data lies, "
-            "with --config.data.path=..."
-        )
-    background = tuple(config.data.background)
-    if len(background) != 3 or any(not 0 <= value <= 255 for value in background):
-        raise UserError(f"config.data.background={background}: give three numbers from 0 to 255")
-    low, high = config.augment.crop_area
-    if not 0 < low <= high <= 1:
-        raise UserError(
-            f"config.augment.crop_area={(low, high)}: need 0 < smallest <= largest <= 1"
-        )
-    low, high = config.augment.crop_aspect
-    if not 0 < low <= high < math.inf:
-        raise UserError(f"config.augment.crop_aspect={(low, high)}: need 0 < smallest <= largest")
-    mixes_labels = config.loss.label_smoothing or config.augment.mixup or config.augment.cutmix
-    if config.loss.name == "hinge" and mixes_labels:
-        raise UserError(
-            "config.loss.name=hinge needs hard labels: set loss.label_smoothing, augment.mixup and "
-            "augment.cutmix to 0, or use cross_entropy"
-        )
-
-
 # --- a run directory and its config -------------------------------------------------------------
-
-
-def stored_config(config: ConfigDict) -> dict:
-    """Returns the config as `config.json` holds it: plain values, tuples as lists."""
-    return json.loads(json.dumps(config.to_dict()))
 
 
 def check_run_dir(run: Run, workdir: Path) -> None:
@@ -271,17 +154,6 @@ def check_run_dir(run: Run, workdir: Path) -> None:
             f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + "\n"
             "Use another --workdir, delete that directory, or undo the change."
         )
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Returns {"a.b": value} for nested dictionaries."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def shard(runs: list[Run], text: str) -> list[Run]:

@@ -292,10 +292,11 @@ def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, n
 
 
 class Feed:
-    """Batches of one part on the devices of a mesh: {"image", "label", "mask"}.
+    """Batches of one part on the devices of a mesh: {"image", "label", "mask", "row", "epoch"}.
 
-    image: uint8 [B, S, S, 3]; label: int32 [B]; mask: bool [B], False for padding. Each is sharded
-    over the mesh's "data" axis. Both ways of feeding give the same batches.
+    image: uint8 [B, S, S, 3]; label: int32 [B]; mask: bool [B], False for padding; row: int32 [B],
+    places in the part; epoch: int32 [B]. Each is sharded over the mesh's "data" axis. Both ways of
+    feeding give the same batches.
     """
 
     def __init__(self, dataset: Dataset, part: str, mesh: Mesh, runtime: ConfigDict):
@@ -308,7 +309,7 @@ class Feed:
         if self.resident:
             everywhere = NamedSharding(mesh, PartitionSpec())
             self.images = jax.device_put(self.stored[self.rows], everywhere)
-            self._gather = jax.jit(lambda images, rows: images[rows], out_shardings=self.sharding)
+            self.gather = jax.jit(lambda images, rows: images[rows], out_shardings=self.sharding)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -317,29 +318,45 @@ class Feed:
         """Yields the batches of steps start .. stop - 1."""
         everything = np.ones(batch_size, bool)
 
-        def plan(step: int) -> tuple[np.ndarray, np.ndarray]:
-            return batch_rows(seed, step, len(self), batch_size), everything
+        def plan(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            epochs = np.arange(step * batch_size, (step + 1) * batch_size) // len(self)
+            return batch_rows(seed, step, len(self), batch_size), everything, epochs
 
         return self._batches(grain.MapDataset.range(start, stop).map(plan))
 
     def evaluation(self, batch_size: int) -> Iterator[dict]:
         """Yields batches that cover the part once, in order, the last one padded."""
         plans = list(evaluation_rows(len(self), batch_size))
-        return self._batches(grain.MapDataset.range(len(plans)).map(lambda i: plans[i]))
+        first = np.zeros(batch_size, int)
+        return self._batches(grain.MapDataset.range(len(plans)).map(lambda i: (*plans[i], first)))
 
     def _batches(self, plans: grain.MapDataset) -> Iterator[dict]:
         if not self.resident:  # Grain reads ahead in threads and keeps the order
             options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
             read = plans.map(lambda plan: (*plan, self.stored[self.rows[plan[0]]]))
-            for rows, mask, images in read.to_iter_dataset(options):
-                yield self._batch(rows, mask, self._put(images))
+            for rows, mask, epochs, images in read.to_iter_dataset(options):
+                yield self._batch(rows, mask, epochs, self._put(images))
         else:
             for i in range(len(plans)):
-                rows, mask = plans[i]
-                yield self._batch(rows, mask, self._gather(self.images, self._put(rows)))
+                rows, mask, epochs = plans[i]
+                images = self.gather(self.images, self._put(self.places(rows, epochs)))
+                yield self._batch(rows, mask, epochs, images)
 
-    def _batch(self, rows: np.ndarray, mask: np.ndarray, images: jax.Array) -> dict:
-        return {"image": images, "label": self._put(self.labels[rows]), "mask": self._put(mask)}
+    def places(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Returns where in the resident array the images of a batch lie: int [B]."""
+        del epochs
+        return rows
+
+    def _batch(
+        self, rows: np.ndarray, mask: np.ndarray, epochs: np.ndarray, images: jax.Array
+    ) -> dict:
+        return {
+            "image": images,
+            "label": self._put(self.labels[rows]),
+            "mask": self._put(mask),
+            "row": self._put(rows.astype(np.int32)),
+            "epoch": self._put(epochs.astype(np.int32)),
+        }
 
     def _put(self, array: np.ndarray) -> jax.Array:
         """Shards an array, which every host computes alike, over the devices."""

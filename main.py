@@ -30,8 +30,9 @@ from analysis.runs import read_status
 from errors import UserError
 from input_pipeline import check_batches, load_dataset
 from recorder import write_json
+from settings import stored_config
 from steps import class_weights
-from train import Interrupted, build_model, train_and_evaluate
+from train import Interrupted, build_model, check_phases, train_and_evaluate
 
 STOPPED = 75  # EX_TEMPFAIL: try again
 
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     runs = experiment.shard(grid, SHARD.value)
     if DRY_RUN.value:
         for run in runs:
-            print(f"{run.name}\n{json.dumps(experiment.stored_config(run.config), indent=2)}")
+            print(f"{run.name}\n{json.dumps(stored_config(run.config), indent=2)}")
         return 0
     workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
     use_compilation_cache(config.runtime.cache_dir)
@@ -114,7 +115,8 @@ def check(runs: list[experiment.Run], workdir: Path) -> None:
         dataset = load_dataset(run.config.data, run.config.runtime.cache_dir)
         check_batches(run.config, mesh)
         class_weights(run.config, dataset)
-        nnx.eval_shape(lambda run=run, k=dataset.num_classes: build_model(run.config, k))
+        model = nnx.eval_shape(lambda run=run, k=dataset.num_classes: build_model(run.config, k))
+        check_phases(run.config, model)
         if not sources:
             print(audit.describe(audit.write_audit(dataset, workdir / "audit")), flush=True)
         sources.add(source)

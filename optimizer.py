@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from models.classifier import stage_of
+
 
 def make_schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step; `plateau` is constant here.
@@ -38,8 +40,27 @@ def l1_penalty(params: dict) -> jax.Array:
     return sum((jnp.abs(p).sum() for p in params.values() if p.ndim > 1), jnp.zeros(()))
 
 
-def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain."""
+def scale_by_stage(decay: float, stages: int) -> optax.GradientTransformation:
+    """Multiplies the update of stage i by decay ** (stages - 1 - i), so the head's by one."""
+
+    def update(updates: dict, state, params=None) -> tuple[dict, optax.OptState]:
+        del params
+        factor = {path: decay ** (stages - 1 - stage_of(path)) for path in updates}
+        return {path: factor[path] * u for path, u in updates.items()}, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, stages: int
+) -> optax.GradientTransformation:
+    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain.
+
+    Args:
+      config: of one phase of a run.
+      schedule: as `make_schedule` returns it.
+      stages: of the model, for `config.layer_decay`.
+    """
     optimizer = config.optimizer
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_kernel)
     parts = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
@@ -49,6 +70,8 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         parts += [decay, optax.scale_by_adam(optimizer.b1, optimizer.b2)]
     else:
         parts += [decay, optax.trace(optimizer.momentum, optimizer.nesterov)]
+    if config.layer_decay != 1:
+        parts.append(scale_by_stage(config.layer_decay, stages))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 

@@ -14,8 +14,10 @@ from augmentation import augment
 from errors import UserError
 from input_pipeline import Dataset
 from models import Classifier
-from models.classifier import merge_model, set_mode, split_model
+from models.classifier import merge_model, set_mode, split_model, stage_of
 from optimizer import l1_penalty, make_plateau
+
+VIEWS = 2**32 - 2**16  # names the use of a run's key for stored views, beyond any step
 
 
 @flax.struct.dataclass
@@ -27,26 +29,37 @@ class Metrics(metrics.Collection):
 
 
 def initial_state(
-    config: ConfigDict, model: Classifier, optimizer: optax.GradientTransformation
+    config: ConfigDict, weights: dict, optimizer: optax.GradientTransformation, first: int
 ) -> dict:
-    """Returns everything that training changes, as one tree of arrays."""
-    _, params, stats = split_model(model)
-    moving = {"params": params, "stats": stats} if config.ema_decay else {}
+    """Returns everything that a phase of training changes, as one tree of arrays.
+
+    Args:
+      config: of the phase.
+      weights: {"params", "stats"} that the phase starts from.
+      optimizer: as `make_optimizer` returns it.
+      first: the first stage that trains; nothing is kept for the parameters before it.
+    """
+    moving = {kind: trained(arrays, first) for kind, arrays in weights.items()}
     return {
         "step": jnp.zeros((), jnp.int32),
-        "params": params,
-        "stats": stats,
-        "optimizer": optimizer.init(params),
-        "moving_average": jax.tree.map(jnp.copy, moving),
+        **copy_arrays(weights),
+        "optimizer": optimizer.init(trained(weights["params"], first)),
+        "moving_average": copy_arrays(moving) if config.ema_decay else {},
         "rate_scale": make_plateau(config).init({}),
         "metrics": Metrics.empty(),
         "bad_step": jnp.full((), -1, jnp.int32),  # the first whose loss was not finite
     }
 
 
+def trained(arrays: dict, first: int) -> dict:
+    """Returns the arrays of stage `first` and those after it."""
+    return {path: array for path, array in arrays.items() if stage_of(path) >= first}
+
+
 def evaluated_weights(state: dict) -> dict:
     """Returns the weights that are evaluated: {"params", "stats"}, averaged if that is on."""
-    return state["moving_average"] or {"params": state["params"], "stats": state["stats"]}
+    moving = state["moving_average"]
+    return {kind: state[kind] | moving.get(kind, {}) for kind in ("params", "stats")}
 
 
 copy_arrays = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
@@ -57,11 +70,38 @@ def step_keys(key: jax.Array, step: int | jax.Array) -> jax.Array:
     return jax.random.split(jax.random.fold_in(key, step))
 
 
+def augment_views(
+    key: jax.Array, images: jax.Array, rows: jax.Array, views: jax.Array, config: ConfigDict
+) -> jax.Array:
+    """Augments each image as its row and the number of the view decide, whatever the batch.
+
+    Args:
+      key: of the run.
+      images: [B, H, W, 3] uint8.
+      rows: int [B], the images' places in the training part.
+      views: int [B].
+      config: `config.augment`, without mixing.
+
+    Returns:
+      [B, H, W, 3] float32 in 0..255.
+    """
+    key = jax.random.fold_in(key, VIEWS)
+
+    def one(image: jax.Array, row: jax.Array, view: jax.Array) -> jax.Array:
+        drawn = jax.random.fold_in(jax.random.fold_in(key, view), row)
+        return augment(drawn, image[None], jnp.ones((1, 1)), config)[0][0]
+
+    return jax.vmap(one)(images, rows, views)
+
+
 def make_train_step(
     config: ConfigDict,
     model: Classifier,
     optimizer: optax.GradientTransformation,
     weights: jax.Array,
+    *,
+    first: int = 0,
+    cached: bool = False,
 ) -> Callable[[dict, dict, jax.Array], dict]:
     """Returns the jitted (state, batch, key) -> state, which takes the state's memory over.
 
@@ -69,33 +109,42 @@ def make_train_step(
     steps after it: so the first bad step is known exactly without waiting for the device at each.
 
     Args:
-      config: one run's config.
+      config: of one phase of a run.
       model: gives structure; its parameters are not read.
       optimizer: as `make_optimizer` returns it.
       weights: [K] of the classes in the loss.
+      first: the first stage that trains; the arrays before it pass through untouched.
+      cached: whether a batch's "image" is what stage `first` takes instead of an image.
     """
-    structure = _in_mode(model, training=True)
+    modes = {"batch_norm": config.batch_norm, "frozen_batch_norm": config.frozen_batch_norm}
+    structure = _in_mode(model, training=True, first=first, **modes)
 
     def train_step(state: dict, batch: dict, key: jax.Array) -> dict:
         augment_key, dropout_key = step_keys(key, state["step"])
         targets = jax.nn.one_hot(batch["label"], len(weights))  # [B, K]
-        images, targets = augment(augment_key, batch["image"], targets, config.augment)
+        inputs = batch["image"]
+        if not cached and config.augment_views:
+            views = batch["epoch"] % config.augment_views
+            inputs = augment_views(key, inputs, batch["row"], views, config.augment)
+        elif not cached:
+            inputs, targets = augment(augment_key, inputs, targets, config.augment)
 
         def loss_of(params: dict):
-            trained = merge_model(structure, params, state["stats"], dropout_key)
-            logits = trained(trained.preprocess(images))  # [B, K]
+            merged = merge_model(structure, state["params"] | params, state["stats"], dropout_key)
+            logits = forward(merged, inputs, first if cached else 0)  # [B, K]
             losses = criterion(config, logits, targets)  # [B]
             weight = targets @ weights
             loss = (losses * weight).sum() / weight.sum()
             if config.optimizer.l1:
                 loss += config.optimizer.l1 * l1_penalty(params)
-            return loss, (losses, logits, split_model(trained)[2])
+            return loss, (losses, logits, split_model(merged)[2])
 
+        old = trained(state["params"], first)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (losses, logits, stats)), gradient = value_and_grad(state["params"])
-        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], state["params"])
+        (loss, (losses, logits, stats)), gradient = value_and_grad(old)
+        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], old)
         updates = jax.tree.map(lambda u: u * state["rate_scale"].scale, updates)
-        params = optax.apply_updates(state["params"], updates)
+        params = state["params"] | optax.apply_updates(old, updates)
         measured = Metrics.single_from_model_output(
             loss=losses, logits=logits, labels=batch["label"], mask=batch["mask"]
         )
@@ -116,13 +165,26 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_eval_step(config: ConfigDict, model: Classifier) -> Callable:
-    """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics)."""
+def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:
+    """Returns logits [B, K] of images [B, H, W, 3] in 0..255, or of what stage `start` takes."""
+    if start:
+        return model.run(inputs, start).astype(jnp.float32)
+    return model(model.preprocess(inputs))
+
+
+def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Callable:
+    """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics).
+
+    Args:
+      config: one run's config.
+      model: gives structure.
+      start: the stage that takes a batch's "image"; 0 for images.
+    """
     structure = _in_mode(model, training=False)
 
     def eval_step(weights: dict, total: Metrics, batch: dict) -> tuple[jax.Array, Metrics]:
         evaluated = merge_model(structure, weights["params"], weights["stats"])
-        logits = evaluated(evaluated.preprocess(batch["image"]))
+        logits = forward(evaluated, batch["image"], start)
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         measured = Metrics.single_from_model_output(
             loss=criterion(config, logits, targets, smoothing=False),
@@ -135,9 +197,9 @@ def make_eval_step(config: ConfigDict, model: Classifier) -> Callable:
     return jax.jit(eval_step)
 
 
-def _in_mode(model: Classifier, *, training: bool) -> Classifier:
+def _in_mode(model: Classifier, **mode) -> Classifier:
     """Returns a copy of the model in one mode; the model itself ends in evaluation mode."""
-    set_mode(model, training=training)
+    set_mode(model, **mode)
     _, params, stats = split_model(model)
     copy = merge_model(model, params, stats)
     set_mode(model, training=False)
@@ -150,8 +212,12 @@ def _moving_average(config: ConfigDict, state: dict, weights: dict) -> dict:
         return {}
     step = state["step"].astype(jnp.float32)
     decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
-    mix = lambda old, new: decay * old + (1 - decay) * new  # noqa: E731
-    return jax.tree.map(mix, state["moving_average"], weights)
+    return {
+        kind: {
+            path: decay * old + (1 - decay) * weights[kind][path] for path, old in arrays.items()
+        }
+        for kind, arrays in state["moving_average"].items()
+    }
 
 
 def criterion(

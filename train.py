@@ -4,12 +4,11 @@ Every number drawn comes from (seed, purpose, step), so an interrupted run that 
 checkpoint ends with the same bits as one that was never interrupted.
 """
 
-import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -17,52 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 import checkpoint
-from augmentation import augment, image_sheet
 from cost import model_cost, peak_memory
-from experiment import stored_config
-from input_pipeline import Dataset, Feed, check_batches, load_dataset, steps_per_epoch
+from input_pipeline import Dataset, Feed, check_batches, load_dataset
 from models import Classifier, create_model
-from models.classifier import split_model
-from optimizer import make_optimizer, make_plateau, make_schedule
+from models.classifier import MISTAKES, split_model
+from phase import Diverged, Interrupted, Phase, Progress
+from preflight import inspect_pixels, reference_of
 from recorder import Recorder, environment, write_json
-from steps import (
-    Metrics,
-    class_weights,
-    copy_arrays,
-    evaluated_weights,
-    initial_state,
-    make_eval_step,
-    make_train_step,
-    step_keys,
-)
+from settings import first_trained_stage, phase_config, phase_names, stored_config
+from steps import Metrics, make_eval_step
 
-SAY_EVERY_SECONDS = 10.0  # a line of progress where there is no terminal for a bar
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved and it can go on."""
-
-
-class Diverged(Exception):
-    """The loss or its gradient stopped being finite."""
-
-
-@dataclass
-class Progress:
-    """What the host knows of a run beside the arrays; part of every checkpoint."""
-
-    step: int = 0
-    finished: bool = False
-    best_step: int = -1
-    best_loss: float | None = None
-    evaluations_since_best: int = 0
-    seconds: float = 0.0  # of training and validation, summed over interruptions
-    seconds_to_best: float = 0.0
-    timed_images: int = 0  # trained on, without the steps that compile
-    timed_seconds: float = 0.0
+__all__ = ["Diverged", "Interrupted", "build_model", "check_phases", "train_and_evaluate"]
 
 
 def train_and_evaluate(
@@ -93,10 +59,16 @@ def train_and_evaluate(
     write_json(run_dir / "dataset.json", dataset.to_dict(config.data))
 
     summary = {
-        "model": config.model.to_dict(),
+        "model": config.model.to_dict() | dict(model.fields),
         "image_size": config.data.image_size,
         "preprocessing": model.preprocessing.to_dict(),
+        "weights": config.weights,
     }
+    if config.weights != "none" and config.preflight != "off":
+        strict, name = config.preflight == "error", config.model.name
+        found = inspect_pixels(model, sample(dataset), name, config.weights, strict=strict)
+        summary["preflight"] = found
+        write_json(run_dir / "preflight.json", summary["preflight"])
     run = TrainingRun(config, run_dir, dataset, model, mesh, should_stop)
     try:
         weights = run.train() if model.trained_by_gradient else run.fit()
@@ -105,6 +77,8 @@ def train_and_evaluate(
     else:
         summary |= {"status": "complete", "metrics": run.predict(weights), "cost": run.cost()}
         summary |= {"best_step": run.progress.best_step, "steps": run.progress.step}
+        summary |= {"phases": run.progress.phases}
+        summary |= {"reference": reference_of(model, weights, sample(dataset))}
     finally:
         if run.recorder:
             run.recorder.close()
@@ -112,17 +86,33 @@ def train_and_evaluate(
     return summary
 
 
+def sample(dataset: Dataset) -> np.ndarray:
+    """Returns 128 training images, evenly spaced: uint8 [n, S, S, 3]."""
+    rows = dataset.rows["train"]
+    return dataset.decoded.images[rows[:: max(1, len(rows) // 128)][:128]]
+
+
 def build_model(config: ConfigDict, num_classes: int) -> Classifier:
-    """Returns the model of a run's config, freshly initialised from its seed."""
+    """Returns the model of a run's config, initialised from its seed and its pretrained weights."""
     fields = config.model.to_dict()
-    return create_model(
+    model = create_model(
         fields.pop("name"),
         num_classes,
+        weights=config.weights,
         seed=config.seed,
         image_size=config.data.image_size,
         dtype=config.compute_dtype,
         **fields,
     )
+    if config.preprocessing != "weights":  # an ablation
+        model.preprocessing = MISTAKES[config.preprocessing](model.preprocessing)
+    return model
+
+
+def check_phases(config: ConfigDict, model: Classifier) -> None:
+    """Raises a UserError if a phase names stages that the model does not have."""
+    for name in phase_names(config):
+        first_trained_stage(phase_config(config, name).train, len(model.stages))
 
 
 class TrainingRun:
@@ -147,7 +137,7 @@ class TrainingRun:
         self.best: dict = {}
         self.recorder: Recorder | None = None
         self.compile_seconds = 0.0
-        self.clock = self.saved_at = self.said_at = time.monotonic()
+        self.clock = self.saved_at = time.monotonic()
 
     def feed(self, part: str) -> Feed:
         """Returns the batches of a part."""
@@ -160,126 +150,40 @@ class TrainingRun:
     # --- training by gradient -------------------------------------------------------------------
 
     def train(self) -> dict:
-        """Trains and returns the best weights: {"params", "stats"}.
+        """Trains phase after phase and returns the best weights: {"params", "stats"}.
 
-        This is one phase: all parameters under one schedule. A run of several phases calls the
-        like of it once a phase, each with an optimizer over what that phase trains.
+        Each phase starts from the best weights so far, which are those of the lowest validation
+        loss over all phases.
         """
-        config, feed = self.config, self.feed("train")
-        per_epoch = steps_per_epoch(len(feed), config.batch_size)
-        total = config.epochs * per_epoch
-        schedule = make_schedule(config, per_epoch, total)
-        optimizer = make_optimizer(config, schedule)
-        state = self.resume(self.put(initial_state(config, self.model, optimizer)))
-        progress, key = self.progress, jax.random.key(config.seed)
-        self.recorder = Recorder(self.run_dir, progress.step, config.runtime.tensorboard)
-        if progress.step == 0:
-            self._save_augmented_batch(feed, key)
-        weights = class_weights(config, self.dataset)
-        train_step = make_train_step(config, self.model, optimizer, weights)
-        validation = self.feed("validation")
-        batches = feed.training(config.seed, config.batch_size, progress.step, total)
-        self.clock = time.monotonic()
-        name = f"{config.model.name} seed {config.seed}"
-        with tqdm(total=total, initial=progress.step, desc=name, leave=False, disable=None) as bar:
-            while not progress.finished:
-                stop, evaluates = next_pause(progress.step, total, per_epoch, config)
-                state, speed = self._train_until(stop, state, train_step, batches, key, bar)
-                where = {"epoch": progress.step / per_epoch, "phase": config.phases[0]}
-                rate = float(schedule(progress.step - 1)) * float(state["rate_scale"].scale)
-                self._log_training(state, where, rate, speed)
-                state["metrics"] = self.put(Metrics.empty())
-                if evaluates:
-                    state = self._validate(state, validation, where, bar)
-                progress.finished = progress.step == total or self._out_of_patience()
-                self._count_time()
-                due = self.clock - self.saved_at >= config.runtime.checkpoint_every_seconds
-                if due or progress.finished:
-                    self.save(state)
-                if not progress.finished and self.should_stop():
-                    self._interrupt(state)
-        return self.best
+        _, params, stats = split_model(self.model)
+        weights = self.put({"params": params, "stats": stats})
+        stored, progress = self.resume(), self.progress
+        self.recorder = Recorder(self.run_dir, progress.step, self.config.runtime.tensorboard)
+        names, previous = phase_names(self.config), {}
+        if progress.finished:
+            prefix = "optimizer/"
+            previous = {
+                k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)
+            }
+            stored = None
+        while True:
+            if progress.finished:
+                if progress.phase == len(names) - 1:
+                    return self.best
+                self._begin_next_phase()
+            phase = Phase(self, names[progress.phase], progress.phase)
+            previous = phase.train(self.best or weights, stored, previous)
+            stored = None
 
-    def _train_until(
-        self,
-        stop: int,
-        state: dict,
-        train_step: Callable,
-        batches: Iterator[dict],
-        key: jax.Array,
-        bar: tqdm,
-    ) -> tuple[dict, dict]:
-        """Trains up to step `stop`; returns the state and {"images_per_second"} if measured."""
+    def _begin_next_phase(self) -> None:
         progress = self.progress
-        began, first = time.monotonic(), progress.step
-        while progress.step < stop:
-            state = train_step(state, next(batches), key)
-            progress.step += 1
-            bar.update()
-            if not self.compile_seconds:  # the first step of this process: not part of the speed
-                jax.block_until_ready(state)
-                self.compile_seconds = time.monotonic() - began
-                began, first = time.monotonic(), progress.step
-            if progress.step < stop and self.should_stop():  # at `stop` the pause comes first
-                self._interrupt(state)
-        jax.block_until_ready(state)
-        images, seconds = (progress.step - first) * self.config.batch_size, time.monotonic() - began
-        if not images:
-            return state, {}
-        progress.timed_images += images
-        progress.timed_seconds += seconds
-        return state, {"images_per_second": images / seconds}
+        progress.epochs_before += progress.phases[-1]["epochs"]
+        progress.phase, progress.phase_start = progress.phase + 1, progress.step
+        progress.finished, progress.evaluations_since_best = False, 0
+        progress.timed_images, progress.timed_seconds = 0, 0.0
 
-    def _log_training(self, state: dict, where: dict, rate: float, speed: dict) -> None:
-        """Writes the training metrics since the last pause; raises Diverged if they broke off."""
-        bad = int(state["bad_step"])
-        if bad >= 0:
-            self.recorder.write("train", bad + 1, **where, loss=float("nan"), learning_rate=rate)
-            raise Diverged(
-                f"the loss or its gradient was not finite at step {bad + 1} (learning rate "
-                f"{rate:.3g}); try {self._advice()}"
-            )
-        measured = {name: float(value) for name, value in state["metrics"].compute().items()}
-        self.recorder.write(
-            "train", self.progress.step, **where, **measured, learning_rate=rate, **speed
-        )
-
-    def _advice(self) -> str:
-        advice = "a lower optimizer.learning_rate, schedule.warmup_epochs=1, optimizer.clip_norm=1"
-        return advice + ", compute_dtype=float32" * (self.config.compute_dtype != "float32")
-
-    def _validate(self, state: dict, validation: Feed, where: dict, bar: tqdm) -> dict:
-        """Evaluates on validation images, keeps the weights if they are the best so far."""
-        progress, weights = self.progress, evaluated_weights(state)
-        measured, _ = self.evaluate(validation, weights)
-        self.recorder.write("validation", progress.step, **where, **measured)
-        if not math.isfinite(measured["loss"]):
-            raise Diverged(
-                f"the validation loss was not finite at step {progress.step}; try {self._advice()}"
-            )
-        text = f"validation accuracy {measured['accuracy']:.4f}, loss {measured['loss']:.4f}"
-        bar.set_postfix_str(text)
-        if bar.disable and time.monotonic() - self.said_at > SAY_EVERY_SECONDS:
-            print(f"  step {progress.step} of {bar.total}: {text}", flush=True)
-            self.said_at = time.monotonic()
-        if self.config.schedule.name == "plateau":
-            plateau = make_plateau(self.config)
-            _, scale = plateau.update({}, state["rate_scale"], value=measured["loss"])
-            state["rate_scale"] = self.put(scale)
-        self._count_time()
-        if progress.best_loss is None or measured["loss"] < progress.best_loss:
-            progress.best_loss, progress.best_step = measured["loss"], progress.step
-            progress.seconds_to_best, progress.evaluations_since_best = progress.seconds, 0
-            self.best = copy_arrays(weights)
-        else:
-            progress.evaluations_since_best += 1
-        return state
-
-    def _out_of_patience(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return bool(patience) and self.progress.evaluations_since_best >= patience
-
-    def _count_time(self) -> None:
+    def count_time(self) -> None:
+        """Adds the time since the last call to the run's seconds."""
         now = time.monotonic()
         self.progress.seconds += now - self.clock
         self.clock = now
@@ -299,30 +203,37 @@ class TrainingRun:
         checkpoint.keep(self.checkpoints, kept)
         self.saved_at = time.monotonic()
 
-    def _interrupt(self, state: dict) -> None:
-        self._count_time()
+    def interrupt(self, state: dict) -> None:
+        """Saves the state and raises Interrupted."""
+        self.count_time()
         self.save(state)
         raise Interrupted(f"stopped at step {self.progress.step}; the state is saved")
 
-    def resume(self, state: dict) -> dict:
-        """Returns the newest state that can be read, or `state` itself where there is none."""
+    def resume(self) -> dict[str, np.ndarray] | None:
+        """Takes over the newest state that can be read; returns its arrays, None for none."""
         for path in checkpoint.find(self.checkpoints, "latest"):
             kept = [path]
             try:
-                restored, record = checkpoint.restore(path, state)
+                arrays, record = checkpoint.restore_arrays(path)
                 progress = Progress(**record)
                 if progress.best_step >= 0:
                     kept.append(checkpoint.path_of(self.checkpoints, "best", progress.best_step))
-                    self.best = self.put(checkpoint.restore(kept[1], evaluated_weights(state))[0])
+                    best, _ = checkpoint.restore_arrays(kept[1])
             except checkpoint.CheckpointError as error:
                 print(f"warning: {error}\nThe run goes on from an earlier state.", file=sys.stderr)
                 for damaged in kept:
                     shutil.rmtree(damaged, ignore_errors=True)
                 continue
             self.progress = progress
+            if progress.best_step >= 0:
+                weights = {"params": {}, "stats": {}}
+                for name, array in best.items():
+                    kind, _, variable = name.partition("/")
+                    weights[kind][variable] = array
+                self.best = self.put(weights)
             checkpoint.keep(self.checkpoints, kept)
-            return self.put(restored)
-        return state
+            return arrays
+        return None
 
     # --- models without gradient ----------------------------------------------------------------
 
@@ -336,7 +247,7 @@ class TrainingRun:
         )
         self.clock = time.monotonic()
         self.model.fit(train, validation, config.eval_batch_size)
-        self._count_time()
+        self.count_time()
         progress.seconds_to_best = progress.seconds
         _, params, stats = split_model(self.model)
         weights = self.put({"params": params, "stats": stats})
@@ -350,11 +261,14 @@ class TrainingRun:
 
     # --- evaluation -----------------------------------------------------------------------------
 
-    def evaluate(self, feed: Feed, weights: dict) -> tuple[dict, np.ndarray]:
+    def evaluate(
+        self, feed: Feed, weights: dict, eval_step: Callable | None = None
+    ) -> tuple[dict, np.ndarray]:
         """Returns {"loss", "accuracy"} over every image of a feed once, and logits [N, K]."""
+        eval_step = eval_step or self.eval_step
         total, logits = self.put(Metrics.empty()), []
         for batch in feed.evaluation(self.config.eval_batch_size):
-            out, total = self.eval_step(weights, total, batch)
+            out, total = eval_step(weights, total, batch)
             logits.append(out)
         count = int(total.accuracy.count)
         assert count == len(feed), f"counted {count} of {len(feed)} images"
@@ -383,24 +297,3 @@ class TrainingRun:
             "compile_seconds": self.compile_seconds,
             **peak_memory(),
         }
-
-    def _save_augmented_batch(self, feed: Feed, key: jax.Array) -> None:
-        """Writes `augmented_batch.png`: 32 images of the first batch as the model sees them."""
-        config = self.config.augment
-        batch = next(feed.training(self.config.seed, self.config.batch_size, 0, 1))
-        targets = jax.nn.one_hot(batch["label"], self.dataset.num_classes)
-        draw = jax.jit(lambda *arguments: augment(*arguments, config)[0])
-        images = draw(step_keys(key, 0)[0], batch["image"], targets)
-        shown = np.asarray(images)[:32].round().astype(np.uint8)
-        image_sheet(shown).save(self.run_dir / "augmented_batch.png")
-
-
-def next_pause(step: int, total: int, per_epoch: int, config: ConfigDict) -> tuple[int, bool]:
-    """Returns the step after `step` at which training pauses to log, and whether it evaluates."""
-
-    def multiple_after(interval: int) -> int:
-        return step - step % interval + interval
-
-    evaluation = min(multiple_after(per_epoch * config.eval_every_epochs), total)
-    pause = min(multiple_after(config.runtime.log_every_steps), evaluation)
-    return pause, pause == evaluation

@@ -217,6 +217,34 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
     return reasons
 
 
+def transfer(groups: dict[str, list[FinishedRun]]) -> list[dict[str, str]]:
+    """Returns, for every model that began from pretrained weights, what was done with them.
+
+    Each has the keys label, weights, phases, and warning: what preflight found in the first run,
+    "" if the pixels match the weights.
+    """
+    rows = []
+    for label, runs in groups.items():
+        summary = runs[0].summary
+        if summary.get("weights", "none") == "none":
+            continue
+        phases = [
+            f"{phase['name']} ({phase['train']}): {phase['epochs']:.3g} epochs"
+            + ", on stored features" * phase["stored_features"]
+            for phase in summary["phases"]
+        ]
+        found = summary.get("preflight", {"warnings": ["preflight was off"]})
+        rows.append(
+            {
+                "label": label,
+                "weights": summary["weights"],
+                "phases": "; ".join(phases),
+                "warning": "; ".join(found["warnings"]),
+            }
+        )
+    return rows
+
+
 # --- the page -------------------------------------------------------------------------------------
 
 
@@ -250,6 +278,9 @@ def write_report(workdir: Path) -> Report:
     lines = [answer(table)]
     if len(table):
         lines.insert(0, printed.to_string(index=False) + "\n")
+    for row in transfer(groups):
+        if row["warning"]:
+            lines.append(f"{row['label']}: {row['warning']}")
     lines += [f"not complete: {name}: {reason}" for name, reason in reasons.items()]
     return Report("\n".join(lines), page, reasons)
 
@@ -286,6 +317,7 @@ def render_page(
         rows=printed.values.tolist(),
         has_knn="knn" in set(table.get("model", [])),
         reasons=reasons,
+        transfer=transfer(groups),
         pictures=[(picture(output / name), text) for name, text in titles.items()]
         if groups
         else [],

@@ -4,16 +4,18 @@ This file trains nothing by itself. To see a config as it resolves, without trai
 
     python main.py --config=configs/digits.py --workdir=runs/digits --dry_run
 
-An experiment is the grid models x seeds x sweep. The config of one run is everything below except
-`models`, `seeds`, `sweep` and `per_model`, changed in this order: the file's `per_model.<model>`,
-then fields given on the command line, then `--config.per_model.<model>...`, then the sweep.
+An experiment is the grid models x variants x sweep x seeds. The config of one run is everything
+below except those and `per_model`, changed in this order: the file's `per_model.<model>`, then
+fields given on the command line, then `--config.per_model.<model>...`, then the variant, then the
+sweep. A run's phases change it further, one after the other; a field given on the command line wins
+over the file's phases too, but for `--config.phase.<name>...`, which sets one phase.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(models: str = "") -> ConfigDict:
-    """Returns the default experiment; `models` is a comma-separated choice ("" for all five)."""
+    """Returns the default experiment; `models` is a comma-separated choice ("" for the small)."""
     config = ConfigDict()
 
     # --- the grid -------------------------------------------------------------------------------
@@ -21,6 +23,8 @@ def get_config(models: str = "") -> ConfigDict:
     config.seeds = (0, 1, 2)  # initialisation, batch order, augmentation, dropout; never the split
     # Further swept fields, e.g. "optimizer.learning_rate=0.001,0.01; augment.mixup=0,0.2".
     config.sweep = ""
+    # Named changes to be compared, each as in `per_model`; see configs/ablation.py.
+    config.variants = ConfigDict()
 
     # --- data -----------------------------------------------------------------------------------
     data = config.data = ConfigDict()
@@ -48,9 +52,64 @@ def get_config(models: str = "") -> ConfigDict:
     # --- model ----------------------------------------------------------------------------------
     config.model = ConfigDict()  # fields of the architecture; named below, model by model
     config.compute_dtype = "float32"  # float32 | bfloat16; parameters and logits stay float32
+    # Pretrained: none | timm/resnet50.tv_in1k, ... (python -m models.pretrained list) |
+    # timm:FILE, torchvision:FILE, keras:FILE, archcompare:FILE | run:RUN_DIR
+    config.weights = "none"
+    # The pixels that the weights were trained on. The rest are mistakes, for ablations only: unit |
+    # raw | unscaled | rescaled_twice | swapped
+    config.preprocessing = "weights"
+    # Pretrained weights are tried on a batch before training; where the activations do not match
+    # what the weights have seen: warn | error | off
+    config.preflight = "warn"
+
+    # --- phases ---------------------------------------------------------------------------------
+    # What trains, one phase after the other: sections of `config.phase`, separated by commas. Each
+    # starts from the best weights so far. auto: "head,tune" with pretrained weights, else "all".
+    config.phases = "auto"
+    config.train = "all"  # head | last:N, N stages with the head | all
+    config.layer_decay = 1.0  # factor of the learning rate from one stage to the one before it
+    config.batch_norm = (
+        "batch"  # of stages that train: batch | running (statistics stay as they are)
+    )
+    config.frozen_batch_norm = "running"  # of frozen stages; batch is a mistake, for ablations only
+    config.keep_optimizer = False  # whether a phase goes on with the moments of the one before it
+    # An image is augmented in this many ways, epoch by epoch in turn; 0: anew every time. Stages
+    # that are frozen are computed once a view and stored (see `runtime.feature_cache_mb`).
+    config.augment_views = 0
+
+    # What differs from the fields of this file in each phase.
+    phase = config.phase = ConfigDict()
+    phase.all = ConfigDict({"train": "all"})
+    phase.head = ConfigDict(
+        {
+            "train": "head",
+            "epochs": 15,
+            "early_stopping_patience": 4,
+            "augment_views": 4,
+            "optimizer": {"learning_rate": 1e-3},
+        }
+    )
+    phase.tune = ConfigDict(
+        {
+            "train": "last:3",
+            "epochs": 15,
+            "early_stopping_patience": 5,
+            "batch_norm": "running",
+            "layer_decay": 0.7,
+            "optimizer": {"learning_rate": 1e-4},
+            "schedule": {"warmup_epochs": 1.0},
+        }
+    )
+    phase.full = ConfigDict(
+        {
+            "train": "all",
+            "layer_decay": 0.8,
+            "optimizer": {"learning_rate": 2e-4},
+            "schedule": {"warmup_epochs": 1.0},
+        }
+    )
 
     # --- training -------------------------------------------------------------------------------
-    config.phases = ("all",)  # what trains, one phase after the other; "all" is every parameter
     config.epochs = 20
     config.batch_size = 64  # over all devices together
     config.eval_batch_size = 256
@@ -108,12 +167,24 @@ def get_config(models: str = "") -> ConfigDict:
     per_model.mlp = ConfigDict({"model": {"hidden": (256,), "dropout": 0.0}})
     per_model.cnn = ConfigDict({"model": {"dropout": 0.0}})
     per_model.cnn_deep = ConfigDict({"model": {"dropout": 0.1, "head_dropout": 0.5}})
+    # hidden: width of the two dense layers before the last; 0 for average pooling in their place.
+    for name in ("vgg16", "vgg16_bn", "vgg19"):
+        per_model[name] = ConfigDict({"model": {"hidden": 4096, "dropout": 0.5}})
+    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
+        per_model[name] = ConfigDict({"model": {"dropout": 0.0}})
+    for name in ("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3"):
+        per_model[name] = ConfigDict({"model": {"dropout": 0.2, "stochastic_depth": 0.2}})
+    per_model.mobilenet_v2 = ConfigDict({"model": {"dropout": 0.2}})
+    per_model.vit_s16 = ConfigDict({"model": {"dropout": 0.0}})
+    per_model.vit_b16 = ConfigDict({"model": {"dropout": 0.0}})
 
     # --- how to run, never what to compute: may change between a run and its resumption ---------
     runtime = config.runtime = ConfigDict()
     runtime.cache_dir = "~/.cache/archcompare"  # decoded images and compiled programs
     runtime.feed = "auto"  # resident: images on the device | streaming: read ahead | auto
     runtime.resident_limit_mb = 2048  # auto: larger image sets are streamed
+    # Outputs of frozen stages are stored while they are smaller; 0: computed at every step.
+    runtime.feature_cache_mb = 2048.0
     runtime.checkpoint_every_seconds = 60.0  # at least; saved when training metrics are logged
     runtime.log_every_steps = 100  # and at each evaluation
     runtime.tensorboard = True

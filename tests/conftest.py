@@ -12,6 +12,7 @@ from PIL import Image
 
 from configs import base, digits
 from experiment import expand
+from input_pipeline import load_dataset
 from main import use_compilation_cache
 
 ROOT = Path(__file__).parent.parent
@@ -76,3 +77,14 @@ def digits_run(cache_dir):
         return expand(config, overrides)[0].config
 
     return make
+
+
+@pytest.fixture
+def few_digits(cache_dir, digits_run, tmp_path):
+    """Changes to a config: 130 training digits of 16x16 pixels, not augmented."""
+    digits = load_dataset(digits_run().data, cache_dir)
+    path = tmp_path / "few.npz"
+    rows = np.arange(200)
+    np.savez(path, images=digits.decoded.images[rows], labels=digits.listing.labels[rows])
+    plain = {f"augment__{name}": 0.0 for name in ("rotation", "zoom", "shift")}
+    return {"data__source": "npz", "data__path": str(path), "data__image_size": 16, **plain}

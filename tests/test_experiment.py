@@ -3,10 +3,11 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base, cifar10, digits, folder, intel
+from configs import ablation, base, cifar10, digits, folder, intel
 from errors import UserError, choose
-from experiment import Run, check_run_dir, expand, shard, stored_config
+from experiment import Run, check_run_dir, expand, shard
 from models import MODELS
+from settings import first_trained_stage, phase_config, stored_config
 
 
 def small(**changes) -> ConfigDict:
@@ -22,14 +23,66 @@ def test_choose_suggests_the_nearest():
         choose("model", "cmn", ["cnn", "mlp"])
 
 
-@pytest.mark.parametrize("module", [base, digits, intel, cifar10, folder])
-def test_every_config_expands_to_every_model(module):
+SMALL = {"linear", "knn", "mlp", "cnn", "cnn_deep"}
+LARGE = {"vgg16", "resnet50", "efficientnet_b0"}
+
+
+@pytest.mark.parametrize(
+    ("module", "models"),
+    [(base, SMALL), (digits, SMALL), (intel, SMALL | LARGE), (cifar10, SMALL), (folder, SMALL)],
+)
+def test_every_config_expands_to_its_models_and_to_any(module, models):
     config = module.get_config()
     config.data.path = config.data.path or "somewhere"
     runs = expand(config)
-    assert {run.config.model.name for run in runs} == set(MODELS)
-    assert len(runs) == len(MODELS) * len(config.seeds)
-    assert {run.config.model.name for run in expand(module_with(module, "cnn"))} == {"cnn"}
+    assert {run.config.model.name for run in runs} == models
+    assert len(runs) == len(models) * len(config.seeds)
+    every = expand(module_with(module, ",".join(MODELS)))
+    assert {run.config.model.name for run in every} == set(MODELS)
+
+
+def test_models_with_weights_are_fine_tuned_in_two_phases():
+    config = module_with(intel, "cnn,resnet50")
+    runs = {run.config.model.name: run.config for run in expand(config)}
+    assert (runs["cnn"].weights, runs["cnn"].phases) == ("none", "all")
+    assert (runs["resnet50"].weights, runs["resnet50"].phases) == (
+        "timm/resnet50.tv_in1k", "head,tune"
+    )  # fmt: skip
+    assert set(runs["resnet50"].phase) == {"head", "tune"}
+    assert phase_config(runs["resnet50"], "tune").batch_norm == "running"
+    scratch = expand(config, {"weights": "none"})
+    assert {run.config.phases for run in scratch} == {"all"}
+    probe = expand(config, {"per_model.resnet50.phases": "head"})[-1].config
+    assert set(probe.phase) == {"head"}
+
+
+def test_the_command_line_wins_over_phases_unless_it_names_one():
+    overrides = {"optimizer.learning_rate": 0.5, "phase.tune.epochs": 3, "epochs": 7}
+    run = expand(module_with(intel, "resnet50"), overrides)[0].config
+    head, tune = (phase_config(run, name) for name in ("head", "tune"))
+    assert head.optimizer.learning_rate == tune.optimizer.learning_rate == 0.5
+    assert (head.epochs, tune.epochs) == (7, 3)
+    swept = module_with(intel, "resnet50")
+    swept.sweep = "phase.tune.train=last:2,all"
+    assert {phase_config(r.config, "tune").train for r in expand(swept)} == {"last:2", "all"}
+
+
+def test_the_ablation_has_a_variant_for_each_mistake():
+    runs = [run for run in expand(module_with(ablation, "")) if run.config.seed == 0]
+    by_variant = {run.config.variant: run.config for run in runs}
+    assert set(by_variant) == {"right", "pixels", "batch_norm", "rate", "all_three"}
+    assert by_variant["pixels"].preprocessing == "unit"
+    assert phase_config(by_variant["batch_norm"], "tune").batch_norm == "batch"
+    rates = {k: phase_config(v, "tune").optimizer.learning_rate for k, v in by_variant.items()}
+    assert rates["rate"] == rates["all_three"] == 100 * rates["right"]
+    assert {run.name for run in runs} >= {"resnet50/seed0_right", "resnet50/seed0_all_three"}
+
+
+def test_first_trained_stage():
+    assert [first_trained_stage(t, 6) for t in ("head", "last:2", "last:6", "all")] == [5, 4, 0, 0]
+    for wrong in ("last:7", "last:0", "tail", ""):
+        with pytest.raises(UserError, match="last:N with N from 1 to 6"):
+            first_trained_stage(wrong, 6)
 
 
 def module_with(module, models):
@@ -77,7 +130,15 @@ def test_the_command_line_wins_over_the_files_per_model_settings():
         ("data.split", (0.5, 0.2), "sums to 0.7"),
         ("data.split", (1.0,), "two or three fractions"),
         ("data.source", "folder", "config.data.path is empty"),
-        ("phases", ("head",), "only \\('all',\\) is known"),
+        ("phases", "haed", "Did you mean 'head'"),
+        ("phases", "head,head", "each phase once"),
+        ("phases", "", "at least one"),
+        ("batch_norm", "moving", "batch_norm: 'moving' is not known"),
+        ("preprocessing", "unti", "Did you mean 'unit'"),
+        ("layer_decay", 0.0, "layer_decay=0.0 is out of range"),
+        ("phase.all", ConfigDict({"seed": 1}), "phase.all: 'seed' is not known"),
+        ("phase.all", ConfigDict({"epochs": 0}), "in phase all: config.epochs=0"),
+        ("phase.all", ConfigDict({"epoch": 3}), "Did you mean 'epochs'"),
         ("loss.name", "hinge", "needs hard labels"),
         ("augment.crop_area", (0.0, 1.0), "crop_area"),
         ("schedule.patience", 0, "patience=0"),

@@ -206,3 +206,25 @@ def test_data_mistakes_come_before_any_run(digits_run, tmp_path, make_folder):
     main.check([Run("linear/seed0", config)], tmp_path)
     found = json.loads((tmp_path / "audit" / "audit.json").read_text())
     assert found["label_conflicts"] == [["one/0.png", "two/copy.png"]]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("timm/resnet18.tv_in1", "Did you mean 'timm/resnet18.tv_in1k'"),
+        ("timm/resnet50.tv_in1k", "are of resnet50, not of resnet18"),
+        ("timm/resnet18.tv_in1k", "model.safetensors"),  # no network: the file to fetch elsewhere
+        ("timm:nowhere.safetensors", "nowhere.safetensors"),
+        ("run:nowhere", "not the directory of a complete run"),
+    ],
+)
+def test_weights_that_cannot_be_had_stop_before_training(
+    digits_run, tmp_path, monkeypatch, weights, message
+):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("ARCHCOMPARE_WEIGHTS", str(tmp_path / "weights"))
+    config = digits_run("resnet18", weights=weights, data__image_size=32)
+    with pytest.raises(UserError) as caught:
+        main.check([Run("resnet18/seed0", config)], tmp_path)
+    assert message in str(caught.value)
+    assert not (tmp_path / "resnet18").exists()

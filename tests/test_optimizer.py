@@ -48,7 +48,7 @@ def test_weight_decay_spares_biases_and_norms():
         settings = config(
             optimizer__name=name, optimizer__weight_decay=0.1, optimizer__nesterov=False
         )
-        optimizer = make_optimizer(settings, optax.constant_schedule(0.5))
+        optimizer = make_optimizer(settings, optax.constant_schedule(0.5), stages=3)
         updates, _ = optimizer.update(zero, optimizer.init(params), params)
         np.testing.assert_allclose(updates["kernel"], -0.05 * np.ones((2, 2)), rtol=1e-6)
         assert not updates["bias"].any() and not updates["scale"].any()
@@ -57,7 +57,7 @@ def test_weight_decay_spares_biases_and_norms():
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_updates_by_hand(name):
     settings = config(optimizer__name=name, optimizer__weight_decay=0.1, optimizer__nesterov=False)
-    optimizer = make_optimizer(settings, optax.constant_schedule(0.01))
+    optimizer = make_optimizer(settings, optax.constant_schedule(0.01), stages=3)
     p, m, v = np.array([[1.0, -2.0]]), 0.0, 0.0
     params = {"kernel": jnp.asarray(p)}
     state = optimizer.init(params)
@@ -79,7 +79,7 @@ def test_updates_by_hand(name):
 def test_clipping_bounds_the_gradient_norm():
     settings = config(optimizer__name="sgd", optimizer__clip_norm=1.0, optimizer__momentum=0.0)
     settings.optimizer.weight_decay = 0.0
-    optimizer = make_optimizer(settings, optax.constant_schedule(1.0))
+    optimizer = make_optimizer(settings, optax.constant_schedule(1.0), stages=3)
     params = {"kernel": jnp.zeros((1, 2))}
     updates, _ = optimizer.update(
         {"kernel": jnp.array([[30.0, 40.0]])}, optimizer.init(params), params
@@ -98,3 +98,13 @@ def test_plateau_lowers_the_rate_after_patience_runs_out():
         state = plateau.update({}, state, value=loss)[1]
         scales.append(float(state.scale))
     assert scales == [1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_layer_decay_slows_earlier_stages():
+    settings = config(optimizer__name="sgd", optimizer__momentum=0.0, optimizer__weight_decay=0.0)
+    settings.layer_decay = 0.5
+    optimizer = make_optimizer(settings, optax.constant_schedule(1.0), stages=3)
+    params = {f"stages.{i}.kernel": jnp.zeros((2, 2)) for i in range(3)}
+    gradient = {path: jnp.ones((2, 2)) for path in params}
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert [float(updates[path][0, 0]) for path in params] == [-0.25, -0.5, -1.0]

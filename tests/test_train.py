@@ -8,13 +8,14 @@ import pytest
 from sklearn.metrics import log_loss
 
 import checkpoint
-import train
+import phase
 from errors import UserError
 from input_pipeline import load_dataset
 from models.classifier import merge_model
+from phase import Interrupted, next_pause
 from recorder import read_lines
 from tests.conftest import ROOT
-from train import Interrupted, build_model, next_pause, train_and_evaluate
+from train import build_model, train_and_evaluate
 
 
 def predictions(run_dir, part="test"):
@@ -36,17 +37,6 @@ def linear(tmp_path_factory):
     overrides = {"epochs": 5, "runtime.cache_dir": str(folder / "cache")}
     config = expand(digits.get_config("linear"), overrides)[0].config
     return config, folder / "run", train_and_evaluate(config, folder / "run")
-
-
-@pytest.fixture
-def few_digits(cache_dir, digits_run, tmp_path):
-    """Changes to a config: 130 training digits of 16x16 pixels, not augmented."""
-    digits = load_dataset(digits_run().data, cache_dir)
-    path = tmp_path / "few.npz"
-    rows = np.arange(200)
-    np.savez(path, images=digits.decoded.images[rows], labels=digits.listing.labels[rows])
-    plain = {f"augment__{name}": 0.0 for name in ("rotation", "zoom", "shift")}
-    return {"data__source": "npz", "data__path": str(path), "data__image_size": 16, **plain}
 
 
 def test_a_run_directory_holds_what_the_analysis_needs(linear):
@@ -184,7 +174,7 @@ def test_a_damaged_checkpoint_is_passed_over(digits_run, tmp_path, capsys):
 
 
 def test_divergence_stops_at_its_step(digits_run, tmp_path, monkeypatch):
-    real = train.Feed.training
+    real = phase.Feed.training
 
     def poisoned(self, *arguments):
         for step, batch in enumerate(real(self, *arguments)):
@@ -192,7 +182,7 @@ def test_divergence_stops_at_its_step(digits_run, tmp_path, monkeypatch):
                 batch["image"] = batch["image"].astype(np.float32) * np.nan
             yield batch
 
-    monkeypatch.setattr(train.Feed, "training", poisoned)
+    monkeypatch.setattr(phase.Feed, "training", poisoned)
     summary = train_and_evaluate(digits_run("linear"), tmp_path)
     assert summary["status"] == "diverged"
     assert "at step 12 " in summary["error"] and "lower optimizer.learning_rate" in summary["error"]

@@ -185,3 +185,19 @@ def test_latex_escapes(tmp_path):
     compare.write_report(tmp_path)
     text = (tmp_path / "report" / "table.tex").read_text()
     assert r"cnn\_deep (momentum=0.9, a\_b=1\%)" in text
+
+
+def test_what_became_of_pretrained_weights_is_told(tmp_path):
+    for model, warnings in (("right", []), ("wrong", ["<b> is out of place"])):
+        path = write_run(tmp_path, model, 0) / "summary.json"
+        summary = json.loads(path.read_text())
+        phase = {"name": "head", "train": "last:1", "epochs": 3.0, "stored_features": True}
+        summary |= {"weights": "run:x", "phases": [phase], "preflight": {"warnings": warnings}}
+        path.write_text(json.dumps(summary))
+    write_run(tmp_path, "scratch", 0)
+    report = compare.write_report(tmp_path)
+    page = report.page.read_text(encoding="utf-8")
+    assert "wrong: its pixels do not match its weights.</strong> &lt;b&gt; is out of place" in page
+    assert "head (last:1): 3 epochs, on stored features" in page
+    assert page.count("DO NOT MATCH") == 1 and page.count("run:x") == 2
+    assert "wrong: <b> is out of place" in report.text and "right: " not in report.text

@@ -1,0 +1,26 @@
+"""Are pretrained weights worth it on my images? The same networks with them and from scratch.
+
+    python main.py --config=configs/transfer.py:resnet18,efficientnet_b0 --workdir=runs/transfer \
+        --config.data.path=DATA
+
+DATA is a folder of images, as in configs/folder.py. Each network begins from the first weights that
+are published for it; others are given by --config.per_model.resnet18.weights=...
+"""
+
+from ml_collections import ConfigDict
+
+from configs import folder
+from models.published import PUBLISHED
+
+
+def get_config(models: str = "resnet18") -> ConfigDict:
+    """Returns the experiment; `models` chooses: configs/transfer.py:resnet18,efficientnet_b0."""
+    config = folder.get_config(models or "resnet18")
+    for name in config.models:
+        published = [weights for weights, entry in PUBLISHED.items() if entry.model == name]
+        config.per_model[name].weights = published[0] if published else "none"
+    config.variants.pretrained = ConfigDict({"phases": "head,full"})
+    config.variants.scratch = ConfigDict({"weights": "none", "phases": "all"})
+    config.phase.full.early_stopping_patience = 5
+    config.phase.full.epochs = 15
+    return config
