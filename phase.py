@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -89,32 +90,21 @@ class Phase:
         """
         run, config, progress = self.run, self.config, self.run.progress
         run.clock, began = time.monotonic(), progress.seconds
-        if (
-            self.first
-            and config.weights == "none"
-            and not any(p["train"] == "all" for p in progress.phases)
-        ):
-            print(
-                f"warning: phase {self.name} freezes {self.first} stages at random values, for "
-                "config.weights is none",
-                file=sys.stderr,
-            )
         feed, validation, cached = self._feeds(weights)
         per_epoch = steps_per_epoch(len(feed), config.batch_size)
         total = config.epochs * per_epoch
         schedule = make_schedule(config, per_epoch, total)
         optimizer = make_optimizer(config, schedule, self.stages)
-        state = initial_state(config, weights, optimizer, self.first)
-        if stored is not None:
-            state = checkpoint.fit(state, stored, run.checkpoints)
-        elif config.keep_optimizer:
-            state["optimizer"] = carry_over(state["optimizer"], previous)
-        state = run.put(state)
+        state = self._initial_state(optimizer, weights, stored, previous)
         if progress.step == 0:
             save_augmented_batch(run.run_dir, run.feed("train"), config, self.key)
-        class_weight = class_weights(config, run.dataset)
         step = make_train_step(
-            config, run.model, optimizer, class_weight, first=self.first, cached=cached
+            config,
+            run.model,
+            optimizer,
+            class_weights(config, run.dataset),
+            first=self.first,
+            cached=cached,
         )
         eval_step = make_eval_step(config, run.model, self.first if cached else 0)
         done = progress.step - progress.phase_start
@@ -143,6 +133,29 @@ class Phase:
                 if not progress.finished and run.should_stop():
                     run.interrupt(state)
         return checkpoint.flat(state["optimizer"])
+
+    def _initial_state(
+        self,
+        optimizer: optax.GradientTransformation,
+        weights: dict,
+        stored: dict | None,
+        previous: dict,
+    ) -> dict:
+        """Returns the state to start from, or to go on from; see `train`."""
+        run, config = self.run, self.config
+        before = [phase["train"] for phase in run.progress.phases]
+        if self.first and config.weights == "none" and "all" not in before:
+            print(
+                f"warning: phase {self.name} freezes {self.first} stages at random values, for "
+                "config.weights is none",
+                file=sys.stderr,
+            )
+        state = initial_state(config, weights, optimizer, self.first)
+        if stored is not None:
+            state = checkpoint.fit(state, stored, run.checkpoints)
+        elif config.keep_optimizer:
+            state["optimizer"] = carry_over(state["optimizer"], previous)
+        return run.put(state)
 
     def _feeds(self, weights: dict) -> tuple[Feed, Feed, bool]:
         """Returns what to train and to validate on, and whether both are stored features."""

@@ -123,11 +123,8 @@ def make_train_step(
         augment_key, dropout_key = step_keys(key, state["step"])
         targets = jax.nn.one_hot(batch["label"], len(weights))  # [B, K]
         inputs = batch["image"]
-        if not cached and config.augment_views:
-            views = batch["epoch"] % config.augment_views
-            inputs = augment_views(key, inputs, batch["row"], views, config.augment)
-        elif not cached:
-            inputs, targets = augment(augment_key, inputs, targets, config.augment)
+        if not cached:
+            inputs, targets = _augmented(config, key, augment_key, batch, targets)
 
         def loss_of(params: dict):
             merged = merge_model(structure, state["params"] | params, state["stats"], dropout_key)
@@ -163,6 +160,16 @@ def make_train_step(
         return changed
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _augmented(
+    config: ConfigDict, key: jax.Array, step_key: jax.Array, batch: dict, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the images of a batch, augmented anew or as their epoch's view, and the targets."""
+    if not config.augment_views:
+        return augment(step_key, batch["image"], targets, config.augment)
+    views = batch["epoch"] % config.augment_views
+    return augment_views(key, batch["image"], batch["row"], views, config.augment), targets
 
 
 def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:

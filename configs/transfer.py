@@ -21,6 +21,8 @@ def get_config(models: str = "resnet18") -> ConfigDict:
         config.per_model[name].weights = published[0] if published else "none"
     config.variants.pretrained = ConfigDict({"phases": "head,full"})
     config.variants.scratch = ConfigDict({"weights": "none", "phases": "all"})
-    config.phase.full.early_stopping_patience = 5
+    # The rate of training from scratch, so that only the initialisation differs.
+    full = {"optimizer": {"learning_rate": 1e-3}, "layer_decay": 1.0, "early_stopping_patience": 5}
+    config.phase.full.update(full)
     config.phase.full.epochs = 15
     return config
