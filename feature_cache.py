@@ -87,10 +87,14 @@ def cache_features(
         merged = merge_model(model, weights["params"], weights["stats"])
         return _condensed(merged, images, first)
 
+    # Batches of nearly equal size, for padding would be computed too.
+    devices = feed.sharding.mesh.size
+    count = -(-len(feed) // config.eval_batch_size)
+    batch_size = -(-len(feed) // (count * devices)) * devices
     parts = []
     for view in range(max(views, 1)):
         left = len(feed)
-        for batch in feed.evaluation(config.eval_batch_size):
+        for batch in feed.evaluation(batch_size):
             features = np.asarray(run(weights, batch, view))
             parts.append(features[:left])
             left -= len(features)

@@ -5,6 +5,12 @@
 
 DATA is a folder of images, as in configs/folder.py. Each network begins from the first weights that
 are published for it; others are given by --config.per_model.resnet18.weights=...
+
+Measured on 960 + 480 of the Intel photos at 64x64 pixels (--config.data.image_size=64), weights
+trained on CIFAR-10 at 32x32 (run:...; 80.6 and 59.3 % there), 3 seeds, mean and 95 % interval over
+seeds: resnet18 77.2 % (74.6 to 79.8) against 74.2 (70.5 to 78.0) from scratch, its last phase at
+learning_rate 2e-4 and layer_decay 0.8; efficientnet_b0 70.8 % (68.8 to 72.7) against 59.7 (55.4 to
+63.9).
 """
 
 from ml_collections import ConfigDict
