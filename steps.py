@@ -153,13 +153,18 @@ def make_train_step(
             "metrics": state["metrics"].merge(measured),
         }
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
-        fine = state["bad_step"] < 0
-        changed = jax.tree.map(lambda new, old: jnp.where(fine & finite, new, old), changed, state)
-        changed["bad_step"] = jnp.where(fine & ~finite, state["step"], state["bad_step"])
-        changed["step"] = state["step"] + 1
-        return changed
+        return _unless_broken(state, changed, finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:
+    """Returns the changed state, or the old one from the first step on that was not finite."""
+    fine = state["bad_step"] < 0
+    changed = jax.tree.map(lambda new, old: jnp.where(fine & finite, new, old), changed, state)
+    changed["bad_step"] = jnp.where(fine & ~finite, state["step"], state["bad_step"])
+    changed["step"] = state["step"] + 1
+    return changed
 
 
 def _augmented(

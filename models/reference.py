@@ -135,15 +135,15 @@ def compare(model: Classifier, reference: Reference, images: np.ndarray) -> list
 
 def import_torchvision() -> None:
     """Imports torchvision, also where its compiled operators do not match the installed torch."""
-    import torch
+    from torch import library
 
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import_torchvision.kept = library  # it is undone when collected
+        operators = library.Library("torchvision", "DEF")
+        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import_torchvision.kept = operators  # it is undone when collected
         import torchvision  # noqa: F401
 
 

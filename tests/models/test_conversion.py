@@ -83,7 +83,8 @@ def test_layouts():
 @pytest.mark.parametrize("path", ["a.kernel", "a.positions", "stages.5.fc1.kernel"])
 @pytest.mark.parametrize("publisher", list(FILE_NAMES))
 def test_arrays_of_any_rank_come_back_for_the_report(publisher, path, shape):
-    to_our_layout(np.zeros(shape), publisher, path, (3, 3, 1, 8))
+    array = to_our_layout(np.zeros(shape), publisher, path, (3, 3, 1, 8))
+    assert array.size == np.zeros(shape).size
 
 
 # What torch.nn.functional.interpolate(mode="bicubic", antialias=True) makes of this grid.
