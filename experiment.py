@@ -26,7 +26,7 @@ from settings import (
 )
 from validation import validate
 
-GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model")
+GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
     use_compilation_cache(config.runtime.cache_dir)
     check(runs, workdir)
     plan = {"command": sys.argv, "runs": [run.name for run in grid]}
+    plan["compare"] = stored_config(config.compare)
     write_json(workdir / "experiment.json", plan)
 
     stop = Signals()

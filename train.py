@@ -137,6 +137,7 @@ class TrainingRun:
         self.best: dict = {}
         self.recorder: Recorder | None = None
         self.compile_seconds = 0.0
+        self.inference_speed: float | None = None
         self.clock = self.saved_at = time.monotonic()
 
     def feed(self, part: str) -> Feed:
@@ -276,10 +277,15 @@ class TrainingRun:
         return measured, np.concatenate([np.asarray(part) for part in logits])[: len(feed)]
 
     def predict(self, weights: dict) -> dict:
-        """Writes the predictions on validation and test images; returns the metrics of both."""
+        """Writes the predictions on validation and test images; returns the metrics of both.
+
+        The second part is timed, for the program is compiled by then.
+        """
         result = {}
         for part in ("validation", "test"):
-            measured, logits = self.evaluate(self.feed(part), weights)
+            feed, began = self.feed(part), time.monotonic()
+            measured, logits = self.evaluate(feed, weights)
+            self.inference_speed = len(logits) / (time.monotonic() - began)
             labels = self.dataset.labels(part)
             path = self.run_dir / f"predictions_{part}.npz"
             np.savez(path, ids=np.array(self.dataset.ids(part)), labels=labels, logits=logits)
@@ -292,6 +298,7 @@ class TrainingRun:
         progress, timed = self.progress, self.progress.timed_seconds
         return model_cost(self.model, self.config.data.image_size) | {
             "train_images_per_second": progress.timed_images / timed if timed else None,
+            "inference_images_per_second": self.inference_speed,
             "seconds": progress.seconds,
             "seconds_to_best": progress.seconds_to_best,
             "compile_seconds": self.compile_seconds,

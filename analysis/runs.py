@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import UserError
 from recorder import read_lines
 
 
@@ -62,15 +63,41 @@ class FinishedRun:
     @cached_property
     def test(self) -> dict[str, np.ndarray]:
         """Test predictions: ids [N], labels int32 [N], logits float32 [N, K]."""
-        with np.load(self.path / "predictions_test.npz", allow_pickle=False) as file:
-            return dict(file)
+        return _predictions(self.path / "predictions_test.npz")
 
     @cached_property
-    def probabilities(self) -> np.ndarray:
-        """Softmax of the test logits: float64 [N, K]."""
-        logits = self.test["logits"].astype(np.float64)
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return shifted / shifted.sum(axis=1, keepdims=True)
+    def validation(self) -> dict[str, np.ndarray]:
+        """Validation predictions, as `test`."""
+        return _predictions(self.path / "predictions_validation.npz")
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of the logits."""
+        return self.dataset["class_names"]
+
+
+def _predictions(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): train that run again") from error
+
+
+def load_run(run_dir: Path) -> FinishedRun:
+    """Returns the complete run of one directory.
+
+    Raises:
+      UserError: it is not the directory of a complete run.
+    """
+    try:
+        config, summary = (_read(run_dir / f"{name}.json") for name in ("config", "summary"))
+    except ValueError as error:
+        raise UserError(f"{run_dir} holds unreadable JSON: {error}") from error
+    if summary.get("status") != "complete" or not config:
+        found = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
+        raise UserError(f"{run_dir} is not the directory of a complete run ({found})")
+    return FinishedRun(run_dir, run_dir.name, config, summary)
 
 
 def load_runs(workdir: Path) -> list[FinishedRun]:

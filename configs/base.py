@@ -189,6 +189,17 @@ def get_config(models: str = "") -> ConfigDict:
     runtime.log_every_steps = 100  # and at each evaluation
     runtime.tensorboard = True
 
+    # --- the report: may change at any time, and no result depends on it ------------------------
+    compare = config.compare = ConfigDict()
+    # Published test accuracies in percent, by model, to be shown beside ours; and where from.
+    compare.reference = ConfigDict()
+    compare.reference_source = ""
+    compare.seed_interval = "t"  # of the mean over seeds: t | bootstrap
+    compare.baseline = ""  # model whose corruption errors count as 100 %; "" is the least accurate
+    # Test images, evenly spaced, that the report corrupts; 0: it says nothing of robustness.
+    compare.robustness_images = 128
+    compare.gradcam_images = 8  # columns of the grid of heat maps; 0: none are made
+
     if models:
         config.models = tuple(name for name in models.split(",") if name)
     return config

@@ -211,6 +211,8 @@ def load(model: Classifier, source: Source) -> Classifier:
             f"{' or '.join(known) or 'no publisher'} can be read, not of {source.family}"
         )
     _, params, stats = split_model(model)
+    if not model.trained_by_gradient:
+        return _load_memory(model, source, stats)
     ours, arrays = params | stats, conversion.normalise_names(source.read(), source.family)
     head = f"stages.{len(model.stages) - 1}."
     names = (
@@ -247,6 +249,14 @@ def load(model: Classifier, source: Source) -> Classifier:
     loaded = merge_model(model, {p: filled[p] for p in params}, {p: filled[p] for p in stats})
     loaded.preprocessing = pixels_of(source, arrays)
     return loaded
+
+
+def _load_memory(model: Classifier, source: Source, stats: dict) -> Classifier:
+    """Returns a model without gradient with what it remembers, whose shapes the data decided."""
+    arrays = source.read()
+    if set(arrays) != set(stats):
+        raise UserError(f"weights {source.name!r} are not of {type(model).__name__}")
+    return merge_model(model, {}, {path: jnp.asarray(arrays[path]) for path in stats})
 
 
 def _fresh_head(model, source, arrays, extra: set[str], ours: dict, head: str) -> set[str]:

@@ -1,0 +1,104 @@
+"""What the analyses that look through a network share: a run's model, its images, compiled calls."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from analysis.runs import FinishedRun
+from errors import UserError
+from input_pipeline import Dataset, load_dataset
+from models import Classifier, create_model
+from models.classifier import merge_model, set_mode, split_model
+
+
+def load_classifier(run: FinishedRun) -> Classifier:
+    """Returns the model of a complete run with its best weights, in evaluation mode.
+
+    Raises:
+      UserError: the run has no weights that can be read.
+    """
+    fields = dict(run.summary["model"])
+    model = create_model(
+        fields.pop("name"),
+        len(run.class_names),
+        weights=f"run:{run.path}",
+        image_size=run.summary["image_size"],
+        dtype=run.config["compute_dtype"],
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()},
+    )
+    set_mode(model, training=False)
+    return model
+
+
+def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
+    """Returns the images a run was trained and tested on, read again (or from the cache).
+
+    Args:
+      run: a complete run.
+      data_path: where the data lies now, "" for where the run found it.
+
+    Raises:
+      UserError: the data is gone, or its images are no longer those of the run.
+    """
+    config = ConfigDict(run.config["data"])
+    if data_path:
+        config.path = str(Path(data_path).expanduser())
+    dataset = load_dataset(config, run.config["runtime"]["cache_dir"])
+    same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
+    if not same or dataset.ids("test") != run.test["ids"].tolist():
+        raise UserError(
+            f"the images in {config.path or config.source} are not those that {run.path} was "
+            "trained on (their fingerprint differs): give the original data"
+        )
+    return dataset
+
+
+def test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
+    """Returns uint8 [N, S, S, 3], the test images in the order of the run's predictions."""
+    return load_run_dataset(run, data_path).images("test")
+
+
+def compiled(model: Classifier, function: Callable) -> Callable:
+    """Compiles `function(model, *arrays)` and returns it as a function of the arrays alone.
+
+    The weights are arguments of the program rather than constants in it, so that it compiles
+    quickly and can be cached on disk.
+    """
+    _, params, stats = split_model(model)
+
+    @jax.jit
+    def program(params: dict, stats: dict, *arrays):
+        return function(merge_model(model, params, stats), *arrays)
+
+    return lambda *arrays: program(params, stats, *arrays)
+
+
+def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
+    """Applies a compiled function to batches of one size, the last padded with its first row.
+
+    Args:
+      function: of arrays [size, ...]; returns a tree of arrays [size, ...].
+      *arrays: each [N, ...].
+      size: of a batch; a smaller N is one batch.
+
+    Returns:
+      The tree with arrays [N, ...] of NumPy.
+    """
+    count, outputs = len(arrays[0]), []
+    size = min(size, count)
+    for start in range(0, count, size):
+        parts = [np.asarray(array[start : start + size]) for array in arrays]
+        short = size - len(parts[0])
+        padded = [np.concatenate([part, np.repeat(part[:1], short, axis=0)]) for part in parts]
+        out = function(*(jnp.asarray(part) for part in padded))
+        outputs.append(jax.tree.map(lambda x, n=size - short: np.asarray(x)[:n], out))
+    return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
+
+
+def predict_logits(model: Classifier, images: np.ndarray, size: int = 128) -> np.ndarray:
+    """uint8 [N, S, S, 3], or float in 0..255 -> logits float32 [N, K]."""
+    return in_batches(compiled(model, lambda m, x: m(m.preprocess(x))), images, size=size)
