@@ -24,7 +24,7 @@ from settings import (
     phase_names,
     stored_config,
 )
-from validation import validate
+from validation import validate, validate_compare
 
 GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
 
@@ -60,6 +60,7 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
             raise UserError(f"config.seeds: {seed!r} is not a whole number from 0 to 2**31 - 1")
 
+    validate_compare(config.compare, models)
     runs = []
     variants = config.variants.to_dict() or {"": {}}
     for name, variant, point in itertools.product(models, variants, _sweep_points(config.sweep)):

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import experiment
-from analysis import audit, compare
+from analysis import audit, report
 from analysis.runs import read_status
 from errors import UserError
 from input_pipeline import check_batches, load_dataset
@@ -63,10 +63,10 @@ def main(argv: list[str]) -> int:
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
-    report = compare.write_report(workdir)
-    print(f"\n{report.text}\n\nreport: {report.page}")
+    made = report.write_report(workdir, config.compare, progress=lambda x: print(x, flush=True))
+    print(f"\n{made.text}\n\nreport: {made.page}")
     ours = {run.name for run in runs}
-    return 1 if any(name in ours for name in report.not_complete) else 0
+    return 1 if any(name in ours for name in made.not_complete) else 0
 
 
 def prepare_workdir(workdir: Path) -> Path:

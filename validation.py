@@ -121,3 +121,26 @@ def _validate(config: ConfigDict) -> None:
             "config.loss.name=hinge needs hard labels: set loss.label_smoothing, augment.mixup and "
             "augment.cutmix to 0, or use cross_entropy"
         )
+
+
+def validate_compare(compare: ConfigDict, models: list[str]) -> None:
+    """Checks `config.compare`, so that a mistake in it is found before training rather than after.
+
+    Args:
+      compare: that section of an experiment's config.
+      models: names in the grid.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    choose("config.compare.seed_interval", compare.seed_interval, ("t", "bootstrap"))
+    if compare.baseline:
+        choose("config.compare.baseline", compare.baseline, models)
+    for field in ("robustness_images", "gradcam_images"):
+        if compare[field] < 0:
+            raise UserError(f"config.compare.{field}={compare[field]} must be 0 or more")
+    for name, value in compare.reference.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 100:
+            raise UserError(
+                f"config.compare.reference.{name}={value!r} is not an accuracy in percent, 0 to 100"
+            )

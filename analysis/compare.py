@@ -1,123 +1,145 @@
-"""Which architecture is best, and how sure are we? Tables, pictures and a page from finished runs.
+"""Which architecture is best, and how sure are we? Tables and statistics from saved predictions.
 
-    python -m analysis.compare runs/digits
+    python -m analysis.compare WORKDIR
 
-Reads run directories alone, so it can be repeated on any subset of runs that is complete.
+Writes table, pairs, confused and only_one_right (.csv with every digit; .md and .tex to paste) into
+WORKDIR/report and prints the answer. `python -m analysis.report WORKDIR` makes the page of it.
 """
 
-import base64
+import itertools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import pandas as pd
-from scipy import stats
-from sklearn.metrics import precision_recall_fscore_support
+from ml_collections import ConfigDict
+from sklearn.metrics import cohen_kappa_score
 
-from analysis import figures
+from analysis import evaluate, statistics
 from analysis.runs import FinishedRun, load_runs
+from analysis.tables import (
+    labels_of,
+    percent,
+    percents,
+    points,
+    printed_pairs,
+    printed_table,
+    write_table,
+)
+from configs import base
 from errors import UserError
 from experiment import run_command
 
-BINS = 15  # of confidence, in the calibration error
+ALPHA = 0.05
+COSTS = (
+    "parameters",
+    "flops_per_image",
+    "seconds",
+    "seconds_to_best",
+    "train_images_per_second",
+    "inference_images_per_second",
+)
+Groups = dict[str, list[FinishedRun]]
+
+# --- runs -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `write_report` made: the table as text, the page, and the runs that are not complete."""
-
-    text: str
-    page: Path
-    not_complete: dict[str, str]
-
-
-# --- numbers --------------------------------------------------------------------------------------
+def read_options(workdir: Path) -> ConfigDict:
+    """Returns `config.compare` of the experiment, with defaults where it says nothing."""
+    options = base.get_config().compare
+    plan = workdir / "experiment.json"
+    if plan.exists():
+        stored = json.loads(plan.read_text(encoding="utf-8")).get("compare", {})
+        options.update(ConfigDict({k: v for k, v in stored.items() if k in options}))
+    return options
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error (Naeini et al. 2015) of the top class, 15 bins of equal width.
-
-    Args:
-      probabilities: [N, K], rows that sum to 1.
-      labels: int [N].
-    """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gap = np.bincount(bins, weights=confidence - correct, minlength=BINS)
-    return float(np.abs(gap).sum() / len(labels))
-
-
-def run_metrics(run: FinishedRun) -> dict[str, float]:
-    """Returns the test metrics of one run, computed from its saved predictions."""
-    labels, predicted = run.test["labels"], run.test["logits"].argmax(axis=1)
-    classes = range(run.test["logits"].shape[1])
-    precision, recall, f1, _ = precision_recall_fscore_support(
-        labels, predicted, labels=classes, average="macro", zero_division=0
-    )
-    return {
-        "test_accuracy": float((labels == predicted).mean()),
-        "macro_precision": float(precision),
-        "macro_recall": float(recall),
-        "macro_f1": float(f1),
-        "ece": calibration_error(run.probabilities, labels),
-        "validation_accuracy": run.summary["metrics"]["validation"]["accuracy"],
-    }
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % t-interval of the mean over seeds, cut to 0..1; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return max(0.0, values.mean() - half), min(1.0, values.mean() + half)
-
-
-def group_runs(runs: list[FinishedRun]) -> dict[str, list[FinishedRun]]:
+def group_runs(runs: list[FinishedRun]) -> Groups:
     """Returns complete runs by label (model and variant), the highest mean accuracy first."""
-    groups: dict[str, list[FinishedRun]] = {}
+    groups: Groups = {}
     for run in runs:
         if run.status == "complete":
             groups.setdefault(run.label, []).append(run)
-    mean = {k: np.mean([run_metrics(run)["test_accuracy"] for run in g]) for k, g in groups.items()}
+    mean = {label: correctness(group).mean() for label, group in groups.items()}
     return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
 
 
-def make_table(groups: dict[str, list[FinishedRun]]) -> pd.DataFrame:
-    """Returns a row per model and variant; the columns of `table.csv`.
+def correctness(runs: list[FinishedRun]) -> np.ndarray:
+    """Returns bool [S, N], which test images each run gets right.
 
-    Accuracies and shares are in 0..1. The interval is over seeds: how far another set of seeds
-    would move the mean on the same split. Costs are means over seeds.
+    Raises:
+      UserError: the runs were not tested on the same images.
+    """
+    for run in runs[1:]:
+        if not np.array_equal(run.test["ids"], runs[0].test["ids"]):
+            raise UserError(
+                f"{run.path} and {runs[0].path} were tested on different images, so their seeds "
+                "cannot be compared: train them on one split, or in different workdirs"
+            )
+    return np.array([run.test["logits"].argmax(axis=1) == run.test["labels"] for run in runs])
+
+
+def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tuple]:
+    """Returns pairs of runs of equal seed, or in order where no seed is common.
+
+    Empty if the two were not tested on the same images.
+    """
+    if not np.array_equal(first[0].test["ids"], second[0].test["ids"]):
+        return []
+    by_seed = {run.seed: run for run in second}
+    common = [(run, by_seed[run.seed]) for run in first if run.seed in by_seed]
+    return common or list(zip(first, second, strict=False))
+
+
+# --- a row per model ----------------------------------------------------------------------------
+
+
+def leaked(groups: list[list[str]], ids: np.ndarray) -> np.ndarray:
+    """Returns bool [N]: which test images are in one of the audit's groups across parts."""
+    return np.isin(ids, [name for group in groups for name in group])
+
+
+def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -> pd.DataFrame:
+    """Returns a row per model and variant, the best first; the columns of `table.csv`.
+
+    Shares are in 0..1. `seeds_ci95_*` says where other seeds would move the mean on these images,
+    `images_ci95_*` what these trained models would do on other images. Costs are means over seeds,
+    measured on `device`, but for parameters and FLOPs, which are counted. `without_leaks` leaves
+    out test images with an exact copy in another part, `without_near_leaks` near copies too.
     """
     rows = []
-    for runs in groups.values():
-        measured = pd.DataFrame([run_metrics(run) for run in runs])
-        cost = pd.DataFrame([run.summary["cost"] for run in runs])
-        accuracy = measured["test_accuracy"].to_numpy()
-        low, high = interval(accuracy)
-
-        def mean(name: str, cost: pd.DataFrame = cost) -> float:
-            return pd.to_numeric(cost[name]).mean()
-
+    for label, runs in groups.items():
+        measured = pd.DataFrame([evaluate.evaluate(run) for run in runs])
+        cost = pd.DataFrame([run.summary["cost"] for run in runs]).reindex(columns=COSTS)
+        correct, ids = correctness(runs), runs[0].test["ids"]
+        accuracy = correct.mean(axis=1)
+        seeds = statistics.seed_interval(accuracy, options.seed_interval)
+        images = statistics.image_interval(correct)
+        audited = audit or {"leaks": [], "near_leaks": []}
+        exact = leaked(audited["leaks"], ids)
+        near = exact | leaked(audited["near_leaks"], ids)
+        published = options.reference.get(label, options.reference.get(runs[0].model, math.nan))
         rows.append(
             {
                 "model": runs[0].model,
+                "variant": runs[0].variant,
                 "seeds": len(runs),
+                "test_images": len(ids),
                 "test_accuracy_mean": accuracy.mean(),
                 "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
-                "test_accuracy_ci95_low": low,
-                "test_accuracy_ci95_high": high,
+                "seeds_ci95_low": seeds[0],
+                "seeds_ci95_high": seeds[1],
+                "images_ci95_low": images[0],
+                "images_ci95_high": images[1],
+                "published": published / 100,
+                "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
+                "leaks": int(exact.sum()),
+                "without_near_leaks": correct[:, ~near].mean() if not near.all() else math.nan,
+                "near_leaks": int(near.sum()),
                 **{f"{name}_mean": measured[name].mean() for name in list(measured)[1:]},
-                "parameters": int(mean("parameters")),
-                "flops_per_image": mean("flops_per_image"),
-                "train_images_per_second": mean("train_images_per_second"),
-                "seconds_to_best": mean("seconds_to_best"),
-                "test_images": len(runs[0].test["labels"]),
+                **{name: pd.to_numeric(cost[name]).mean() for name in COSTS},
                 "image_size": runs[0].config["data"]["image_size"],
-                "variant": runs[0].variant,
                 "device": runs[0].summary["cost"]["device"],
                 "runs": ";".join(run.name for run in runs),
             }
@@ -125,223 +147,227 @@ def make_table(groups: dict[str, list[FinishedRun]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def printed_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table as a reader wants it: percent, rounded, "–" where there is no number."""
+# --- a row per pair -----------------------------------------------------------------------------
 
-    def percent(value: float, digits: int = 2) -> str:
-        return "–" if pd.isna(value) else f"{100 * value:.{digits}f}"
 
-    def percents(low: float, high: float) -> str:
-        return "–" if pd.isna(low) else f"{percent(low)}–{percent(high)}"
+def make_pairs(groups: Groups) -> pd.DataFrame:
+    """Returns a row per pair of models, the higher ranked first; the columns of `pairs.csv`.
 
-    def scaled(value: float) -> str:
-        if pd.isna(value):
-            return "–"
-        for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-            if value >= size:
-                return f"{value / size:.3g} {unit}"
-        return f"{value:.3g}"
-
-    return pd.DataFrame(
-        [
+    `p` is over seeds and images where both have several seeds, else McNemar's, which is about
+    these trained models alone; `p_holm` is corrected for the number of pairs, and a difference is
+    `established` if it is under 0.05. `agreement` and `kappa` are of the predicted classes, means
+    over seeds. Pairs tested on different images are left out.
+    """
+    rows = []
+    for first, second in itertools.combinations(groups, 2):
+        pairs = paired_runs(groups[first], groups[second])
+        if not pairs:
+            continue
+        found = statistics.paired_difference(
+            *(correctness(list(x)) for x in zip(*pairs, strict=True))
+        )
+        choices = [[run.test["logits"].argmax(axis=1) for run in pair] for pair in pairs]
+        rows.append(
             {
-                "model": f"{row.model} ({row.variant})" if row.variant else row.model,
-                "seeds": str(row.seeds),
-                "test acc. %": percent(row.test_accuracy_mean),
-                "std": percent(row.test_accuracy_std),
-                "95 % interval": percents(row.test_accuracy_ci95_low, row.test_accuracy_ci95_high),
-                "precision": percent(row.macro_precision_mean),
-                "recall": percent(row.macro_recall_mean),
-                "F1": percent(row.macro_f1_mean),
-                "ECE": percent(row.ece_mean),
-                "params": scaled(row.parameters),
-                "FLOPs/image": scaled(row.flops_per_image),
-                "train images/s": scaled(row.train_images_per_second),
-                "s to best": scaled(row.seconds_to_best),
+                "first": first,
+                "second": second,
+                "seeds": found.seeds,
+                "difference": found.mean,
+                **_ends("both", found.over_both),
+                **_ends("seeds", found.over_seeds),
+                **_ends("images", found.over_images),
+                "only_first": found.only_first,
+                "only_second": found.only_second,
+                "p_mcnemar": found.p_mcnemar,
+                "p_both": found.p_both,
+                "p": found.p,
+                "agreement": np.mean([(a == b).mean() for a, b in choices]),
+                "kappa": np.mean([_kappa(a, b) for a, b in choices]),
             }
-            for row in table.itertuples()
-        ]
+        )
+    table = pd.DataFrame(rows)
+    if len(table):
+        table["p_holm"] = statistics.holm(table["p"])
+        table["p_mcnemar_holm"] = statistics.holm(table["p_mcnemar"])
+        table["established"] = table["p_holm"] < ALPHA
+    return table
+
+
+def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:
+    return {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
+
+
+def _kappa(first: np.ndarray, second: np.ndarray) -> float:
+    """Cohen's kappa; 1 where both always say the same one class."""
+    if len(np.union1d(first, second)) == 1:
+        return 1.0
+    return float(cohen_kappa_score(first, second))
+
+
+def established(groups: Groups, pairs: pd.DataFrame) -> set[tuple[int, int]]:
+    """Returns the ranks (i, j), i < j, of the pairs whose difference is established."""
+    rank = {label: i for i, label in enumerate(groups)}
+    return {(rank[r.first], rank[r.second]) for r in pairs.itertuples() if r.established}
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def majority_right(groups: Groups) -> pd.DataFrame:
+    """Returns bool, a row per test image and a column per model: most of its seeds are right.
+
+    Models tested on other images than the first are left out.
+    """
+    first = next(iter(groups.values()))[0]
+    return pd.DataFrame(
+        {
+            label: correctness(runs).mean(axis=0) > 0.5
+            for label, runs in groups.items()
+            if np.array_equal(runs[0].test["ids"], first.test["ids"])
+        },
+        index=pd.Index(first.test["ids"], name="id"),
     )
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """Returns the printed table in GitHub's Markdown."""
-    escape = lambda text: str(text).replace("|", "\\|")  # noqa: E731
-    rows = [list(table), ["---"] + ["---:"] * (len(table.columns) - 1), *table.values.tolist()]
-    return "".join("| " + " | ".join(map(escape, row)) + " |\n" for row in rows)
+def only_one_right(groups: Groups) -> pd.DataFrame:
+    """Returns the test images that exactly one model gets right: id, class, model."""
+    right = majority_right(groups)
+    run = next(iter(groups.values()))[0]
+    alone = (right.sum(axis=1) == 1).to_numpy() & (right.shape[1] > 1)
+    return pd.DataFrame(
+        {
+            "id": right.index[alone],
+            "class": np.array(run.class_names, object)[run.test["labels"][alone]],
+            "model": right.columns.to_numpy()[right.to_numpy()[alone].argmax(axis=1)],
+        }
+    )
 
 
-def to_latex(table: pd.DataFrame) -> str:
-    """Returns the printed table for the booktabs package."""
-    columns = "l" + "r" * (len(table.columns) - 1)
-    return table.to_latex(index=False, escape=True, column_format=columns).replace("–", "--")
+def mean_confusion(runs: list[FinishedRun]) -> np.ndarray:
+    """Returns float [K, K]: images by true (row) and predicted class, mean over seeds."""
+    matrices = [
+        evaluate.confusion(r.test["labels"], r.test["logits"].argmax(axis=1), len(r.class_names))
+        for r in runs
+    ]
+    return np.mean(matrices, axis=0)
 
 
-# --- words ----------------------------------------------------------------------------------------
+def confused_along(groups: Groups, top: int = 2) -> pd.DataFrame:
+    """Returns how pairs of classes are confused from model to model, the least accurate first.
+
+    A row for each pair that is among the `top` of some model, a column per model: errors between
+    the two classes, both ways, mean over seeds.
+    """
+    by_model = {label: mean_confusion(groups[label]) for label in reversed(groups)}
+    names = next(iter(groups.values()))[0].class_names
+    chosen = {
+        tuple(sorted((row.first, row.second)))
+        for counts in by_model.values()
+        for row in evaluate.confused_pairs(counts).head(top).itertuples()
+    }
+    table = pd.DataFrame(
+        [
+            {"pair": f"{names[i]} / {names[j]}"}
+            | {label: counts[i, j] + counts[j, i] for label, counts in by_model.items()}
+            for i, j in sorted(chosen)
+        ]
+    )
+    if table.empty:
+        return table
+    return table.iloc[np.argsort(-table.iloc[:, 1:].sum(axis=1), kind="stable")]
 
 
-def answer(table: pd.DataFrame) -> str:
-    """Returns the comparison in a sentence or two."""
+# --- words ---------------------------------------------------------------------------------------
+
+
+def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
+    """Returns the comparison in a sentence or two: which model, by how much, how sure."""
     if table.empty:
         return "No run is complete yet."
-    names = printed_table(table)["model"]
-    first = table.iloc[0]
-    text = f"{names[0]} has the highest mean test accuracy, {100 * first.test_accuracy_mean:.2f} %"
+    names, first = labels_of(table), table.iloc[0]
+    text = f"{names[0]} has the highest test accuracy: {percent(first.test_accuracy_mean)} %"
+    chance = f"{percents(first.images_ci95_low, first.images_ci95_high)} over test images"
+    if not math.isnan(first.seeds_ci95_low):
+        chance = f"{percents(first.seeds_ci95_low, first.seeds_ci95_high)} over seeds, " + chance
     if first.seeds > 1:
-        low, high = first.test_accuracy_ci95_low, first.test_accuracy_ci95_high
-        text += f" (95 % interval over {first.seeds} seeds {100 * low:.2f} to {100 * high:.2f})"
+        text += f", mean of {first.seeds} seeds"
+    text += f" (95 % interval {chance})"
     if len(table) == 1:
         return text + "."
     second = table.iloc[1]
-    gap = 100 * (first.test_accuracy_mean - second.test_accuracy_mean)
-    text += f", {gap:.2f} points above {names[1]}."
-    if min(first.seeds, second.seeds) < 2:
-        return text + " With one seed, how much of that is chance is unknown."
-    if first.test_accuracy_ci95_low <= second.test_accuracy_ci95_high:
-        return text + " Their intervals overlap, so these seeds do not establish which is better."
-    return text + " Their intervals do not overlap."
-
-
-def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
-    """Returns {run: why} for every run that exists or was planned, and is not complete."""
-    reasons = {}
-    plan = workdir / "experiment.json"
-    if plan.exists():
-        planned = json.loads(plan.read_text(encoding="utf-8"))["runs"]
-        reasons = {name: "not started" for name in planned}
-    for run in runs:
-        reasons.pop(run.name, None)
-        if run.status != "complete":
-            error = run.summary.get("error", "").strip().split("\n")[0]
-            reasons[run.name] = f"{run.status}: {error}" if error else run.status
-    return reasons
-
-
-def transfer(groups: dict[str, list[FinishedRun]]) -> list[dict[str, str]]:
-    """Returns, for every model that began from pretrained weights, what was done with them.
-
-    Each has the keys label, weights, phases, and warning: what preflight found in the first run,
-    "" if the pixels match the weights.
-    """
-    rows = []
-    for label, runs in groups.items():
-        summary = runs[0].summary
-        if summary.get("weights", "none") == "none":
-            continue
-        phases = [
-            f"{phase['name']} ({phase['train']}): {phase['epochs']:.3g} epochs"
-            + ", on stored features" * phase["stored_features"]
-            for phase in summary["phases"]
-        ]
-        found = summary.get("preflight", {"warnings": ["preflight was off"]})
-        rows.append(
-            {
-                "label": label,
-                "weights": summary["weights"],
-                "phases": "; ".join(phases),
-                "warning": "; ".join(found["warnings"]),
-            }
+    gap = percent(first.test_accuracy_mean - second.test_accuracy_mean)
+    text += f", {gap} points above {names[1]}"
+    own = pairs[pairs["first"] == names[0]] if len(pairs) else pairs
+    if own.empty:
+        return text + ". They were tested on different images, so no difference can be established."
+    next_best = own[own["second"] == names[1]]
+    if len(next_best):
+        low, high = next_best.iloc[0][["both_ci95_low", "both_ci95_high"]]
+        what = "seeds and images"
+        if math.isnan(low):
+            low, high = next_best.iloc[0][["images_ci95_low", "images_ci95_high"]]
+            what = "images"
+        text += f" (95 % interval {points(low)} to {points(high)} over {what})"
+    text += "."
+    unsure = own[~own.established]["second"].tolist()
+    if len(unsure) == 0:
+        text += " It is ahead of every other model by more than chance explains"
+    elif len(unsure) == len(own):
+        text += " No difference from another model is established"
+    else:
+        text += f" The difference from {_listed(unsure)} is not established"
+    if own.seeds.min() < 2:
+        return text + (
+            " (McNemar's exact test, Holm-corrected); this speaks of these trained networks: with"
+            " one seed, what another seed would give is unknown."
         )
-    return rows
+    return text + " (over seeds and images, Holm-corrected)."
 
 
-# --- the page -------------------------------------------------------------------------------------
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def write_report(workdir: Path) -> Report:
-    """Writes `report/`: table.csv, table.md, table.tex, pictures and the self-contained index.html.
-
-    Raises:
-      UserError: there is no run under the workdir, or the report cannot be written.
-    """
-    runs = load_runs(workdir)
-    if not runs:
-        raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
-    groups = group_runs(runs)
-    table = make_table(groups)
-    reasons = incomplete(workdir, runs)
-    output = workdir / "report"
-    try:
-        output.mkdir(exist_ok=True)
-        if len(table):
-            printed = printed_table(table)
-            table.to_csv(output / "table.csv", index=False)
-            (output / "table.md").write_text(to_markdown(printed), encoding="utf-8")
-            (output / "table.tex").write_text(to_latex(printed), encoding="utf-8")
-            figures.save(figures.draw_curves(groups), output / "learning_curves.png")
-            figures.save(figures.draw_confusion(groups), output / "confusion.png")
-            figures.save(figures.draw_cost(groups, table), output / "cost.png")
-        page = output / "index.html"
-        page.write_text(render_page(workdir, groups, table, reasons), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the report to {output}: {error}") from error
-    lines = [answer(table)]
-    if len(table):
-        lines.insert(0, printed.to_string(index=False) + "\n")
-    for row in transfer(groups):
-        if row["warning"]:
-            lines.append(f"{row['label']}: {row['warning']}")
-    lines += [f"not complete: {name}: {reason}" for name, reason in reasons.items()]
-    return Report("\n".join(lines), page, reasons)
-
-
-def render_page(
-    workdir: Path,
-    groups: dict[str, list[FinishedRun]],
-    table: pd.DataFrame,
-    reasons: dict[str, str],
-) -> str:
-    """Returns index.html: every picture is inside it, every name is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-
-    def picture(path: Path) -> str:
-        return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
-
-    output, audit = workdir / "report", workdir / "audit"
-    titles = {
-        "learning_curves.png": "Learning curves on validation images: thin lines are seeds.",
-        "confusion.png": "Confusion on test images: counts over all seeds, colour by true class.",
-        "cost.png": "Test accuracy against cost; bars are 95 % intervals over seeds.",
-    }
-    first = next(iter(groups.values()))[0] if groups else None
-    printed = printed_table(table) if len(table) else pd.DataFrame()
-    found = audit / "audit.json"
-    return environment.get_template("report.html.j2").render(
-        title=workdir.resolve().name,
-        answer=answer(table),
-        columns=list(printed),
-        rows=printed.values.tolist(),
-        has_knn="knn" in set(table.get("model", [])),
-        reasons=reasons,
-        transfer=transfer(groups),
-        pictures=[(picture(output / name), text) for name, text in titles.items()]
-        if groups
-        else [],
-        audit=json.loads(found.read_text(encoding="utf-8")) if found.exists() else None,
-        contact_sheet=picture(audit / "contact_sheet.png") if found.exists() else None,
-        augmented=[
-            (label, picture(path))
-            for label, runs in groups.items()
-            if (path := runs[0].path / "augmented_batch.png").exists()
-        ],
-        dataset=first.dataset if first else None,
-        environment=first.environment if first else None,
-        test_images=int(table.test_images.iloc[0]) if len(table) else 0,
-        config=json.dumps(first.config, indent=2, ensure_ascii=False) if first else "",
-    )
+def write_tables(groups: Groups, table: pd.DataFrame, pairs: pd.DataFrame, output: Path) -> None:
+    """Writes every table into the report's folder; nothing where no run is complete."""
+    if not groups:
+        return
+    write_table(table, printed_table(table), output / "table")
+    if len(pairs):
+        write_table(pairs, printed_pairs(pairs), output / "pairs")
+    confused = confused_along(groups)
+    if len(confused):
+        write_table(confused, confused.round(1), output / "confused")
+    only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
+    each = [
+        evaluate.per_class(r.test["labels"], r.test["logits"].argmax(axis=1), r.class_names).assign(
+            run=r.name
+        )
+        for runs in groups.values()
+        for r in runs
+    ]
+    pd.concat(each).to_csv(output / "per_class.csv", index=False)
 
 
 def main(argv: list[str]) -> int:
-    """Writes the report of a workdir; returns 1 if a run in it is not complete."""
+    """Writes the tables of a workdir and prints the answer."""
     if len(argv) != 2:
         raise UserError("usage: python -m analysis.compare WORKDIR")
-    report = write_report(Path(argv[1]).expanduser())
-    print(f"{report.text}\n\nreport: {report.page}")
-    return 1 if report.not_complete else 0
+    workdir = Path(argv[1]).expanduser()
+    groups = group_runs(load_runs(workdir))
+    if not groups:
+        raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
+    found = workdir / "audit" / "audit.json"
+    audit = json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
+    table, pairs = make_table(groups, read_options(workdir), audit), make_pairs(groups)
+    output = workdir / "report"
+    output.mkdir(exist_ok=True)
+    write_tables(groups, table, pairs, output)
+    print(printed_table(table).to_string(index=False) + "\n")
+    if len(pairs):
+        print(printed_pairs(pairs).to_string(index=False) + "\n")
+    print(f"{answer(table, pairs)}\n\ntables: {output}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the analyses that look through a network share: a run's model, its images, compiled calls."""
+"""A run's model and images, and compiled calls: for analyses that look through a network."""
 
 from collections.abc import Callable
 from pathlib import Path

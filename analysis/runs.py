@@ -48,12 +48,12 @@ class FinishedRun:
     @cached_property
     def dataset(self) -> dict:
         """Content of dataset.json."""
-        return json.loads((self.path / "dataset.json").read_text(encoding="utf-8"))
+        return _described(self.path / "dataset.json")
 
     @cached_property
     def environment(self) -> dict:
         """Content of environment.json."""
-        return json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        return _described(self.path / "environment.json")
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -74,6 +74,13 @@ class FinishedRun:
     def class_names(self) -> list[str]:
         """Names in the order of the logits."""
         return self.dataset["class_names"]
+
+
+def _described(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): train that run again") from error
 
 
 def _predictions(path: Path) -> dict[str, np.ndarray]:

@@ -26,6 +26,17 @@ class Picture:
     file: str
     caption: str
     wide: bool = False  # scrolls on a phone instead of shrinking
+    pixelated: bool = False  # shows small images without smoothing
+
+
+@dataclass
+class Details:
+    """What is folded away until a reader asks: lines, or a block of code, or a picture."""
+
+    summary: str
+    lines: list[str] = field(default_factory=list)
+    code: str = ""
+    picture: Picture | None = None
 
 
 @dataclass
@@ -36,6 +47,8 @@ class Section:
     text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
+    details: list[Details] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     data: dict = field(default_factory=dict)  # numbers for other sections and for the JSON file
 
     @classmethod
@@ -43,7 +56,12 @@ class Section:
         """Returns the section that `asdict` turned into `content`."""
         tables = [Table(**table) for table in content["tables"]]
         pictures = [Picture(**picture) for picture in content["pictures"]]
-        return cls(**content | {"tables": tables, "pictures": pictures})
+        details = [
+            Details(**item | {"picture": item["picture"] and Picture(**item["picture"])})
+            for item in content["details"]
+        ]
+        parts = {"tables": tables, "pictures": pictures, "details": details}
+        return cls(**content | parts)
 
 
 def remembered(

@@ -198,7 +198,8 @@ def get_config(models: str = "") -> ConfigDict:
     compare.baseline = ""  # model whose corruption errors count as 100 %; "" is the least accurate
     # Test images, evenly spaced, that the report corrupts; 0: it says nothing of robustness.
     compare.robustness_images = 128
-    compare.gradcam_images = 8  # columns of the grid of heat maps; 0: none are made
+    compare.gradcam_images = 8  # in the grid of heat maps; 0: none are made
+    compare.look_inside = True  # filters, feature maps, similarity of representations
 
     if models:
         config.models = tuple(name for name in models.split(",") if name)

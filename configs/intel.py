@@ -52,7 +52,9 @@ def get_config(models: str = "") -> ConfigDict:
     config.per_model.cnn_deep.epochs = 22
 
     # The story that this config repeats: each network trained once, by a practitioner.
-    config.compare.reference_source = "fine-tuned or trained once each, at 150x150, by another author"
+    config.compare.reference_source = (
+        "fine-tuned or trained once each, at 150x150, by another author"
+    )
     config.compare.reference = ConfigDict(
         {"cnn": 83.0, "cnn_deep": 88.0, "vgg16": 91.0, "resnet50": 70.0, "efficientnet_b0": 92.94}
     )

@@ -256,7 +256,9 @@ def _load_memory(model: Classifier, source: Source, stats: dict) -> Classifier:
     arrays = source.read()
     if set(arrays) != set(stats):
         raise UserError(f"weights {source.name!r} are not of {type(model).__name__}")
-    return merge_model(model, {}, {path: jnp.asarray(arrays[path]) for path in stats})
+    loaded = merge_model(model, {}, {path: jnp.asarray(arrays[path]) for path in stats})
+    loaded.preprocessing = source.preprocessing
+    return loaded
 
 
 def _fresh_head(model, source, arrays, extra: set[str], ours: dict, head: str) -> set[str]:

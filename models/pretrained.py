@@ -161,6 +161,11 @@ def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
     """
     if output.suffix != ".safetensors":
         raise UserError(f"--output={output}: give a name that ends in .safetensors")
+    if not MODELS[model].trained_by_gradient:
+        raise UserError(
+            f"{model} remembers its training images and has no weights to convert: python -m "
+            "analysis.export hands on a whole run"
+        )
     source, facts = find(name, model, fields), _facts(name)
     num_classes, image_size = shape_of(source, model, fields)
     image_size = facts.pop("image_size", image_size)

@@ -24,12 +24,20 @@ DIGITS = (
 )
 
 
+QUICK_REPORT = (
+    "--config.compare.robustness_images=0",
+    "--config.compare.gradcam_images=0",
+    "--config.compare.look_inside=False",
+)
+
+
 def command(workdir, cache_dir, *arguments):
     return [
         sys.executable,
         "main.py",
         f"--workdir={workdir}",
         *map(str, arguments),
+        *QUICK_REPORT,
         f"--config.runtime.cache_dir={cache_dir}",
     ]
 
@@ -162,6 +170,8 @@ def test_shards_and_failures(tmp_path, cache_dir, make_folder):
         (("--config.epochs=many",), "--config.epochs=many"),
         (("--config.optimizer.learning_rate=nan",), "learning_rate=nan is out of range"),
         (("--config.data.source=folder", "--config.data.path=/no/such/folder"), "does not exist"),
+        (("--config.compare.seed_interval=z",), "choose one of t, bootstrap"),
+        (("--config.compare.baseline=cn",), "Did you mean 'cnn'"),
         (("--shard=4/4",), "0 <= i < n"),
         (("--confg=x",), "Did you mean --config"),
     ],

@@ -1,0 +1,69 @@
+"""Attacks: the change of at most epsilon per value that raises a model's loss the most.
+
+Untargeted, in the maximum norm, on pixels in 0..255 and through the model's own preprocessing. They
+need a gradient, so nearest neighbours cannot be attacked this way.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models import Classifier
+
+EPSILONS = (1, 2, 4, 8)  # how far a value may move, in grey levels of 255
+PGD_STEPS = 10
+
+
+def loss_gradient(model: Classifier, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the gradient of each image's cross-entropy by its pixels in 0..255, [B, S, S, 3]."""
+
+    def loss(x: jax.Array) -> jax.Array:
+        logits = model(model.preprocess(x))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).sum()
+
+    return jax.grad(loss)(images)
+
+
+def fgsm(
+    gradient: Callable, images: jax.Array, labels: jax.Array, epsilon: float, keys: jax.Array
+) -> jax.Array:
+    """Moves every value by epsilon up its gradient's sign (Goodfellow et al. 2015).
+
+    Args:
+      gradient: `loss_gradient` of a model, as a function of images and labels.
+      images: [B, S, S, 3] float32 in 0..255.
+      labels: int [B], true ones: the attack wants any other class.
+      epsilon: in grey levels of 255.
+      keys: [B]; not used, nothing is drawn.
+
+    Returns:
+      [B, S, S, 3] float32 in 0..255.
+    """
+    return jnp.clip(images + epsilon * jnp.sign(gradient(images, labels)), 0, 255)
+
+
+def pgd(
+    gradient: Callable,
+    images: jax.Array,
+    labels: jax.Array,
+    epsilon: float,
+    keys: jax.Array,
+    steps: int = PGD_STEPS,
+) -> jax.Array:
+    """Climbs the loss by signed steps of 2.5 epsilon / steps within epsilon (Madry et al. 2018).
+
+    It starts anywhere within epsilon, drawn from `keys`. The rest is as in `fgsm`; values are not
+    rounded to whole grey levels.
+    """
+    low, high = jnp.clip(images - epsilon, 0), jnp.clip(images + epsilon, max=255)
+    start = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1.0))(keys)
+    attacked = jnp.clip(images + epsilon * start, low, high)
+    for _ in range(steps):
+        step = 2.5 * epsilon / steps * jnp.sign(gradient(attacked, labels))
+        attacked = jnp.clip(attacked + step, low, high)
+    return attacked
+
+
+ATTACKS = {"FGSM": fgsm, "PGD": pgd}

@@ -1,0 +1,338 @@
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.metrics import log_loss, precision_score, recall_score
+
+from analysis import audit, export, forward
+from analysis.predict import load_predictor, predict
+from analysis.runs import load_run
+from configs import digits
+from errors import UserError
+from experiment import expand
+from input_pipeline import load_dataset
+from models import create_model
+from models.classifier import set_mode
+from models.published import PUBLISHED
+from models.weight_files import write_safetensors
+from recorder import write_json
+from tests.conftest import ROOT
+from train import train_and_evaluate
+
+MODELS = ("cnn", "linear", "knn")
+NAMES = ["zero | 0", "*one*", "été", "<b>", "4", "5", "6", "7", "8", "9"]
+BATCH = 16  # no larger than the test part, so that all programs here have the run's own shapes
+
+
+@pytest.fixture(scope="module")
+def workdir(cache_dir, tmp_path_factory):
+    """Three models trained on 200 digits of 8x8 pixels, and the audit of those."""
+    folder, source = tmp_path_factory.mktemp("runs"), load_digits()
+    images = np.round(source.images[:200] * (255 / 16)).astype(np.uint8)
+    np.savez(
+        folder / "few digits.npz", images=images, labels=source.target[:200], class_names=NAMES
+    )
+    overrides = {
+        "epochs": 2,
+        "eval_batch_size": BATCH,
+        "runtime.cache_dir": cache_dir,
+        "runtime.tensorboard": False,
+        "data.source": "npz",
+        "data.path": str(folder / "few digits.npz"),
+        **{f"augment.{name}": 0.0 for name in ("rotation", "zoom", "shift")},
+    }
+    for model in MODELS:
+        config = digits.get_config(model)
+        config.seeds = (0,)
+        run_config = expand(config, overrides)[0].config
+        train_and_evaluate(run_config, folder / model / "seed0")
+    dataset = load_dataset(run_config.data, cache_dir)
+    found = audit.findings(dataset.listing, dataset.decoded, ["all"] * 200)
+    (folder / "audit").mkdir()
+    write_json(folder / "audit/audit.json", found)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exports(workdir, tmp_path_factory):
+    """Each model's exported folder."""
+    folder = tmp_path_factory.mktemp("exports")
+    for model in MODELS:
+        export.export_run(load_run(workdir / model / "seed0"), folder / model)
+    return folder
+
+
+@pytest.fixture
+def copied(exports, tmp_path):
+    """A copy of the linear model's export, to be damaged."""
+    return Path(shutil.copytree(exports / "linear", tmp_path / "copied"))
+
+
+# --- weights and settings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_gives_the_very_logits_that_the_run_saved(workdir, exports, name):
+    run, exported = load_run(workdir / name / "seed0"), export.load(exports / name)
+    assert len(run.test["labels"]) > BATCH
+    logits = forward.predict_logits(exported.model, forward.test_images(run), size=BATCH)
+    np.testing.assert_array_equal(logits, run.test["logits"])
+    assert exported.class_names == NAMES and exported.image_size == 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_begin_other_models_as_any_weights_do(workdir, exports, name):
+    run = load_run(workdir / name / "seed0")
+    weights = f"archcompare:{exports / name / 'model.safetensors'}"
+    model = create_model(name, 10, weights=weights, image_size=8)
+    set_mode(model, training=False)
+    logits = forward.predict_logits(model, forward.test_images(run), size=BATCH)
+    np.testing.assert_array_equal(logits, run.test["logits"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_knows_what_its_run_knew(workdir, exports, name):
+    run = load_run(workdir / name / "seed0")
+    ours, theirs = export.from_run(run), export.load(exports / name)
+    for field in (*export.PLAIN, "background"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert list(theirs.thresholds) == [0.9, 0.95, 0.99]
+    assert str(ours.thresholds) == str(theirs.thresholds)  # as text, for NaN is not itself
+    assert ours.model.preprocessing == theirs.model.preprocessing
+    content = json.loads((exports / name / "model.json").read_text(encoding="utf-8"))
+    assert content["model"]["name"] == name and content["class_names"] == NAMES
+    assert content["resize"] == "squash" and content["source_run"] == f"{name}/seed0"
+    assert content["versions"]["jax"] == run.environment["packages"]["jax"]
+    assert content["preprocessing"]["mean"] == run.summary["preprocessing"]["mean"]
+
+
+def test_a_target_out_of_reach_stays_so(workdir, tmp_path):
+    run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
+    known = dict(np.load(run_dir / "predictions_validation.npz"))
+    known["labels"] = (known["logits"].argmax(axis=1) + 1) % 10  # always wrong
+    np.savez(run_dir / "predictions_validation.npz", **known)
+    export.export_run(load_run(run_dir), tmp_path / "out")
+    assert export.load(tmp_path / "out").threshold(0.9).confidence == math.inf
+    assert "none reaches it: review everything" in (tmp_path / "out/README.md").read_text()
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_exporting_again_replaces_and_gives_the_same_bytes(workdir, exports, tmp_path):
+    run, out = load_run(workdir / "linear/seed0"), tmp_path / "new/out"
+    export.export_run(load_run(workdir / "knn/seed0"), out)
+    (out / ".git").mkdir()  # a repository to publish from
+    export.export_run(run, out)
+    assert {path.name for path in out.iterdir()} == {
+        ".git",
+        "model.safetensors",
+        "model.json",
+        "README.md",
+    }
+    for path in (exports / "linear").iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("file, text", [("README.md", "mine"), ("model.json", '{"format": "other"}'), ("model.json", "[")])  # fmt: skip
+def test_folders_of_others_are_left_alone(workdir, tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=rf"is not empty .* '{file}'"):
+        export.export_run(load_run(workdir / "linear/seed0"), tmp_path)
+    assert (tmp_path / file).read_text() == text and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(UserError, match="is not a folder"):
+        export.export_run(load_run(workdir / "linear/seed0"), tmp_path / file)
+    with pytest.raises(UserError, match="cannot export"):
+        export.export_run(load_run(workdir / "linear/seed0"), tmp_path / file / "below")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("model.safetensors", flip),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-8])),
+        ("model.safetensors", lambda path: path.unlink()),
+        ("model.json", flip),
+        ("model.json", lambda path: path.write_text(path.read_text()[:-20])),
+        ("model.json", lambda path: path.write_text("[]")),
+        ("model.json", lambda path: path.write_text("{}")),
+        ("model.json", lambda path: path.write_bytes(b"\xff")),
+        ("model.json", lambda path: path.write_text(path.read_text().replace("squash", "crop"))),
+        ("model.json", lambda path: path.write_text(path.read_text().replace("model 1", "model 9"))),
+        ("model.json", lambda path: path.unlink()),
+    ],
+)  # fmt: skip
+def test_damage_is_found_and_the_file_named(copied, name, damage):
+    export.load(copied)
+    damage(copied / name)
+    with pytest.raises(UserError, match=re.escape(str(copied / name))):
+        load_predictor(copied)
+
+
+# --- the model card -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def card(exports):
+    return (exports / "cnn/README.md").read_text(encoding="utf-8")
+
+
+def test_the_numbers_in_the_card_are_those_of_the_predictions(workdir, card):
+    run = load_run(workdir / "cnn/seed0")
+    labels, logits = run.test["labels"], run.test["logits"]
+    predicted, count = logits.argmax(axis=1), len(labels)
+    right = int((labels == predicted).sum())
+    assert 0 < right < count
+    z, share = 1.959964, right / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    interval = f"{100 * (middle - half):.1f} % to {100 * (middle + half):.1f} %"
+    assert f"{100 * share:.1f} % ({right} of {count}; 95 % Wilson interval {interval})" in card
+    powers = np.exp(logits.astype(float))
+    loss = log_loss(labels, powers / powers.sum(axis=1, keepdims=True), labels=range(10))
+    assert f"temperature scaling | {loss:.4f}, " in card
+    options = {"labels": range(10), "average": None, "zero_division": 0}
+    precision = precision_score(labels, predicted, **options)
+    recall = recall_score(labels, predicted, **options)
+    for label, name in ((2, "été"), (3, r"\<b\>"), (8, "8")):
+        start = f"| {name} | {100 * precision[label]:.1f} % | {100 * recall[label]:.1f} % |"
+        assert start in card and f"| {(labels == label).sum()} |\n" in card.split(start)[1]
+    assert f"which {100 * recall[np.bincount(labels) > 0].min():.1f} %" in card
+    wrong = np.argwhere(labels != predicted)
+    pairs = [tuple(sorted((labels[i], predicted[i]))) for (i,) in wrong]
+    most = max(pairs.count(pair) for pair in pairs)
+    first = re.search(r"in (\d+) test images, the other way round in (\d+)", card)
+    assert int(first[1]) + int(first[2]) == most
+
+
+def test_confident_errors_are_counted(workdir, card):
+    run = load_run(workdir / "cnn/seed0")
+    scaled = run.test["logits"].astype(float) / export.from_run(run).temperature
+    confidence = np.exp(scaled.max(axis=1)) / np.exp(scaled).sum(axis=1)
+    wrong = scaled.argmax(axis=1) != run.test["labels"]
+    both, sure = (wrong & (confidence >= 0.9)).sum(), (confidence >= 0.9).sum()
+    assert f"Confident errors: {both} of the {sure} answers" in card
+    assert f"are {100 * both / wrong.sum():.1f} % of all errors" in card
+
+
+def test_the_card_tells_of_data_training_and_audit(workdir, card):
+    run = load_run(workdir / "cnn/seed0")
+    assert run.dataset["fingerprint"] in card and "npz few digits.npz" in card
+    assert str(workdir) not in card  # paths of this machine tell others nothing
+    counts = [sum(run.dataset["counts"][part].values()) for part in ("train", "validation", "test")]
+    assert "| **all** | {} | {} | {} |".format(*counts) in card
+    phase = run.summary["phases"][0]
+    assert f"| all | all | 2 | {phase['steps']} | {phase['best_validation_loss']:.4f} |" in card
+    assert f"{run.summary['cost']['parameters']:,} |" in card
+    assert "data audit: 200 images, 10 classes" in card
+
+
+def test_the_card_is_sound_markdown(exports):
+    for name in MODELS:
+        text = (exports / name / "README.md").read_text(encoding="utf-8")
+        front = re.match(r"---\n(.*?)\n---\n\n# ", text, re.DOTALL)[1]
+        assert "license: unknown\n" in front and f"- {name}\n" in front
+        assert all(re.fullmatch(r"[\w-]+:( [\w.-]+)?|- [\w-]+", line) for line in front.split("\n"))
+        tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        assert len(tables) >= 5
+        for table in tables:
+            widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+            assert len(widths) == 1, table
+        assert not re.search(r"\n\n\n|[{}]{2}|{%", text)
+        assert ("has those images" in text) == (name == "knn")
+
+
+def test_without_an_audit_the_card_says_so(workdir, tmp_path):
+    run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
+    run = load_run(run_dir)
+    assert "was not audited" in export.model_card(run, export.from_run(run), "x")
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit/audit.json").write_text("{")
+    with pytest.raises(UserError, match="audit.json"):
+        export.model_card(run, export.from_run(run), "x")
+
+
+def test_the_licence_is_that_of_the_first_weights(tmp_path):
+    published = next(entry for entry in PUBLISHED.values() if entry.licence == "Apache-2.0")
+    assert export.licence_of("none") == export.OWNERS
+    assert export.licence_of(published.name) == "Apache-2.0"
+    for name, weights in (("a", published.name), ("b", f"run:{tmp_path / 'a'}"), ("c", "none")):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "summary.json", {"weights": weights})
+    assert export.licence_of(f"run:{tmp_path / 'b'}") == "Apache-2.0"
+    assert export.licence_of(f"run:{tmp_path / 'c'}") == export.OWNERS
+    shutil.rmtree(tmp_path / "a")
+    folder = tmp_path.name
+    assert export.licence_of(f"run:{tmp_path / 'b'}") == f"unknown: began from run:{folder}/a"
+    file = tmp_path / "w.safetensors"
+    for stated, expected in (
+        ("MIT", "MIT"),
+        ("", f"unknown: began from archcompare:{folder}/w.safetensors"),
+    ):
+        write_safetensors(file, {}, {"archcompare": json.dumps({"licence": stated})})
+        assert export.licence_of(f"archcompare:{file}") == expected
+    assert export.licence_of(f"timm:{file}").startswith("unknown: began from timm:")
+
+
+def test_a_known_licence_stands_in_the_front_matter(workdir):
+    run = load_run(workdir / "linear/seed0")
+    text = export.model_card(run, export.from_run(run), "BSD-3-Clause")
+    assert "license: bsd-3-clause\n" in text and "Licence of the weights: BSD-3-Clause.\n" in text
+
+
+# --- using it -------------------------------------------------------------------------------------
+
+
+def test_the_lines_in_the_card_work_where_neither_run_nor_data_are(
+    workdir, exports, card, tmp_path, monkeypatch, capsys
+):
+    run = load_run(workdir / "cnn/seed0")
+    photos, folder = tmp_path / "photos", shutil.copytree(exports / "cnn", tmp_path / "my model")
+    photos.mkdir()
+    for i, image in enumerate(forward.test_images(run)[:5]):
+        Image.fromarray(image).save(photos / f"{i}.png")
+    files = sorted(map(str, photos.iterdir()))
+    expected = list(predict(load_predictor(run.path), files))
+    assert list(predict(load_predictor(folder), files)) == expected
+    bash, python = re.findall(r"```(?:bash|python)\n(.*?)```", card, re.DOTALL)
+    names = {"FOLDER": str(folder), "PHOTOS": str(photos)}
+    code = re.sub("FOLDER|PHOTOS", lambda match: names[match[0]], python)
+    exec(compile(code, "card", "exec"), {})
+    assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()] == files
+    output = tmp_path / "predictions.csv"
+    names = {
+        "FOLDER": f"'{folder}'",
+        "PHOTOS": str(photos),
+        "python": sys.executable,
+        "predictions.csv": str(output),
+    }
+    line = re.sub("|".join(names), lambda match: names[match[0]], bash)
+    result = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = output.read_text(encoding="utf-8").splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == files
+
+
+def test_command_exports_and_refuses(workdir, tmp_path, capsys):
+    assert export.main(["", str(workdir / "linear/seed0"), str(tmp_path / "out")]) == 0
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "model.json", "model.safetensors"]
+    with pytest.raises(UserError, match="usage"):
+        export.main(["", "x"])
+    with pytest.raises(UserError, match="not the directory of a complete run"):
+        export.main(["", str(workdir), str(tmp_path / "other")])

@@ -1,0 +1,56 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from analysis import forward
+from analysis.runs import load_run
+from errors import UserError
+from tests.conftest import paint
+from train import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("model", ["linear", "cnn", "knn"])
+def test_a_run_gives_its_saved_logits_again(runs, digits_run, model):
+    train_and_evaluate(digits_run(model, epochs=1), runs / model)
+    run = load_run(runs / model)
+    images = forward.test_images(run)
+    assert images.dtype == np.uint8 and len(images) == len(run.test["labels"])
+    logits = forward.predict_logits(forward.load_classifier(run), images, size=100)
+    np.testing.assert_allclose(logits, run.test["logits"], atol=1e-4)
+    assert run.summary["cost"]["inference_images_per_second"] > 0
+
+
+def test_changed_images_are_refused(tmp_path, make_folder, digits_run):
+    root = make_folder({"train/a": 8, "train/b": 8, "test/a": 3, "test/b": 3})
+    changes = {"data__source": "folder", "data__path": str(root)}
+    train_and_evaluate(digits_run("linear", epochs=1, **changes), tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    moved = root.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="gone"):
+        forward.test_images(run, str(tmp_path / "gone"))
+    assert len(forward.test_images(run, str(moved))) == 6
+    Image.Image.save(paint(99), moved / "test" / "a" / "0.png")
+    other = moved.rename(tmp_path / "changed")
+    with pytest.raises(UserError, match="fingerprint differs"):
+        forward.test_images(run, str(other))
+
+
+def test_batches_are_padded_and_cut():
+    seen = []
+
+    def double(x, y):
+        seen.append(x.shape)
+        return {"sum": x.sum(axis=1) + y, "x": 2 * x}
+
+    x, y = np.arange(14.0).reshape(7, 2), np.arange(7.0)
+    out = forward.in_batches(double, x, y, size=3)
+    assert set(seen) == {(3, 2)} and len(seen) == 3
+    np.testing.assert_allclose(out["sum"], x.sum(axis=1) + y)
+    np.testing.assert_allclose(out["x"], 2 * x)
+    assert forward.in_batches(lambda x: jnp.sqrt(x), x, size=100).shape == (7, 2)

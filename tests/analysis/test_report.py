@@ -1,0 +1,181 @@
+import itertools
+import json
+import re
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import report
+from analysis.figures import plt
+from analysis.runs import load_runs
+from analysis.section import Details, Picture, Section, Table, remembered
+from configs import base
+from errors import UserError
+from tests.analysis.fabricate import CLASSES, write_run
+from train import train_and_evaluate
+
+
+def make(workdir):
+    return report.write_report(workdir, models=False)
+
+
+def test_page_is_self_contained_and_escapes_names(tmp_path):
+    write_run(tmp_path, "cnn", 0)
+    write_run(tmp_path, "mlp", 0, status="failed")
+    audit = tmp_path / "audit"
+    audit.mkdir()
+    path = "train/o'brien <img src=x onerror=alert(1)>.png"
+    found = {
+        "images": 4, "class_names": CLASSES, "counts": {"train": dict.fromkeys(CLASSES, 1)}, "leaks": [[path, path]],
+        "label_conflicts": [], "unreadable": [path], "near_leaks": [], "not_images": [], "exact_duplicates": [],
+        "near_duplicates": [], "near_duplicates_checked": True, "distinct_sizes": 1, "modes": {}, "value_range": [0, 1],
+    }  # fmt: skip
+    (audit / "audit.json").write_text(json.dumps(found))
+    plt.figure().savefig(audit / "contact_sheet.png")
+    page = make(tmp_path).page.read_text(encoding="utf-8")
+    assert page.count("<script>") == 1  # our own
+    assert "<img src=x" not in page and "<b>lost" not in page
+    assert "o&#39;brien &lt;img" in page and "&lt;script&gt;alert" in page
+    sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
+    assert sum(text.startswith("data:image/") for text in sources) >= 8
+    assert all(text.startswith(("data:", "#")) for text in sources)
+    assert not re.search(r"url\(|@import|fetch\(|https?://", re.sub(r"base64,[^\"]*", "", page))
+    assert "mlp/seed0" in page and "failed: &lt;b&gt;lost" in page
+    assert "No photos can be shown" in page  # and why
+    assert "data that is gone" in page
+
+
+def test_what_is_missing_is_listed_not_dropped(tmp_path):
+    write_run(tmp_path, "cnn", 0)
+    write_run(tmp_path, "cnn", 1, status="diverged")
+    write_run(tmp_path, "cnn", 2, status="")
+    plan = {"command": [], "runs": ["cnn/seed0", "cnn/seed1", "cnn/seed2", "mlp/seed0"]}
+    (tmp_path / "experiment.json").write_text(json.dumps(plan))
+    made = make(tmp_path)
+    assert made.not_complete == {
+        "cnn/seed1": "diverged: <b>lost</b>",
+        "cnn/seed2": "not finished",
+        "mlp/seed0": "not started",
+    }
+    assert pd.read_csv(tmp_path / "report" / "table.csv")["seeds"].tolist() == [1]
+    shutil.rmtree(tmp_path / "cnn" / "seed0")
+    assert "No run is complete yet" in make(tmp_path).page.read_text()
+
+
+def test_an_empty_workdir_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no runs"):
+        make(tmp_path)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_constant_logits_one_class_and_a_class_with_one_image(tmp_path):
+    count = 50
+    write_run(tmp_path, "good", 0, 0.9, count=count)
+    constant = write_run(tmp_path, "constant", 0, count=count)
+    for part in ("test", "validation"):
+        for run_dir in (constant, tmp_path / "good" / "seed0"):
+            path = run_dir / f"predictions_{part}.npz"
+            found = dict(np.load(path))
+            found["labels"] = np.where(np.arange(count) == 7, 3, 0).astype(
+                np.int32
+            )  # one image of class 3
+            if run_dir is constant:
+                found["logits"] = np.zeros((count, 4), np.float32)
+            np.savez(path, **found)
+    made = make(tmp_path)
+    table = pd.read_csv(tmp_path / "report" / "table.csv").set_index("model")
+    assert (
+        table.test_accuracy_mean["constant"] == 0.98 and table.macro_recall_mean["constant"] == 0.5
+    )
+    assert table.temperature_mean["constant"] == 1 and table.ece_mean["constant"] == pytest.approx(
+        0.73
+    )
+    page = made.page.read_text()
+    assert "constant never predicts" in page
+
+
+def test_one_run_alone(tmp_path):
+    write_run(tmp_path, "cnn", 0)
+    made = make(tmp_path)
+    assert "cnn has the highest test accuracy" in made.text and made.not_complete == {}
+    assert not (tmp_path / "report" / "pairs.csv").exists()
+
+
+def test_what_became_of_pretrained_weights_is_told(tmp_path):
+    for model, warnings in (("right", []), ("wrong", ["<b> is out of place"])):
+        path = write_run(tmp_path, model, 0) / "summary.json"
+        summary = json.loads(path.read_text())
+        phase = {"name": "head", "train": "last:1", "epochs": 3.0, "stored_features": True}
+        summary |= {"weights": "run:x", "phases": [phase], "preflight": {"warnings": warnings}}
+        path.write_text(json.dumps(summary))
+    write_run(tmp_path, "scratch", 0)
+    made = make(tmp_path)
+    page = made.page.read_text(encoding="utf-8")
+    assert "wrong: its pixels do not match its weights. &lt;b&gt; is out of place" in page
+    assert "head (last:1): 3 epochs, on stored features" in page
+    assert page.count("DO NOT MATCH") == 1 and page.count("run:x") == 2
+    assert "wrong: its pixels" in made.text and "right: " not in made.text
+
+
+def test_five_models_of_three_seeds_are_quick_and_small(tmp_path):
+    """The limits are 30 s and 15 MB; the time is printed, not asserted."""
+    for model, seed in itertools.product("abcde", range(3)):
+        write_run(tmp_path, model, seed, 0.7 + 0.02 * ord(model) % 0.2, count=3000)
+    began = time.monotonic()
+    made = make(tmp_path)
+    print(f"{time.monotonic() - began:.1f} s")
+    assert made.page.stat().st_size < 15e6
+    assert len(pd.read_csv(tmp_path / "report" / "pairs.csv")) == 10
+
+
+def test_a_section_is_remembered_until_its_runs_or_options_change(tmp_path):
+    path = write_run(tmp_path, "cnn", 0)
+    calls = []
+
+    def make_section():
+        calls.append(1)
+        (tmp_path / "p.png").write_bytes(b"")
+        picture = Picture("p.png", "caption")
+        return Section(
+            "title", ["text"], [Table(["a"], [["b"]])], [picture], [Details("d", picture=picture)]
+        )
+
+    def ask(count=1):
+        return remembered("name", tmp_path, load_runs(tmp_path), {"count": count}, make_section)
+
+    assert ask() == ask() and len(calls) == 1
+    ask(count=2)
+    assert len(calls) == 2
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"trained": "anew"}))
+    ask(count=2)
+    assert len(calls) == 3
+    (tmp_path / "p.png").unlink()
+    ask(count=2)
+    assert len(calls) == 4
+    (tmp_path / "name.json").write_text("{")
+    ask(count=2)
+    assert len(calls) == 5
+
+
+def test_chapters_that_run_the_models(tmp_path, digits_run):
+    for model in ("linear", "cnn", "knn"):
+        config = digits_run(model, epochs=2)
+        train_and_evaluate(config, tmp_path / model / "seed0")
+    options = base.get_config().compare
+    options.robustness_images, options.gradcam_images = 8, 2
+    told = []
+    made = report.write_report(tmp_path, options, progress=told.append)
+    page = made.page.read_text(encoding="utf-8")
+    assert len(told) == 3
+    for title in ("What the models looked at", "Robustness", "Looking inside"):
+        assert f">{title}</h2>" in page
+    assert "Not made" not in page
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "report").glob("*_*.png")}
+    assert before
+    report.write_report(tmp_path, options)  # kept, not made again
+    changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
+    assert set(changed) <= {"confused_pair.png", "highest_loss.png"}
