@@ -316,12 +316,18 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
         text += " No difference from another model is established"
     else:
         text += f" The difference from {_listed(unsure)} is not established"
-    if own.seeds.min() < 2:
+    if own.seeds.min() > 1:
+        return text + " (over seeds and images, Holm-corrected)."
+    if own.seeds.max() < 2:
         return text + (
             " (McNemar's exact test, Holm-corrected); this speaks of these trained networks: with"
             " one seed, what another seed would give is unknown."
         )
-    return text + " (over seeds and images, Holm-corrected)."
+    single = _listed(own[own.seeds < 2]["second"].tolist())
+    return text + (
+        f" (over seeds and images, but over images alone against {single}, compared at one seed;"
+        " Holm-corrected)."
+    )
 
 
 def _listed(names: list[str]) -> str:

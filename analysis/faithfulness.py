@@ -296,6 +296,23 @@ def answer(accuracies: Sequence[float], rows: Sequence[dict]) -> str:
     )
 
 
+def against_centre(rows: Sequence[dict]) -> str:
+    """Returns how often a Gaussian in the centre, which knows no model, does as well as the maps.
+
+    Args:
+      rows: what `summarise` returned for each model.
+    """
+    better = [
+        row["deletion_map"][0] < row["deletion_centre"][0]
+        and row["insertion_map"][0] > row["insertion_centre"][0]
+        for row in rows
+    ]
+    return (
+        f"The maps of {sum(better)} of {len(rows)} models beat, on average, a Gaussian in the "
+        "centre of the image in both deletion and insertion; that Gaussian knows no model."
+    )
+
+
 def tables(
     measured: dict[str, dict[str, np.ndarray]],
     accuracies: Sequence[float],

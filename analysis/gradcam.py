@@ -112,7 +112,7 @@ def gradcam_section(
             rows, names = [[lens.photo(row) for row in chosen]], ["photo"]
             section.pictures = best_pictures(label, lens, output, method, count)
         rows.append(lens.views(chosen, lens.predicted[chosen]))
-        names.append(shortened(label, 18))
+        names.append("\n".join(shortened(part, 18) for part in (run.model, run.variant) if part))
         photos, targets = lens.photos[sample], lens.predicted[sample]
         measured[label] = faithfulness.measure(lens.model, lens.explain, photos, targets)
         accuracies.append(float((lens.predicted == lens.labels).mean()))
@@ -120,21 +120,31 @@ def gradcam_section(
     section.text += [f"{label} is left out: {why}." for label, why in left_out.items()]
     if not rows:
         return section
-    save(draw_views(rows, names), output / f"{method}_models.png")
     files = "; ".join(str(run.test["ids"][row]) for row in chosen)
-    caption = (
-        "The same test images through every model, each with the class it predicts and its "
-        f"confidence; ✓ right, ✗ wrong. First those on which {', '.join(runs)} disagree most, then "
-        "as many on which all of them agree; both are spread over the true classes, and ties are "
-        f"drawn with a fixed seed. {SCALE} Files: {files}."
-    )
-    section.pictures.insert(0, Picture(f"{method}_models.png", caption, wide=True))
+    section.pictures.insert(0, _models_picture(rows, names, list(runs), files, output, method))
     section.pictures.append(_faithfulness_picture(measured, output, method, len(sample)))
     summaries = [faithfulness.summarise(values) for values in measured.values()]
-    section.text.append(faithfulness.answer(accuracies, summaries))
+    section.text += [
+        faithfulness.answer(accuracies, summaries),
+        faithfulness.against_centre(summaries),
+    ]
     section.tables = faithfulness.tables(measured, accuracies, maps, title)
     section.data = dict(zip(measured, summaries, strict=True))
     return section
+
+
+def _models_picture(
+    rows: list, names: list[str], labels: list[str], files: str, output: Path, method: str
+) -> Picture:
+    file = f"{method}_models.png"
+    save(draw_views(rows, names), output / file)
+    caption = (
+        "The same test images through every model, each with the class it predicts and its "
+        f"confidence; ✓ right, ✗ wrong. First those on which {', '.join(labels)} disagree most, "
+        "then as many on which all of them agree; both are spread over the true classes, and ties "
+        f"are drawn with a fixed seed. {SCALE} Files: {files}."
+    )
+    return Picture(file, caption, wide=True)
 
 
 def _faithfulness_picture(measured: dict, output: Path, method: str, count: int) -> Picture:

@@ -192,6 +192,13 @@ def test_the_answer_says_no_more_than_the_numbers():
     assert "cannot be said of 2" in faithfulness.answer(accuracies[:2], rising[:2])
 
 
+def test_the_centre_must_be_beaten_in_both():
+    keys = ("deletion_map", "deletion_centre", "insertion_map", "insertion_centre")
+    areas = [(0.1, 0.2, 0.5, 0.4), (0.1, 0.2, 0.4, 0.5), (0.3, 0.2, 0.5, 0.4)]
+    rows = [{key: (area, 0.1) for key, area in zip(keys, row, strict=True)} for row in areas]
+    assert "The maps of 1 of 3 models beat" in faithfulness.against_centre(rows)
+
+
 def test_the_chart_has_a_line_per_model_and_order():
     curve = np.linspace(1, 0, 5)[None].repeat(3, axis=0)
     values = {f"{k}_{n}": curve for k in ("deletion", "insertion") for n in ("map", "random")}
