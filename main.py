@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 import experiment
 from analysis import audit, report
-from analysis.runs import read_status
+from analysis.runs import load_runs, read_status
 from errors import UserError
 from input_pipeline import check_batches, load_dataset
 from recorder import write_json
@@ -63,7 +63,18 @@ def main(argv: list[str]) -> int:
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
-    made = report.write_report(workdir, config.compare, progress=lambda x: print(x, flush=True))
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+        if stop.requested:
+            raise Interrupted("stopped while the report was made; its page holds what is there")
+
+    left = bool(SHARD.value) and report.incomplete(workdir, load_runs(workdir))
+    try:  # of several shards, the last one runs the models
+        made = report.write_report(workdir, config.compare, models=not left, progress=tell)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        return STOPPED
     print(f"\n{made.text}\n\nreport: {made.page}")
     ours = {run.name for run in runs}
     return 1 if any(name in ours for name in made.not_complete) else 0

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from analysis import charts, compare, evaluate
 from analysis.diagnosis import diagnosis_table
 from analysis.figures import draw_photos, save, shortened
-from analysis.forward import test_images
+from analysis.forward import load_test_images
 from analysis.runs import FinishedRun
 from analysis.section import Details, Picture, Section, Table
 from analysis.tables import decimal, percent, printed_pairs, printed_table
@@ -46,9 +46,9 @@ def overview(groups: Groups, table: pd.DataFrame, options: ConfigDict) -> Sectio
         text.append(f"Published figures, for orientation ({source}); not measured here.")
     if table.near_leaks.any():
         text.append(
-            f"The audit found {table.leaks.max()} test images with an exact copy in another part "
-            f"and {table.near_leaks.max()} with a near copy or an exact one; the columns “without” "
-            "give the accuracy on the rest."
+            f"The audit found {table.leaks.max()} test images with an exact copy in another part, "
+            f"and {table.near_leaks.max()} with an exact or a near one; “without” them, the "
+            "accuracy on the rest."
         )
     if "knn" in set(table.model):
         text.append("Nearest neighbours draw nothing at random: their seeds agree by construction.")
@@ -80,7 +80,8 @@ def curves(groups: Groups, output: Path) -> Section:
         "once."
     )
     picture = Picture("learning_curves.svg", caption, wide=True)
-    return Section("How they learned", tables=[diagnosis_table(groups)], pictures=[picture])
+    table = diagnosis_table(groups)
+    return Section("How they learned", tables=[table], pictures=[picture], pictures_first=True)
 
 
 def classes(groups: Groups, output: Path, data_path: str) -> Section:
@@ -127,7 +128,7 @@ def classes(groups: Groups, output: Path, data_path: str) -> Section:
 
 def mistakes(label: str, run: FinishedRun, output: Path, data_path: str) -> list[Picture]:
     """Draws photos of a run's most confused pair of classes, and those of highest loss."""
-    photos, names = test_images(run, data_path), run.class_names
+    photos, names = load_test_images(run, data_path), run.class_names
     counts = evaluate.confusion(
         run.test["labels"], run.test["logits"].argmax(axis=1), len(run.class_names)
     )
@@ -160,7 +161,7 @@ def pairs_of_models(
     groups: Groups, table: pd.DataFrame, pairs: pd.DataFrame, output: Path
 ) -> Section:
     """Ranks, paired differences, agreement, and images that only one model gets right."""
-    section = Section("Which differences are established")
+    section = Section("Which differences are established", pictures_first=True)
     ranks = charts.draw_ranks(groups, table, compare.established(groups, pairs))
     save(ranks, output / "ranks.svg")
     caption = (

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from analysis import evaluate
 from analysis.compare import correctness, mean_confusion
@@ -87,8 +87,15 @@ def draw_curves(groups: Groups) -> plt.Figure:
 
 def plain_ticks(axis, ratio: float) -> None:
     """Labels a logarithmic axis with 20 k rather than powers; between powers if it is short."""
-    axis.set_major_formatter(EngFormatter(sep=" "))
-    axis.set_minor_formatter(EngFormatter(sep=" ") if ratio < 8 else NullFormatter())
+
+    def label(value: float, _: int) -> str:
+        return EngFormatter(sep=" ")(value) if value >= 1000 else f"{value:g}"
+
+    def between(value: float, _: int) -> str:
+        return label(value, 0) if f"{value:e}"[0] in "25" else ""
+
+    axis.set_major_formatter(FuncFormatter(label))
+    axis.set_minor_formatter(FuncFormatter(between) if ratio < 60 else NullFormatter())
     axis.set_tick_params(which="both", labelsize=8)
 
 

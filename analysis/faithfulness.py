@@ -362,11 +362,14 @@ def _plus_minus(mean: float, half: float) -> str:
     return decimal(mean) if math.isnan(half) else f"{decimal(mean)} ± {decimal(half)}"
 
 
-def draw_faithfulness(measured: dict[str, dict[str, np.ndarray]], title: str) -> Figure:
+def draw_faithfulness(
+    measured: dict[str, dict[str, np.ndarray]], title: str, colours: dict
+) -> Figure:
     """Deletion and insertion by model: the mean over images, dotted for a random map.
 
     Args:
       measured: what `measure` returned, by label.
+      colours: of each label, as in the other pictures.
       title: of the method.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
@@ -382,7 +385,7 @@ def draw_faithfulness(measured: dict[str, dict[str, np.ndarray]], title: str) ->
                     np.linspace(0, 100, len(curve)),
                     curve,
                     style,
-                    color=figures.colours(measured)[label],
+                    color=colours[label],
                     label=figures.literal(label) if name == "map" else None,
                 )
         axis.set(xlabel=f"pixels {verb}, % of the image", title=kind)

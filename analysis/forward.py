@@ -57,7 +57,7 @@ def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
     return dataset
 
 
-def test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
+def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
     """Returns uint8 [N, S, S, 3], the test images in the order of the run's predictions."""
     return load_run_dataset(run, data_path).images("test")
 

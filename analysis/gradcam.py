@@ -20,7 +20,7 @@ from absl import flags
 from analysis import faithfulness
 from analysis.compare import Groups, group_runs
 from analysis.evaluate import confused_pairs, confusion
-from analysis.figures import save, shortened
+from analysis.figures import colours, save, shortened
 from analysis.heatmaps import Lens, View, draw_views
 from analysis.runs import FinishedRun, load_run, load_runs
 from analysis.saliency import METHODS, SMALLEST_MAP
@@ -96,7 +96,8 @@ def gradcam_section(
     if count < 1:
         raise UserError(f"heat maps of {count} images: at least one is needed")
     title = METHODS[choose("method", method, METHODS)].title
-    section = Section("What the models looked at", [f"Heat maps by {title}."])
+    words = [f"Heat maps by {title}."]
+    section = Section("What the models looked at", words, pictures_first=True)
     runs, left_out = _comparable(groups, METHODS[method].kind)
     rows, names, measured, accuracies, maps = [], [], {}, [], []
     for label, run in runs.items():
@@ -122,7 +123,7 @@ def gradcam_section(
         return section
     files = "; ".join(str(run.test["ids"][row]) for row in chosen)
     section.pictures.insert(0, _models_picture(rows, names, list(runs), files, output, method))
-    section.pictures.append(_faithfulness_picture(measured, output, method, len(sample)))
+    section.pictures.append(_faithfulness_picture(measured, groups, output, method, len(sample)))
     summaries = [faithfulness.summarise(values) for values in measured.values()]
     section.text += [
         faithfulness.answer(accuracies, summaries),
@@ -147,9 +148,11 @@ def _models_picture(
     return Picture(file, caption, wide=True)
 
 
-def _faithfulness_picture(measured: dict, output: Path, method: str, count: int) -> Picture:
-    file = f"{method}_faithfulness.svg"
-    save(faithfulness.draw_faithfulness(measured, METHODS[method].title), output / file)
+def _faithfulness_picture(
+    measured: dict, groups: Groups, output: Path, method: str, count: int
+) -> Picture:
+    file, title = f"{method}_faithfulness.svg", METHODS[method].title
+    save(faithfulness.draw_faithfulness(measured, title, colours(groups)), output / file)
     caption = (
         "How fast the probability of the predicted class falls while pixels are blurred in the "
         f"order of the map, and rises while they return: mean over {count} test images, spread "

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import softmax
 
 from analysis.figures import literal, plt, shortened
-from analysis.forward import load_classifier, test_images
+from analysis.forward import load_classifier, load_test_images
 from analysis.runs import FinishedRun
 from analysis.saliency import METHODS, default_stage, explainer, map_side
 
@@ -94,7 +94,7 @@ class Lens:
         self, run: FinishedRun, method: str, stage: int | None = None, data_path: str = ""
     ):
         self.run, self.model, self.method = run, load_classifier(run), METHODS[method]
-        self.photos = test_images(run, data_path)
+        self.photos = load_test_images(run, data_path)
         self.labels, logits = run.test["labels"], run.test["logits"]
         self.predicted, self.probabilities = logits.argmax(axis=1), softmax(logits, axis=1)
         size = self.photos.shape[1]

@@ -18,7 +18,7 @@ from analysis.compare import Groups, group_runs
 from analysis.diagnosis import diagnose
 from analysis.evaluate import chosen_runs, losses, softmax
 from analysis.figures import literal, plt, save, shortened
-from analysis.forward import load_classifier, test_images
+from analysis.forward import load_classifier, load_test_images
 from analysis.representations import (
     MAX_FILTERS,
     NothingToShow,
@@ -254,7 +254,7 @@ def picture_predictions(
     label: str, run: FinishedRun, rows: np.ndarray, output: Path, data_path: str
 ) -> Picture:
     """Writes inspect_predictions.png, of some rows of the test images."""
-    photos = test_images(run, data_path)[rows]
+    photos = load_test_images(run, data_path)[rows]
     save(draw_predictions(run, photos, rows), output / "inspect_predictions.png")
     caption = (
         f"Predictions of {label}, seed {run.seed}: true class, right or wrong, and the three "
@@ -291,7 +291,7 @@ def picture_features(
     """
     label, run, model, default = _first_with_maps(groups)
     row = find_image(run, image_id) if image_id else len(run.test["ids"]) // 2
-    image = test_images(run, data_path)[row]
+    image = load_test_images(run, data_path)[row]
     stage = default if stage is None else stage
     maps = feature_maps(model, image, stage)
     title = f"{label}, stage {stage} (of 0 to {len(model.stages) - 1})"

@@ -11,6 +11,7 @@ inside) are kept and made anew only when their runs or options change; --nomodel
 import base64
 import json
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def write_report(
       options: `config.compare`; None for what the experiment was started with.
       data_path: where the data lies now, "" for where the runs found it.
       models: whether chapters that run the models are made.
-      progress: told what takes long.
+      progress: told of each chapter that takes long; what it raises ends the work, with a page.
 
     Raises:
       UserError: there is no run under the workdir, or the report cannot be written.
@@ -63,20 +64,22 @@ def write_report(
     if not runs:
         raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
     options = options or compare.read_options(workdir)
-    groups, reasons = compare.group_runs(runs), incomplete(workdir, runs)
-    audit = read_audit(workdir)
+    reasons = incomplete(workdir, runs)
+    runs = [run for run in runs if run.name not in reasons]
+    groups, audit = compare.group_runs(runs), read_audit(workdir)
     table, pairs = compare.make_table(groups, options, audit), compare.make_pairs(groups)
     output = workdir / "report"
     try:
         output.mkdir(exist_ok=True)
         compare.write_tables(groups, table, pairs, output)
         sections = make_sections(workdir, groups, table, pairs, options, data_path)
+        title, page = workdir.resolve().name, output / "index.html"
+        text = render(title, compare.answer(table, pairs), reasons, sections, output)
+        page.write_text(text, encoding="utf-8")  # before what may take minutes
         if models and groups:
             sections[-3:-3] = look_through_models(groups, options, output, data_path, progress)
-        title = workdir.resolve().name
-        text = render(title, compare.answer(table, pairs), reasons, sections, output)
-        page = output / "index.html"
-        page.write_text(text, encoding="utf-8")
+            text = render(title, compare.answer(table, pairs), reasons, sections, output)
+            page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report to {output}: {error}") from error
     lines = [printed_table(table).to_string(index=False) + "\n"] if len(table) else []
@@ -93,7 +96,7 @@ def read_audit(workdir: Path) -> dict | None:
 
 
 def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
-    """Returns {run: why} for every run that exists or was planned, and is not complete."""
+    """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
     reasons = {}
     plan = workdir / "experiment.json"
     if plan.exists():
@@ -104,6 +107,11 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
         if run.status != "complete":
             error = run.summary.get("error", "").strip().split("\n")[0]
             reasons[run.name] = f"{run.status}: {error}" if error else run.status
+            continue
+        try:
+            _ = run.test, run.validation, run.dataset, run.environment
+        except UserError as error:
+            reasons[run.name] = f"damaged: {error}"
     return reasons
 
 
@@ -171,11 +179,14 @@ def look_through_models(
         )
     sections, runs = [], [run for group in groups.values() for run in group]
     for name, (title, settings, make) in planned.items():
+        progress(f"report: {title.lower()}")
         try:
-            progress(f"report: {title.lower()}")
             sections.append(remembered(name, output, runs, settings, make))
         except UserError as error:
             sections.append(Section(title, [f"Not made: {error}"]))
+        except Exception as error:  # noqa: BLE001 - the rest of the page is worth having
+            traceback.print_exc()
+            sections.append(Section(title, [f"Not made: {type(error).__name__}: {error}"]))
     return sections
 
 

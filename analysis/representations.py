@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.figures import literal, plt
-from analysis.forward import compiled, in_batches, load_classifier, test_images
+from analysis.forward import compiled, in_batches, load_classifier, load_test_images
 from analysis.runs import FinishedRun
 from errors import UserError
 from models import Classifier
@@ -244,7 +244,7 @@ def _representations(
         model = load_classifier(run)
         if sees_pixels(model) and has_pixels:
             return
-        images = test_images(run, data_path)[rows]
+        images = load_test_images(run, data_path)[rows]
         yield (PIXELS if sees_pixels(model) else label), representation(model, images)
         has_pixels = has_pixels or sees_pixels(model)
 

@@ -23,7 +23,7 @@ from analysis.compare import Groups, group_runs
 from analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spoken
 from analysis.evaluate import chosen_runs
 from analysis.figures import save
-from analysis.forward import compiled, in_batches, load_classifier, test_images
+from analysis.forward import compiled, in_batches, load_classifier, load_test_images
 from analysis.robustness_charts import draw_accuracies, draw_corruptions
 from analysis.robustness_summary import (
     CLEAN,
@@ -39,7 +39,7 @@ from analysis.robustness_summary import (
     printed,
     summarise,
 )
-from analysis.section import Picture, Section, Table
+from analysis.section import Details, Picture, Section, Table
 from errors import UserError, choose
 from experiment import run_command
 from models import Classifier
@@ -152,7 +152,7 @@ def measure_groups(
             by_data.setdefault(json.dumps(run.config["data"], sort_keys=True), []).append(run)
     found, sample = {}, np.zeros((0, 0, 3), np.uint8)
     for runs in by_data.values():
-        images = test_images(runs[0], data_path)[rows]
+        images = load_test_images(runs[0], data_path)[rows]
         sample = max(sample, images[0], key=len)
         models = {str(run.path): load_classifier(run) for run in runs}
         found |= predict_under(models, images, first.test["labels"][rows], corruptions)
@@ -229,8 +229,8 @@ def robustness_section(
     summary = summarise(table, baseline)
     table.to_csv(output / "robustness.csv", index=False)
     save(draw_accuracies(outcomes), output / "robustness.svg")
-    sheet = draw_corruptions(sample, list(corruptions), _keys(SEED)[0])
-    save(sheet, output / "corruptions.png")
+    save(draw_corruptions(sample, list(corruptions), _keys(SEED)[0]), output / "corruptions.png")
+    sheet = Picture("corruptions.png", "The first of these images under each corruption.")
     shown, runs = printed(summary), "first seed" if seeds == 1 else f"first {seeds} seeds"
     images = outcomes[baseline][CLEAN].shape[1]
     source = f"{images} images of the test part, spread evenly over classes; {runs} of each model."
@@ -247,8 +247,8 @@ def robustness_section(
                 f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}",
                 wide=True,
             ),
-            Picture("corruptions.png", "The first of these images under each corruption."),
         ],
+        [Details("What the corruptions look like", picture=sheet)],
         data=json.loads(summary.set_index("model").to_json(orient="index")),
     )
 

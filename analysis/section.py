@@ -49,6 +49,7 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     details: list[Details] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    pictures_first: bool = False  # before the tables
     data: dict = field(default_factory=dict)  # numbers for other sections and for the JSON file
 
     @classmethod
@@ -90,7 +91,8 @@ def remembered(
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         section = Section.from_dict(stored["section"])
-        if stored["key"] == key and all((output / p.file).exists() for p in section.pictures):
+        pictures = [*section.pictures, *(d.picture for d in section.details if d.picture)]
+        if stored["key"] == key and all((output / p.file).exists() for p in pictures):
             return section
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never made, or by another version

@@ -67,8 +67,9 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
         }
         if table.published.notna().any():
             cells["published %"] = percent(row.published)
-        if table.near_leaks.any():
+        if table.leaks.any():
             cells["without leaks %"] = percent(row.without_leaks)
+        if table.near_leaks.any():
             cells["without near leaks %"] = percent(row.without_near_leaks)
         cells |= {
             "F1": percent(row.macro_f1_mean),

@@ -1,10 +1,12 @@
-"""Run directories as training writes them, with predictions made up to a given accuracy."""
+"""Run directories: with predictions made up to a given accuracy, or trained in seconds."""
 
 import json
 
 import numpy as np
 
-from configs import base
+from configs import base, digits
+from experiment import expand
+from train import train_and_evaluate
 
 CLASSES = ["plain", "with space", "<script>alert('x')</script>", "été $x_1$"]
 
@@ -76,3 +78,19 @@ def write_run(
     }  # fmt: skip
     write("summary.json", {"status": "complete", "metrics": {}, "cost": cost})
     return run_dir
+
+
+def train_digits(folder, cache_dir, models, twice, **changes):
+    """Trains models on the digits without augmentation: seed 0, and seed 1 of the model `twice`."""
+    config = digits.get_config(models)
+    config.seeds = (0, 1)
+    overrides = {
+        "runtime.cache_dir": cache_dir,
+        "runtime.tensorboard": False,
+        **{f"augment.{name}": 0.0 for name in ("rotation", "zoom", "shift")},
+        **{path.replace("__", "."): value for path, value in changes.items()},
+    }
+    for run in expand(config, overrides):
+        if run.name.startswith(twice) or run.config.seed == 0:
+            train_and_evaluate(run.config, folder / run.name)
+    return folder

@@ -84,7 +84,7 @@ def copied(exports, tmp_path):
 def test_an_export_gives_the_very_logits_that_the_run_saved(workdir, exports, name):
     run, exported = load_run(workdir / name / "seed0"), export.load(exports / name)
     assert len(run.test["labels"]) > BATCH
-    logits = forward.predict_logits(exported.model, forward.test_images(run), size=BATCH)
+    logits = forward.predict_logits(exported.model, forward.load_test_images(run), size=BATCH)
     np.testing.assert_array_equal(logits, run.test["logits"])
     assert exported.class_names == NAMES and exported.image_size == 8
 
@@ -95,7 +95,7 @@ def test_weights_begin_other_models_as_any_weights_do(workdir, exports, name):
     weights = f"archcompare:{exports / name / 'model.safetensors'}"
     model = create_model(name, 10, weights=weights, image_size=8)
     set_mode(model, training=False)
-    logits = forward.predict_logits(model, forward.test_images(run), size=BATCH)
+    logits = forward.predict_logits(model, forward.load_test_images(run), size=BATCH)
     np.testing.assert_array_equal(logits, run.test["logits"])
 
 
@@ -304,7 +304,7 @@ def test_the_lines_in_the_card_work_where_neither_run_nor_data_are(
     run = load_run(workdir / "cnn/seed0")
     photos, folder = tmp_path / "photos", shutil.copytree(exports / "cnn", tmp_path / "my model")
     photos.mkdir()
-    for i, image in enumerate(forward.test_images(run)[:5]):
+    for i, image in enumerate(forward.load_test_images(run)[:5]):
         Image.fromarray(image).save(photos / f"{i}.png")
     files = sorted(map(str, photos.iterdir()))
     expected = list(predict(load_predictor(run.path), files))

@@ -202,7 +202,9 @@ def test_the_centre_must_be_beaten_in_both():
 def test_the_chart_has_a_line_per_model_and_order():
     curve = np.linspace(1, 0, 5)[None].repeat(3, axis=0)
     values = {f"{k}_{n}": curve for k in ("deletion", "insertion") for n in ("map", "random")}
-    figure = faithfulness.draw_faithfulness({"a": values, "b $": values}, "Grad-CAM")
+    figure = faithfulness.draw_faithfulness(
+        {"a": values, "b $": values}, "Grad-CAM", {"a": "red", "b $": "blue"}
+    )
     assert [len(axis.lines) for axis in figure.axes] == [6, 4]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["by Grad-CAM", "in random order", "a", r"b \$"]

@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
 def test_a_run_gives_its_saved_logits_again(runs, digits_run, model):
     train_and_evaluate(digits_run(model, epochs=1), runs / model)
     run = load_run(runs / model)
-    images = forward.test_images(run)
+    images = forward.load_test_images(run)
     assert images.dtype == np.uint8 and len(images) == len(run.test["labels"])
     logits = forward.predict_logits(forward.load_classifier(run), images, size=100)
     np.testing.assert_allclose(logits, run.test["logits"], atol=1e-4)
@@ -33,12 +33,12 @@ def test_changed_images_are_refused(tmp_path, make_folder, digits_run):
     run = load_run(tmp_path / "run")
     moved = root.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="gone"):
-        forward.test_images(run, str(tmp_path / "gone"))
-    assert len(forward.test_images(run, str(moved))) == 6
+        forward.load_test_images(run, str(tmp_path / "gone"))
+    assert len(forward.load_test_images(run, str(moved))) == 6
     Image.Image.save(paint(99), moved / "test" / "a" / "0.png")
     other = moved.rename(tmp_path / "changed")
     with pytest.raises(UserError, match="fingerprint differs"):
-        forward.test_images(run, str(other))
+        forward.load_test_images(run, str(other))
 
 
 def test_batches_are_padded_and_cut():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from analysis import gradcam, saliency
 from analysis.compare import group_runs
-from analysis.forward import load_classifier, predict_logits, test_images
+from analysis.forward import load_classifier, load_test_images, predict_logits
 from analysis.heatmaps import View, draw_views, overlay
 from analysis.runs import load_run, load_runs
 from analysis.saliency import METHODS, default_stage, explain
@@ -20,7 +20,6 @@ from models.vit import VisionTransformer
 from tests.conftest import ROOT
 from tests.models.filled import filled
 
-test_images.__test__ = False  # it only looks like one
 SIZE, PATCH = 16, 5
 
 
@@ -335,7 +334,7 @@ def test_the_views_of_a_run(run, tmp_path):
     with np.load(tmp_path / "gradcam.npz") as file:
         stored = dict(file)
     assert stored["ids"].tolist() == ids and stored["targets"].tolist() == [2, 2, 2]
-    expected = explain(load_classifier(run), test_images(run)[[5, 2, 7]], [2, 2, 2], stage=1)
+    expected = explain(load_classifier(run), load_test_images(run)[[5, 2, 7]], [2, 2, 2], stage=1)
     np.testing.assert_allclose(stored["maps"], expected, rtol=1e-4, atol=1e-6)
     assert stored["stage"] == 1
 

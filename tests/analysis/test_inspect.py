@@ -17,19 +17,14 @@ from sklearn.metrics import log_loss
 
 from analysis import inspect, representations
 from analysis.compare import group_runs
-from analysis.forward import load_classifier, test_images
+from analysis.forward import load_classifier, load_test_images
 from analysis.runs import load_run, load_runs
-from configs import digits
 from errors import UserError
-from experiment import expand
 from models import create_model
 from models.classifier import set_mode
 from models.vit import VisionTransformer
-from tests.analysis.fabricate import write_run
+from tests.analysis.fabricate import train_digits, write_run
 from tests.conftest import ROOT
-from train import train_and_evaluate
-
-test_images.__test__ = False  # a function of the project, not a test
 
 
 @pytest.fixture(scope="module")
@@ -38,21 +33,9 @@ def workdir(cache_dir, tmp_path_factory):
     folder, source = tmp_path_factory.mktemp("runs"), load_digits()
     images = np.round(source.images[:200] * (255 / 16)).astype(np.uint8)
     np.savez(folder / "few.npz", images=images, labels=source.target[:200])
-    overrides = {
-        "epochs": 2,
-        "optimizer.name": "sgd",
-        "runtime.cache_dir": cache_dir,
-        "runtime.tensorboard": False,
-        "data.source": "npz",
-        "data.path": str(folder / "few.npz"),
-        **{f"augment.{name}": 0.0 for name in ("rotation", "zoom", "shift")},
-    }
-    config = digits.get_config("knn,linear,cnn")
-    config.seeds = (0, 1)
-    for run in expand(config, overrides):
-        if run.name.startswith("cnn") or run.config.seed == 0:
-            train_and_evaluate(run.config, folder / run.name)
-    return folder
+    data = {"data__source": "npz", "data__path": str(folder / "few.npz")}
+    settings = {"epochs": 2, "optimizer__name": "sgd"}
+    return train_digits(folder, cache_dir, "knn,linear,cnn", "cnn", **settings, **data)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +50,7 @@ def cnn(groups):
 
 @pytest.fixture(scope="module")
 def photos(groups):
-    return test_images(groups["cnn"][0])
+    return load_test_images(groups["cnn"][0])
 
 
 class TinyVit(VisionTransformer):

@@ -65,6 +65,33 @@ def test_what_is_missing_is_listed_not_dropped(tmp_path):
     assert "No run is complete yet" in make(tmp_path).page.read_text()
 
 
+def test_a_damaged_run_and_a_failing_chapter_spoil_nothing_else(tmp_path, monkeypatch):
+    write_run(tmp_path, "cnn", 0)
+    damaged = write_run(tmp_path, "mlp", 0)
+    (damaged / "predictions_test.npz").write_bytes(b"half")
+
+    def fail(*arguments):
+        raise MemoryError("too <large>")
+
+    monkeypatch.setattr("analysis.inspect.inspect_section", fail)
+    made = report.write_report(tmp_path)
+    assert "damaged" in made.not_complete["mlp/seed0"]
+    page = made.page.read_text()
+    assert "Not made: MemoryError: too &lt;large&gt;" in page
+    assert page.count("Not made") == 3  # and no data for heat maps and robustness
+
+
+def test_a_stop_between_chapters_leaves_a_page(tmp_path):
+    write_run(tmp_path, "cnn", 0)
+
+    def stop(text):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(tmp_path, progress=stop)
+    assert "cnn has the highest test accuracy" in (tmp_path / "report" / "index.html").read_text()
+
+
 def test_an_empty_workdir_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no runs"):
         make(tmp_path)
