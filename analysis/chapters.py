@@ -340,6 +340,7 @@ def reproduce(runs: list[FinishedRun], groups: Groups, workdir: Path) -> Section
     dirty = any(run.environment["git_dirty"] for run in runs)
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     text = [
+        f"Command: {shlex.join(command)}",
         f"Commit {', '.join(commits)}{', with uncommitted changes' if dirty else ''}; Python "
         f"{about['python']}; {packages}; devices: {', '.join(about['devices'])} "
         f"({about['device_kind']}).",
@@ -348,7 +349,7 @@ def reproduce(runs: list[FinishedRun], groups: Groups, workdir: Path) -> Section
         "The command again skips finished runs; --dry_run prints every config. Every figure here "
         f"comes from the run directories alone: python -m analysis.report {workdir.name}.",
     ]
-    details = [Details("The command", code=shlex.join(command))]
+    details = []
     for label, members in groups.items():
         config = json.dumps(members[0].config, indent=2, ensure_ascii=False)
         details.append(Details(f"Config of {label}, seed {members[0].seed}", code=config))
