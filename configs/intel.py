@@ -14,9 +14,9 @@ Measured on 8,741 + 2,158 of the photos, 2 CPU cores (jax 0.10.2). At 64x64 pixe
 (--config.data.image_size=64), 1 seed, test accuracy: cnn_deep 90.0 %, cnn 80.8, mlp 61.1, linear
 49.6, knn 43.5. At 48x48, 10 epochs, 3 seeds, mean and 95 % interval over seeds: cnn_deep 86.9 %
 (85.0 to 88.7), cnn 79.6 (78.5 to 80.8), mlp 61.8 (59.9 to 63.7), linear 51.5 (51.2 to 51.9), knn
-44.9; from weights trained on CIFAR-10, 6 epochs of the head and 6 of all stages, resnet18 84.3 (83.2
-to 85.3) and efficientnet_b0 77.7 (77.0 to 78.3). Every difference is established. The networks with
-ImageNet weights have not been measured: no hub could be reached.
+44.9; from weights trained on CIFAR-10, 6 epochs of the head and 6 of all stages, resnet18 84.3
+(83.2 to 85.3) and efficientnet_b0 77.7 (77.0 to 78.3). Every difference is established. The
+networks with ImageNet weights have not been measured: no hub could be reached.
 """
 
 from ml_collections import ConfigDict
