@@ -104,7 +104,8 @@ def load_run(run_dir: Path) -> FinishedRun:
     if summary.get("status") != "complete" or not config:
         found = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
         raise UserError(f"{run_dir} is not the directory of a complete run ({found})")
-    return FinishedRun(run_dir, run_dir.name, config, summary)
+    name = "/".join(run_dir.resolve().parts[-2:])
+    return FinishedRun(run_dir, name, config, summary)
 
 
 def load_runs(workdir: Path) -> list[FinishedRun]:
