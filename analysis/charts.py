@@ -43,14 +43,9 @@ def draw_ranks(groups: Groups, table: pd.DataFrame, established: set) -> plt.Fig
             clip_on=False,
         )
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(
-        handles.values(),
-        handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.75 / (0.5 * count + 0.2)),
-        ncols=4,
-        frameon=False,
-    )
+    figure.tight_layout()
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+    figure.legend(handles.values(), handles, ncols=4, frameon=False, **place)
     return figure
 
 

@@ -199,8 +199,9 @@ def best_pictures(label: str, lens: Lens, output: Path, method: str, count: int)
     pictures = [
         Picture(
             f"{method}_right_wrong.png",
-            f"{label}, the most accurate model: test images that it predicts rightly and wrongly, "
-            f"the most confident of each true class. Maps are of the predicted class. {SCALE}",
+            f"{label}, the most accurate model with maps: test images that it predicts rightly and "
+            "wrongly, the most confident of each true class. Maps are of the predicted class. "
+            f"{SCALE}",
             wide=True,
         )
     ]

@@ -186,6 +186,8 @@ def conclude(outcomes: dict[str, Outcomes], statistic: Callable, what: str) -> s
         return text + "."
     best, second = ranked[:2]
     low, high = difference_interval(by_image[best], by_image[second], statistic)
+    if np.isnan(low):  # a resample without a right answer has no share to keep
+        return f"{text}; these images are too few to tell it from {second}."
     verdict = "established" if low > 0 else "not established"
     return (
         f"{text}; {second} follows with {percent(values[second], 1)} %. The difference is "

@@ -196,6 +196,19 @@ def test_conclusions_say_whether_the_images_establish_them():
     assert alone.startswith("one keeps, ") and "follows" not in alone
 
 
+@pytest.mark.filterwarnings("ignore::scipy.stats.DegenerateDataWarning")
+def test_too_few_images_conclude_nothing():
+    few = {
+        "a": {CLEAN: [1, 0, 0], ("jpeg", 1): [1, 1, 0]},
+        "b": {CLEAN: [1, 1, 0], ("jpeg", 1): [1, 0, 0]},
+    }
+    few = {
+        model: {k: np.array([v], bool) for k, v in found.items()} for model, found in few.items()
+    }
+    text = robustness_summary.conclude(few, robustness_summary.kept, "keeps")
+    assert text.endswith("these images are too few to tell it from b.")
+
+
 def test_the_paired_interval_of_a_difference_against_the_normal_one():
     draw = np.random.default_rng(4)
     first, second = (draw.random(400) < share for share in (0.8, 0.6))
