@@ -107,7 +107,7 @@ def measure(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     of squared errors (0 to 2), as Brier (1950) defined it.
     """
     probabilities, predicted = softmax(logits), logits.argmax(axis=1)
-    classes = logits.shape[1]
+    classes, own = logits.shape[1], probabilities[np.arange(len(labels)), labels]
     table = per_class(labels, predicted, [str(i) for i in range(classes)])
     macro = table[table.support > 0][["precision", "recall", "f1"]].mean()
     return {
@@ -117,7 +117,7 @@ def measure(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
         "macro_f1": float(macro.f1),
         **{f"top{k}": top_k_accuracy(labels, logits, k) for k in TOP_K if k < classes},
         "nll": float(losses(labels, logits).mean()),
-        "brier": float(((probabilities - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()),
+        "brier": float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean()),
         "ece": calibration_error(probabilities, labels),
     }
 
@@ -141,16 +141,15 @@ def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     Columns: `first` and `second` (class numbers, the more frequent error is first -> second),
     `forth` and `back` (errors either way), `errors` (their sum), `share` of all errors.
     """
-    wrong = counts - np.diag(np.diag(counts))
-    rows = []
-    for i, j in zip(*np.triu_indices(len(counts), 1), strict=True):
-        first, second = (i, j) if wrong[i, j] >= wrong[j, i] else (j, i)
-        forth, back = int(wrong[first, second]), int(wrong[second, first])
-        if forth:
-            share = (forth + back) / wrong.sum()
-            rows.append((int(first), int(second), forth, back, forth + back, share))
-    columns = ["first", "second", "forth", "back", "errors", "share"]
-    return pd.DataFrame(rows, columns=columns).sort_values(
+    i, j = np.triu_indices(len(counts), 1)
+    turned = counts[j, i] > counts[i, j]
+    first, second = np.where(turned, j, i), np.where(turned, i, j)
+    table = pd.DataFrame({"first": first, "second": second})
+    table["forth"], table["back"] = counts[first, second], counts[second, first]
+    table["errors"] = table.forth + table.back
+    table = table[table.errors > 0]
+    table["share"] = table.errors / table.errors.sum()
+    return table.sort_values(
         ["errors", "first", "second"], ascending=[False, True, True], ignore_index=True
     )
 
