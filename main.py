@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 import experiment
 from analysis import audit, report
+from analysis.forward import use_compilation_cache
 from analysis.runs import load_runs, read_status
 from errors import UserError
 from input_pipeline import check_batches, load_dataset
@@ -97,14 +98,6 @@ def prepare_workdir(workdir: Path) -> Path:
             "change its permissions"
         ) from error
     return workdir
-
-
-def use_compilation_cache(cache_dir: str) -> None:
-    """Keeps compiled programs on disk, so that no program is compiled twice."""
-    path = Path(cache_dir).expanduser() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def check(runs: list[experiment.Run], workdir: Path) -> None:

@@ -9,10 +9,29 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from analysis.runs import FinishedRun
+from configs import base
 from errors import UserError
 from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.classifier import merge_model, set_mode, split_model
+
+
+def use_compilation_cache(cache_dir: str) -> None:
+    """Keeps compiled programs on disk, so that no program is compiled twice."""
+    path = Path(cache_dir).expanduser() / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_dir_of(run: FinishedRun) -> str:
+    """Returns the cache folder of a run, or the default one where that cannot be made here."""
+    path = Path(run.config["runtime"]["cache_dir"]).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:  # the run was moved here from another machine
+        return base.get_config().runtime.cache_dir
+    return str(path)
 
 
 def load_classifier(run: FinishedRun) -> Classifier:
@@ -47,7 +66,9 @@ def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
     config = ConfigDict(run.config["data"])
     if data_path:
         config.path = str(Path(data_path).expanduser())
-    dataset = load_dataset(config, run.config["runtime"]["cache_dir"])
+    cache_dir = cache_dir_of(run)
+    use_compilation_cache(cache_dir)
+    dataset = load_dataset(config, cache_dir)
     same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
     if not same or dataset.ids("test") != run.test["ids"].tolist():
         raise UserError(

@@ -5,7 +5,9 @@ from PIL import Image
 
 from analysis import forward
 from analysis.runs import load_run
+from configs import base
 from errors import UserError
+from tests.analysis.fabricate import write_run
 from tests.conftest import paint
 from train import train_and_evaluate
 
@@ -39,6 +41,14 @@ def test_changed_images_are_refused(tmp_path, make_folder, digits_run):
     other = moved.rename(tmp_path / "changed")
     with pytest.raises(UserError, match="fingerprint differs"):
         forward.load_test_images(run, str(other))
+
+
+def test_a_run_from_elsewhere_uses_the_cache_folder_of_this_machine(tmp_path):
+    run = load_run(write_run(tmp_path, "cnn", 0))
+    assert forward.cache_dir_of(run) == str(tmp_path)
+    (tmp_path / "file").write_text("")
+    run.config["runtime"]["cache_dir"] = str(tmp_path / "file" / "cache")
+    assert forward.cache_dir_of(run) == base.get_config().runtime.cache_dir
 
 
 def test_batches_are_padded_and_cut():
