@@ -170,14 +170,19 @@ def measure_groups(
 
 
 def baseline_labels(baseline: str, groups: Groups) -> list[str]:
-    """Returns the labels that a baseline may mean: itself, the variants of a model, or any for "".
+    """Returns the labels that a baseline may mean: itself, or the variants of a model.
+
+    "" means cnn: a plain network is a better yardstick than one that hardly beats chance, which
+    corruption cannot harm. Where there is no cnn it may be any model.
 
     Raises:
       UserError: no run has that label or model.
     """
-    if not baseline or baseline in groups:
-        return [baseline] if baseline else list(groups)
     models = {label: runs[0].model for label, runs in groups.items()}
+    if not baseline:
+        return [label for label, model in models.items() if model == "cnn"] or list(groups)
+    if baseline in groups:
+        return [baseline]
     choose("baseline", baseline, sorted({*models, *models.values()}))
     return [label for label, model in models.items() if model == baseline]
 
@@ -214,7 +219,7 @@ def robustness_section(
       output: an existing folder.
       count: of test images, spread evenly over the classes.
       baseline: label or model whose errors count as 100 %, its least accurate variant if it has
-        several; "" is the least accurate of all.
+        several; "" is cnn, else the least accurate of all.
       data_path: where the data lies now, "" for where the runs found it.
       seeds: of each model, the first ones.
       corruptions: names in `CORRUPTIONS`.

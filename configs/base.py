@@ -195,7 +195,8 @@ def get_config(models: str = "") -> ConfigDict:
     compare.reference = ConfigDict()
     compare.reference_source = ""
     compare.seed_interval = "t"  # of the mean over seeds: t | bootstrap
-    compare.baseline = ""  # model whose corruption errors count as 100 %; "" is the least accurate
+    # Model whose errors under corruption count as 100 %; "" is cnn, or else the least accurate.
+    compare.baseline = ""
     # Test images, evenly spaced, that the report corrupts; 0: it says nothing of robustness.
     compare.robustness_images = 128
     compare.gradcam_images = 8  # in the grid of heat maps; 0: none are made

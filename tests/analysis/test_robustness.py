@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +270,8 @@ def test_a_baseline_may_be_a_model_with_variants(groups):
     assert robustness.baseline_labels("mlp", variants) == ["mlp (a)"]
     assert robustness.baseline_labels("linear (b)", variants) == ["linear (b)"]
     assert robustness.baseline_labels("", variants) == ["mlp (a)", "linear (b)"]
+    with_cnn = variants | {"cnn": [SimpleNamespace(model="cnn")]}
+    assert robustness.baseline_labels("", with_cnn) == ["cnn"]
 
 
 def test_runs_of_different_test_images_are_refused(groups, tmp_path):
