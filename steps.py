@@ -131,9 +131,7 @@ def make_train_step(
             logits = forward(merged, inputs, first if cached else 0)  # [B, K]
             losses = criterion(config, logits, targets)  # [B]
             weight = targets @ weights
-            loss = (losses * weight).sum() / weight.sum()
-            if config.optimizer.l1:
-                loss += config.optimizer.l1 * l1_penalty(params)
+            loss = (losses * weight).sum() / weight.sum() + _penalty(config, params)
             return loss, (losses, logits, split_model(merged)[2])
 
         old = trained(state["params"], first)
@@ -156,6 +154,10 @@ def make_train_step(
         return _unless_broken(state, changed, finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _penalty(config: ConfigDict, params: dict) -> jax.Array | float:
+    return config.optimizer.l1 * l1_penalty(params) if config.optimizer.l1 else 0.0
 
 
 def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:

@@ -12,7 +12,7 @@ from analysis import charts, compare, evaluate
 from analysis.diagnosis import diagnosis_table
 from analysis.figures import draw_photos, save, shortened
 from analysis.forward import load_test_images
-from analysis.runs import FinishedRun
+from analysis.runs import FinishedRun, read_plan
 from analysis.section import Details, Picture, Section, Table
 from analysis.tables import decimal, percent, printed_pairs, printed_table
 from errors import UserError
@@ -129,9 +129,7 @@ def classes(groups: Groups, output: Path, data_path: str) -> Section:
 def mistakes(label: str, run: FinishedRun, output: Path, data_path: str) -> list[Picture]:
     """Draws photos of a run's most confused pair of classes, and those of highest loss."""
     photos, names = load_test_images(run, data_path), run.class_names
-    counts = evaluate.confusion(
-        run.test["labels"], run.test["logits"].argmax(axis=1), len(run.class_names)
-    )
+    counts = evaluate.confusion(run.test["labels"], run.predicted, len(run.class_names))
     losses, pairs = evaluate.highest_losses(run), evaluate.confused_pairs(counts)
     wrong = losses[losses.true != losses.predicted]
     if wrong.empty:
@@ -207,25 +205,23 @@ def _overlap(groups: Groups) -> str:
     return text
 
 
-def calibration(groups: Groups, output: Path) -> Section:
+def calibration(groups: Groups, table: pd.DataFrame, output: Path) -> Section:
     """Reliability, temperature scaling, and accuracy when unsure predictions are left out."""
     save(charts.draw_reliability(groups), output / "reliability.svg")
     save(charts.draw_coverage(groups), output / "coverage.svg")
-    rows = []
-    for label, runs in groups.items():
-        values = pd.DataFrame([evaluate.evaluate(run) for run in runs]).mean()
-        rows.append(
-            {
-                "model": label,
-                "ECE %": percent(values.ece),
-                "NLL": decimal(values.nll),
-                "temperature": decimal(values.temperature, 2),
-                "ECE % scaled": percent(values.ece_scaled),
-                "NLL scaled": decimal(values.nll_scaled),
-                "answered %": percent(values.answered, 1),
-                "accuracy on these %": percent(values.accuracy_answered),
-            }
-        )
+    rows = [
+        {
+            "model": label,
+            "ECE %": percent(row.ece_mean),
+            "NLL": decimal(row.nll_mean),
+            "temperature": decimal(row.temperature_mean, 2),
+            "ECE % scaled": percent(row.ece_scaled_mean),
+            "NLL scaled": decimal(row.nll_scaled_mean),
+            "answered %": percent(row.answered_mean, 1),
+            "accuracy on these %": percent(row.accuracy_answered_mean),
+        }
+        for label, row in zip(groups, table.itertuples(), strict=True)
+    ]
     text = (
         "The temperature is fitted on validation images and divides the logits: above 1 the model "
         "was too sure, below 1 not sure enough; it changes no prediction. “Answered” are test "
@@ -330,10 +326,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 def reproduce(runs: list[FinishedRun], groups: Groups, workdir: Path) -> Section:
     """The command, versions, devices, seeds and every model's config."""
-    plan = workdir / "experiment.json"
-    command = ["python", "main.py"]
-    if plan.exists():
-        command = ["python", *json.loads(plan.read_text(encoding="utf-8"))["command"]]
+    command = ["python", *read_plan(workdir).get("command", ["main.py"])]
     first = runs[0]
     about, found = first.environment, first.dataset
     commits = sorted({str(run.environment["git_commit"]) for run in runs})

@@ -143,10 +143,7 @@ def draw_class_scores(groups: Groups, score: str) -> plt.Figure:
 
 def class_scores(runs: list[FinishedRun]) -> pd.DataFrame:
     """Returns `evaluate.per_class` of a model, means over its seeds."""
-    tables = [
-        evaluate.per_class(r.test["labels"], r.test["logits"].argmax(axis=1), r.class_names)
-        for r in runs
-    ]
+    tables = [evaluate.per_class(r.test["labels"], r.predicted, r.class_names) for r in runs]
     mean = sum(table.drop(columns="class") for table in tables) / len(tables)
     return pd.concat([tables[0]["class"], mean], axis=1)
 
@@ -199,9 +196,9 @@ def draw_reliability(groups: Groups) -> plt.Figure:
         bins = evaluate.reliability(probabilities, labels)
         colour, left, width = colours(groups)[label], bins.low, 1 / len(bins)
         share = bins.images / bins.images.sum()
-        axis.bar(left, share, width, align="edge", color="#cccccc", label="share of images")
+        axis.bar(left, share, width, align="edge", color="#cccccc")
         axis.plot((0, 1), (0, 1), color="#666666", lw=1, ls="--")
-        axis.plot(bins.confidence, bins.accuracy, "o-", ms=4, color=colour, label="accuracy")
+        axis.plot(bins.confidence, bins.accuracy, "o-", ms=4, color=colour)
         error = evaluate.calibration_error(probabilities, labels)
         axis.set_title(f"{literal(label)}: ECE {100 * error:.1f} %", fontsize=9)
         axis.set(xlim=(0, 1), ylim=(0, 1))

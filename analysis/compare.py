@@ -7,7 +7,6 @@ WORKDIR/report and prints the answer. `python -m analysis.report WORKDIR` makes 
 """
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from sklearn.metrics import cohen_kappa_score
 
 from analysis import evaluate, statistics
-from analysis.runs import FinishedRun, load_runs
+from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
 from analysis.tables import (
     labels_of,
     percent,
@@ -48,10 +47,8 @@ Groups = dict[str, list[FinishedRun]]
 def read_options(workdir: Path) -> ConfigDict:
     """Returns `config.compare` of the experiment, with defaults where it says nothing."""
     options = base.get_config().compare
-    plan = workdir / "experiment.json"
-    if plan.exists():
-        stored = json.loads(plan.read_text(encoding="utf-8")).get("compare", {})
-        options.update(ConfigDict({k: v for k, v in stored.items() if k in options}))
+    stored = read_plan(workdir).get("compare", {})
+    options.update(ConfigDict({k: v for k, v in stored.items() if k in options}))
     return options
 
 
@@ -77,7 +74,7 @@ def correctness(runs: list[FinishedRun]) -> np.ndarray:
                 f"{run.path} and {runs[0].path} were tested on different images, so their seeds "
                 "cannot be compared: train them on one split, or in different workdirs"
             )
-    return np.array([run.test["logits"].argmax(axis=1) == run.test["labels"] for run in runs])
+    return np.array([run.predicted == run.test["labels"] for run in runs])
 
 
 def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tuple]:
@@ -166,7 +163,7 @@ def make_pairs(groups: Groups) -> pd.DataFrame:
         found = statistics.paired_difference(
             *(correctness(list(x)) for x in zip(*pairs, strict=True))
         )
-        choices = [[run.test["logits"].argmax(axis=1) for run in pair] for pair in pairs]
+        choices = [[run.predicted for run in pair] for pair in pairs]
         rows.append(
             {
                 "first": first,
@@ -245,10 +242,7 @@ def only_one_right(groups: Groups) -> pd.DataFrame:
 
 def mean_confusion(runs: list[FinishedRun]) -> np.ndarray:
     """Returns float [K, K]: images by true (row) and predicted class, mean over seeds."""
-    matrices = [
-        evaluate.confusion(r.test["labels"], r.test["logits"].argmax(axis=1), len(r.class_names))
-        for r in runs
-    ]
+    matrices = [evaluate.confusion(r.test["labels"], r.predicted, len(r.class_names)) for r in runs]
     return np.mean(matrices, axis=0)
 
 
@@ -346,9 +340,7 @@ def write_tables(groups: Groups, table: pd.DataFrame, pairs: pd.DataFrame, outpu
         write_table(confused, confused.round(1), output / "confused")
     only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
     each = [
-        evaluate.per_class(r.test["labels"], r.test["logits"].argmax(axis=1), r.class_names).assign(
-            run=r.name
-        )
+        evaluate.per_class(r.test["labels"], r.predicted, r.class_names).assign(run=r.name)
         for runs in groups.values()
         for r in runs
     ]
@@ -363,8 +355,7 @@ def main(argv: list[str]) -> int:
     groups = group_runs(load_runs(workdir))
     if not groups:
         raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
-    found = workdir / "audit" / "audit.json"
-    audit = json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
+    audit = read_audit(workdir)
     table, pairs = make_table(groups, read_options(workdir), audit), make_pairs(groups)
     output = workdir / "report"
     output.mkdir(exist_ok=True)

@@ -244,7 +244,7 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     scaled = softmax(logits, temperature)
     threshold = choose_threshold(softmax(known["logits"], temperature), known["labels"])
     answered = scaled.max(axis=1) >= threshold.confidence
-    correct = logits.argmax(axis=1) == labels
+    correct = run.predicted == labels
     return measure(labels, logits) | {
         "validation_accuracy": float((known["logits"].argmax(axis=1) == known["labels"]).mean()),
         "temperature": temperature,
@@ -259,7 +259,7 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
 def highest_losses(run: FinishedRun, count: int | None = None) -> pd.DataFrame:
     """Returns test images by loss, the highest first: id, true and predicted class, confidence."""
     labels, logits = run.test["labels"], run.test["logits"]
-    names, predicted = np.array(run.class_names, object), logits.argmax(axis=1)
+    names, predicted = np.array(run.class_names, object), run.predicted
     loss = losses(labels, logits)
     order = np.argsort(-loss, kind="stable")[:count]
     table = {
@@ -276,7 +276,7 @@ def highest_losses(run: FinishedRun, count: int | None = None) -> pd.DataFrame:
 def describe(run: FinishedRun) -> str:
     """Returns the figures of a run as text."""
     names, labels = run.class_names, run.test["labels"]
-    predicted = run.test["logits"].argmax(axis=1)
+    predicted = run.predicted
     figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluate(run).items())
     counts = confusion(labels, predicted, len(names))
     pairs = [
@@ -290,13 +290,14 @@ def describe(run: FinishedRun) -> str:
 def write(run: FinishedRun, output: Path) -> None:
     """Writes evaluation.json and three tables of a run into a folder."""
     output.mkdir(parents=True, exist_ok=True)
-    labels, predicted = run.test["labels"], run.test["logits"].argmax(axis=1)
+    labels, predicted = run.test["labels"], run.predicted
     counts = confusion(labels, predicted, len(run.class_names))
-    probabilities = softmax(run.validation["logits"], evaluate(run)["temperature"])
+    found = evaluate(run)
+    probabilities = softmax(run.validation["logits"], found["temperature"])
     threshold = choose_threshold(probabilities, run.validation["labels"])
     write_json(
         output / "evaluation.json",
-        {"run": str(run.path), "test": evaluate(run), "review_threshold": asdict(threshold)},
+        {"run": str(run.path), "test": found, "review_threshold": asdict(threshold)},
     )
     table = per_class(labels, predicted, run.class_names)
     table.to_csv(output / "per_class.csv", index=False)

@@ -317,7 +317,7 @@ def model_card(run: FinishedRun, exported: Exported, licence: str) -> str:
 def _results(run: FinishedRun, exported: Exported) -> dict:
     """Returns what the test predictions say, for the model card."""
     labels, logits = run.test["labels"], run.test["logits"]
-    predicted, names = logits.argmax(axis=1), run.class_names
+    predicted, names = run.predicted, run.class_names
     confidence = softmax(logits, exported.temperature).max(axis=1)
     correct = predicted == labels
     counts = confusion(labels, predicted, len(names))

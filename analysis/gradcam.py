@@ -106,7 +106,7 @@ def gradcam_section(
             left_out[label] = f"none of its stages hands on {SMALLEST_MAP}x{SMALLEST_MAP} places"
             continue
         if not rows:  # the most accurate one
-            votes = np.stack([run.test["logits"].argmax(axis=1) for run in runs.values()])
+            votes = np.stack([run.predicted for run in runs.values()])
             chosen = choose_images(votes, lens.labels, count)
             order = np.random.default_rng(0).permutation(len(lens.labels))
             sample = in_turn(order, lens.labels, MEASURED)

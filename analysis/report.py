@@ -9,7 +9,6 @@ inside) are kept and made anew only when their runs or options change; --nomodel
 """
 
 import base64
-import json
 import re
 import traceback
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from analysis import chapters, compare
-from analysis.runs import FinishedRun, load_runs
+from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
 from analysis.section import Section, Table, remembered
 from analysis.tables import printed_table
 from errors import UserError
@@ -72,7 +71,7 @@ def write_report(
     try:
         output.mkdir(exist_ok=True)
         compare.write_tables(groups, table, pairs, output)
-        sections = make_sections(workdir, groups, table, pairs, options, data_path)
+        sections = make_sections(workdir, groups, table, pairs, options, audit, data_path)
         title, page = workdir.resolve().name, output / "index.html"
         text = render(title, compare.answer(table, pairs), reasons, sections, output)
         page.write_text(text, encoding="utf-8")  # before what may take minutes
@@ -89,19 +88,9 @@ def write_report(
     return Report("\n".join(lines), page, reasons)
 
 
-def read_audit(workdir: Path) -> dict | None:
-    """Returns what the audit found, None where there was none."""
-    found = workdir / "audit" / "audit.json"
-    return json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
-
-
 def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
     """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
-    reasons = {}
-    plan = workdir / "experiment.json"
-    if plan.exists():
-        planned = json.loads(plan.read_text(encoding="utf-8"))["runs"]
-        reasons = {name: "not started" for name in planned}
+    reasons = {name: "not started" for name in read_plan(workdir).get("runs", [])}
     for run in runs:
         reasons.pop(run.name, None)
         if run.status != "complete":
@@ -121,10 +110,11 @@ def make_sections(
     table: pd.DataFrame,
     pairs: pd.DataFrame,
     options: ConfigDict,
+    audit: dict | None,
     data_path: str,
 ) -> list[Section]:
     """Returns the chapters that need no model, of which the last three follow those that do."""
-    output, audit = workdir / "report", read_audit(workdir)
+    output = workdir / "report"
     sections = []
     if groups:
         sections = [
@@ -134,7 +124,7 @@ def make_sections(
             chapters.transfer(groups),
             chapters.classes(groups, output, data_path),
             chapters.pairs_of_models(groups, table, pairs, output),
-            chapters.calibration(groups, output),
+            chapters.calibration(groups, table, output),
         ]
     data = chapters.data(audit, workdir / "audit", groups, output) if audit else Section("Data")
     runs = [run for group in groups.values() for run in group]

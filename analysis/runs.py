@@ -70,6 +70,11 @@ class FinishedRun:
         """Validation predictions, as `test`."""
         return _predictions(self.path / "predictions_validation.npz")
 
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """Classes predicted for the test images: int [N]."""
+        return self.test["logits"].argmax(axis=1)
+
     @property
     def class_names(self) -> list[str]:
         """Names in the order of the logits."""
@@ -123,6 +128,16 @@ def load_runs(workdir: Path) -> list[FinishedRun]:
         name = file.parent.relative_to(workdir).as_posix()
         runs.append(FinishedRun(file.parent, name, config, summary))
     return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
+
+
+def read_plan(workdir: Path) -> dict:
+    """Returns experiment.json: command, runs and compare; {} where a workdir has none."""
+    return _read(workdir / "experiment.json")
+
+
+def read_audit(workdir: Path) -> dict | None:
+    """Returns what the audit of the images found, None where there was none."""
+    return _read(workdir / "audit" / "audit.json") or None
 
 
 def read_status(run_dir: Path) -> str | None:

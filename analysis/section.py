@@ -50,7 +50,7 @@ class Section:
     details: list[Details] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     pictures_first: bool = False  # before the tables
-    data: dict = field(default_factory=dict)  # numbers for other sections and for the JSON file
+    data: dict = field(default_factory=dict)  # numbers, for readers of the JSON file
 
     @classmethod
     def from_dict(cls, content: dict) -> "Section":

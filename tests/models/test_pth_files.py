@@ -244,7 +244,7 @@ def test_a_cut_file_is_refused(tmp_path, name):
     path, whole = tmp_path / "a.pth", (GOLDEN / f"{name}.pth").read_bytes()
     for length in [*range(1, len(whole) - 1, 97), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        refused(path, "pytorch")
+        assert refused(path, "pytorch")
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence", "ignore:overflow")
