@@ -57,11 +57,13 @@ def draw_photos(images: list[np.ndarray], titles: list[str], columns: int = 6) -
       titles: one per image.
       columns: of the grid.
     """
-    figure, axes = small_multiples(len(images), columns, (1.9, 2.25))
-    for axis, image, title in zip(axes, images, titles, strict=True):
+    # At least a whole row, so that few photos are shown no larger than many.
+    figure, axes = small_multiples(max(len(images), columns), columns, (1.9, 2.25))
+    for axis in axes:
+        axis.axis("off")
+    for axis, image, title in zip(axes, images, titles, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.set_title(literal(title), fontsize=8)
-        axis.axis("off")
     figure.tight_layout()
     return figure
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import report
-from analysis.figures import plt
+from analysis.figures import draw_photos, plt
 from analysis.runs import load_runs
 from analysis.section import Details, Picture, Section, Table, remembered
 from configs import base
@@ -122,6 +122,17 @@ def test_constant_logits_one_class_and_a_class_with_one_image(tmp_path):
     )
     page = made.page.read_text()
     assert "constant never predicts" in page
+
+
+def test_one_photo_is_drawn_no_larger_than_many():
+    photos = [np.zeros((8, 8, 3), np.uint8)] * 7
+    sizes = []
+    for count in (1, 7):
+        figure = draw_photos(photos[:count], ["a"] * count)
+        assert sum(bool(axis.images) for axis in figure.axes) == count
+        sizes.append(figure.get_size_inches()[0])
+        plt.close(figure)
+    assert sizes[0] == sizes[1]
 
 
 def test_one_run_alone(tmp_path):
