@@ -24,16 +24,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-import experiment
 from analysis import audit, report
 from analysis.forward import use_compilation_cache
 from analysis.runs import load_runs, read_status
 from errors import UserError
+from experiment import grid
+from experiment.command import config_overrides, run_command
+from experiment.fields import stored_config
 from input_pipeline import check_batches, load_dataset
-from recorder import write_json
-from settings import stored_config
-from steps import class_weights
 from train import Interrupted, build_model, check_phases, train_and_evaluate
+from training.recorder import write_json
+from training.steps import class_weights
 
 STOPPED = 75  # EX_TEMPFAIL: try again
 
@@ -45,8 +46,8 @@ def main(argv: list[str]) -> int:
     config = CONFIG.value
     if config is None or not WORKDIR.value:
         raise UserError("--config=configs/... and --workdir=runs/... are both needed")
-    grid = experiment.expand(config, experiment.config_overrides(CONFIG))
-    runs = experiment.shard(grid, SHARD.value)
+    every = grid.expand(config, config_overrides(CONFIG))
+    runs = grid.shard(every, SHARD.value)
     if DRY_RUN.value:
         for run in runs:
             print(f"{run.name}\n{json.dumps(stored_config(run.config), indent=2)}")
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
     use_compilation_cache(config.runtime.cache_dir)
     check(runs, workdir)
-    plan = {"command": sys.argv, "runs": [run.name for run in grid]}
+    plan = {"command": sys.argv, "runs": [run.name for run in every]}
     plan["compare"] = stored_config(config.compare)
     write_json(workdir / "experiment.json", plan)
 
@@ -100,14 +101,14 @@ def prepare_workdir(workdir: Path) -> Path:
     return workdir
 
 
-def check(runs: list[experiment.Run], workdir: Path) -> None:
+def check(runs: list[grid.Run], workdir: Path) -> None:
     """Finds every mistake that can be found before compute is spent; writes the audit.
 
     Raises:
       UserError: about configs, stored runs, data, or a model that does not fit the images.
     """
     for run in runs:
-        experiment.check_run_dir(run, workdir)
+        grid.check_run_dir(run, workdir)
     mesh = Mesh(jax.devices(), ("data",))
     seen, sources = set(), set()
     for run in runs:
@@ -127,7 +128,7 @@ def check(runs: list[experiment.Run], workdir: Path) -> None:
         sources.add(source)
 
 
-def train_one(run: experiment.Run, workdir: Path, title: str, stop: "Signals") -> None:
+def train_one(run: grid.Run, workdir: Path, title: str, stop: "Signals") -> None:
     """Trains one run unless it is finished; records a failure and returns."""
     run_dir = workdir / run.name
     status = read_status(run_dir)
@@ -186,4 +187,4 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and their report")
     SHARD = flags.DEFINE_string("shard", "", "i/n: train every n-th run, from the i-th on")
     DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the runs and their configs, and end")
-    experiment.run_command(main)
+    run_command(main)

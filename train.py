@@ -17,16 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-import checkpoint
-from cost import model_cost, peak_memory
+from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
 from input_pipeline import Dataset, Feed, check_batches, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, split_model
-from phase import Diverged, Interrupted, Phase, Progress
-from preflight import inspect_pixels, reference_of
-from recorder import Recorder, environment, write_json
-from settings import first_trained_stage, phase_config, phase_names, stored_config
-from steps import Metrics, make_eval_step
+from training import checkpoint
+from training.cost import model_cost, peak_memory
+from training.phase import Diverged, Interrupted, Phase, Progress
+from training.preflight import inspect_pixels, reference_of
+from training.recorder import Recorder, environment, write_json
+from training.steps import Metrics, make_eval_step
 
 __all__ = ["Diverged", "Interrupted", "build_model", "check_phases", "train_and_evaluate"]
 

@@ -18,12 +18,13 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from configs import base
-from decoding import Decoded, decode_all
+from data.decoding import Decoded, decode_all
+from data.sources import Listing, list_source
 from errors import UserError
-from experiment import config_overrides, expand, run_command
+from experiment.command import config_overrides, run_command
+from experiment.grid import expand
 from input_pipeline import PARTS, Dataset, exact_duplicates, load_dataset
-from recorder import write_json
-from sources import Listing, list_source
+from training.recorder import write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

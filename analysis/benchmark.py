@@ -14,7 +14,8 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from errors import UserError
-from experiment import config_overrides, expand, run_command
+from experiment.command import config_overrides, run_command
+from experiment.grid import expand
 from train import train_and_evaluate
 
 

@@ -15,9 +15,8 @@ import pandas as pd
 from ml_collections import ConfigDict
 from sklearn.metrics import cohen_kappa_score
 
-from analysis import evaluate, statistics
-from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
-from analysis.tables import (
+from analysis import evaluate, uncertainty
+from analysis.page.tables import (
     labels_of,
     percent,
     percents,
@@ -26,9 +25,10 @@ from analysis.tables import (
     printed_table,
     write_table,
 )
+from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
 from configs import base
 from errors import UserError
-from experiment import run_command
+from experiment.command import run_command
 
 ALPHA = 0.05
 COSTS = (
@@ -111,8 +111,8 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
         cost = pd.DataFrame([run.summary["cost"] for run in runs]).reindex(columns=COSTS)
         correct, ids = correctness(runs), runs[0].test["ids"]
         accuracy = correct.mean(axis=1)
-        seeds = statistics.seed_interval(accuracy, options.seed_interval)
-        images = statistics.image_interval(correct)
+        seeds = uncertainty.seed_interval(accuracy, options.seed_interval)
+        images = uncertainty.image_interval(correct)
         audited = audit or {"leaks": [], "near_leaks": []}
         exact = leaked(audited["leaks"], ids)
         near = exact | leaked(audited["near_leaks"], ids)
@@ -160,7 +160,7 @@ def make_pairs(groups: Groups) -> pd.DataFrame:
         pairs = paired_runs(groups[first], groups[second])
         if not pairs:
             continue
-        found = statistics.paired_difference(
+        found = uncertainty.paired_difference(
             *(correctness(list(x)) for x in zip(*pairs, strict=True))
         )
         choices = [[run.predicted for run in pair] for pair in pairs]
@@ -184,13 +184,13 @@ def make_pairs(groups: Groups) -> pd.DataFrame:
         )
     table = pd.DataFrame(rows)
     if len(table):
-        table["p_holm"] = statistics.holm(table["p"])
-        table["p_mcnemar_holm"] = statistics.holm(table["p_mcnemar"])
+        table["p_holm"] = uncertainty.holm(table["p"])
+        table["p_mcnemar_holm"] = uncertainty.holm(table["p_mcnemar"])
         table["established"] = table["p_holm"] < ALPHA
     return table
 
 
-def _ends(name: str, interval: statistics.Interval) -> dict[str, float]:
+def _ends(name: str, interval: uncertainty.Interval) -> dict[str, float]:
     return {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
 
 

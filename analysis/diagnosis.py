@@ -28,8 +28,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from analysis.page.section import Table
 from analysis.runs import FinishedRun
-from analysis.section import Table
 
 MIN_ROWS = 4
 NOISE = 0.02  # of the scale of a curve

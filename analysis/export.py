@@ -34,15 +34,15 @@ from analysis.evaluate import (
 )
 from analysis.forward import load_classifier
 from analysis.runs import FinishedRun, load_run
-from analysis.statistics import wilson
+from analysis.uncertainty import wilson
 from errors import UserError
-from experiment import run_command
+from experiment.command import run_command
 from models import Classifier, create_model
 from models.classifier import set_mode, split_model
-from models.download import digest
-from models.published import PUBLISHED
-from models.weight_files import read_metadata, write_safetensors
-from recorder import plain, write_json
+from models.weights.download import digest
+from models.weights.formats import read_metadata, write_safetensors
+from models.weights.published import PUBLISHED
+from training.recorder import plain, write_json
 
 WEIGHTS, CARD, MODEL = "model.safetensors", "README.md", "model.json"
 FORMAT = "archcompare model 1"  # of model.json; another number where its fields change
@@ -211,7 +211,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _weights(run: FinishedRun, model: Classifier, licence: str) -> tuple[dict, dict]:
-    """Returns arrays and metadata of model.safetensors, as `models/loading.py` reads them."""
+    """Returns arrays and metadata of model.safetensors, as `weights/loading.py` reads them."""
     _, params, stats = split_model(model)
     facts = {
         "model": run.model,

@@ -6,7 +6,7 @@
     python -m analysis.gradcam WORKDIR [--method=...] [--images=8] [--data=PATH] [--output=DIR]
 
 Of a run: photo, heat map and both for some of its test images, and the raw maps as .npz. Of a
-workdir: the pictures and tables of the report. Methods: see `analysis/saliency.py`.
+workdir: the pictures and tables of the report. Methods: see `analysis/explain/methods.py`.
 """
 
 import difflib
@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from analysis import faithfulness
 from analysis.compare import Groups, group_runs
 from analysis.evaluate import confused_pairs, confusion
-from analysis.figures import colours, save, shortened
-from analysis.heatmaps import Lens, View, draw_views
+from analysis.explain import faithfulness
+from analysis.explain.heatmaps import Lens, View, draw_views
+from analysis.explain.methods import METHODS, SMALLEST_MAP
+from analysis.page.figures import colours, save, shortened
+from analysis.page.section import Picture, Section
 from analysis.runs import FinishedRun, load_run, load_runs
-from analysis.saliency import METHODS, SMALLEST_MAP
-from analysis.section import Picture, Section
 from errors import UserError, choose
-from experiment import run_command
+from experiment.command import run_command
 from models import MODELS
 
 MEASURED = 32  # test images of the faithfulness tables

@@ -34,10 +34,10 @@ from analysis import export
 from analysis.evaluate import softmax
 from analysis.forward import compiled
 from analysis.runs import load_run
-from decoding import resize, to_rgb
+from data.decoding import resize, to_rgb
+from data.sources import SUFFIXES
 from errors import UserError
-from experiment import run_command
-from sources import SUFFIXES
+from experiment.command import run_command
 
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
 COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error")

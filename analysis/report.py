@@ -20,12 +20,13 @@ import pandas as pd
 from absl import flags
 from ml_collections import ConfigDict
 
-from analysis import chapters, compare
+from analysis import compare
+from analysis.page import chapters
+from analysis.page.section import Section, Table, remembered
+from analysis.page.tables import printed_table
 from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
-from analysis.section import Section, Table, remembered
-from analysis.tables import printed_table
 from errors import UserError
-from experiment import run_command
+from experiment.command import run_command
 
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
@@ -144,7 +145,7 @@ def look_through_models(
     One that cannot be made, because the images are gone for instance, says why.
     """
     from analysis.gradcam import gradcam_section  # these load JAX, which takes a second
-    from analysis.inspect import inspect_section
+    from analysis.inside import inspect_section
     from analysis.robustness import robustness_section
 
     heat, noise = options.gradcam_images, options.robustness_images
@@ -193,7 +194,7 @@ def render(
       output: folder that the pictures' paths are relative to.
     """
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )

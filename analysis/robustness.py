@@ -18,14 +18,15 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis.attacks import ATTACKS, EPSILONS, PGD_STEPS, loss_gradient
 from analysis.compare import Groups, group_runs
-from analysis.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spoken
 from analysis.evaluate import chosen_runs
-from analysis.figures import save
 from analysis.forward import compiled, in_batches, load_classifier, load_test_images
-from analysis.robustness_charts import draw_accuracies, draw_corruptions
-from analysis.robustness_summary import (
+from analysis.page.figures import save
+from analysis.page.section import Details, Picture, Section, Table
+from analysis.stress.attacks import ATTACKS, EPSILONS, PGD_STEPS, loss_gradient
+from analysis.stress.charts import draw_accuracies, draw_corruptions
+from analysis.stress.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spoken
+from analysis.stress.summary import (
     CLEAN,
     LEAST_LOSS,
     SHOWN_EPSILON,
@@ -39,9 +40,8 @@ from analysis.robustness_summary import (
     printed,
     summarise,
 )
-from analysis.section import Details, Picture, Section, Table
 from errors import UserError, choose
-from experiment import run_command
+from experiment.command import run_command
 from models import Classifier
 
 SEED = 0  # of noise, directions and PGD's start

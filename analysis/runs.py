@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from recorder import read_lines
+from training.recorder import read_lines
 
 
 @dataclass(frozen=True)

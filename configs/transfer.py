@@ -16,7 +16,7 @@ learning_rate 2e-4 and layer_decay 0.8; efficientnet_b0 70.8 % (68.8 to 72.7) ag
 from ml_collections import ConfigDict
 
 from configs import folder
-from models.published import PUBLISHED
+from models.weights.published import PUBLISHED
 
 
 def get_config(models: str = "resnet18") -> ConfigDict:

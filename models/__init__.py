@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from errors import UserError, choose
-from models import loading
 from models.classifier import Classifier, Preprocessing
 from models.cnn import Cnn
 from models.cnn_deep import CnnDeep
@@ -20,6 +19,7 @@ from models.mobilenet import MobileNetV2
 from models.resnet import ResNet18, ResNet34, ResNet50, ResNet101, ResNet152
 from models.vgg import Vgg16, Vgg16Bn, Vgg19
 from models.vit import VitB16, VitS16
+from models.weights import loading
 
 MODELS: dict[str, type[Classifier]] = {
     "linear": Linear,

@@ -1,4 +1,4 @@
-"""Pretrained weights: what their names mean, and a command line to list, convert and verify them.
+"""Pretrained weights: what their names mean, and a command line to list and convert them.
 
 A name is one of
 
@@ -10,10 +10,9 @@ A name is one of
 
     python -m models.pretrained list
     python -m models.pretrained convert timm/resnet50.tv_in1k --output=resnet50.safetensors
-    python -m models.pretrained verify timm/resnet50.tv_in1k
 
-`verify` needs the publisher's library: pip install 'archcompare[parity]'. Names become models in
-`models/loading.py`; the published ones are listed in `models/published.py`.
+Names become models in
+`models/weights/loading.py`; the published ones are listed in `models/weights/published.py`.
 """
 
 import argparse
@@ -28,29 +27,27 @@ import numpy as np
 from flax import nnx
 
 from errors import UserError, choose
-from models import MODELS, conversion, create_model, reference
-from models.classifier import set_mode, split_model
-from models.loading import FORMATS, OURS, Source, fetch, find, read_own, read_run
-from models.published import PUBLISHED
-from models.weight_files import write_safetensors
+from models import MODELS, create_model
+from models.classifier import split_model
+from models.weights import names as conversion
+from models.weights.formats import write_safetensors
+from models.weights.loading import FORMATS, OURS, Source, find, read_own, read_run
+from models.weights.published import PUBLISHED
 
-TOLERANCE = 1e-4  # of the largest value; float32 sums in another order stay below 1e-5
 MARK = 7919  # a number of classes that no other axis of a parameter has
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0, 1 if `verify` disagrees, 2 for a mistake."""
+    """Runs a command and returns its exit code: 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m models.pretrained")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the published weights")
     listing.add_argument("--json", action="store_true", help="every field, for programs")
     convert = commands.add_parser("convert", help="write weights in our own names and layout")
     convert.add_argument("--output", type=Path, required=True, help="a .safetensors file")
-    verify = commands.add_parser("verify", help="compare with the publisher's own library")
-    for command in (convert, verify):
-        command.add_argument("name", help="such as timm/resnet50.tv_in1k or timm:FILE")
-        command.add_argument("--model", default="", help="architecture, of a local file")
-        command.add_argument("--form", default="", help="of the architecture, where it has several")
+    convert.add_argument("name", help="such as timm/resnet50.tv_in1k or timm:FILE")
+    convert.add_argument("--model", default="", help="architecture, of a local file")
+    convert.add_argument("--form", default="", help="of the architecture, where it has several")
     options = parser.parse_args(argv)
     try:
         if options.command == "list":
@@ -58,10 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         model = _model_of(options.name, options.model)
         fields = {"form": options.form} if options.form else {}
-        if options.command == "convert":
-            print(convert_weights(options.name, model, fields, options.output))
-            return 0
-        return 0 if verify_weights(options.name, model, fields) <= TOLERANCE else 1
+        print(convert_weights(options.name, model, fields, options.output))
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -204,42 +199,6 @@ def _facts(name: str) -> dict:
     if family != "archcompare":  # of a path, only the last name says anything elsewhere
         facts["source"] = f"{family}:{Path(path).name}"
     return facts
-
-
-# --- verify -------------------------------------------------------------------------------------
-
-
-def verify_weights(name: str, model: str, fields: dict) -> float:
-    """Compares our network with the publisher's own on seeded images, and prints the errors.
-
-    Without classifier in the file, the stages alone are compared.
-
-    Returns:
-      The largest relative error of logits and of any stage.
-
-    Raises:
-      UserError: the publisher's library is not installed, or the weights do not fit.
-    """
-    family, colon, path = name.partition(":")
-    if family in OURS:
-        raise UserError(f"weights {name!r} are our own: verify those that they were made from")
-    source = find(name, model, fields)
-    reference.require(source.family)
-    num_classes, size = shape_of(source, model, fields)
-    ours = create_model(model, num_classes or 2, weights=name, image_size=size, **fields)
-    set_mode(ours, training=False)
-    theirs = reference.build(source.family, model, dict(ours.fields), num_classes, size)
-    theirs.load(Path(path) if colon else fetch(PUBLISHED[name]))
-    *stages, logits = errors = reference.compare(ours, theirs, reference.images_for(size))
-    if not num_classes:
-        stages, logits = errors, None
-    told = "no classifier" if logits is None else f"logits {logits:.1e}"
-    agree = "agrees" if max(errors) <= TOLERANCE else f"DIFFERS by more than {TOLERANCE:.0e}"
-    print(
-        f"{name}: {agree} with {source.family} at {size} pixels; largest error relative to the "
-        f"largest value: {told}, any of {len(stages)} stages {max(stages):.1e}"
-    )
-    return max(errors)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import base, digits
-from experiment import expand
+from experiment.grid import expand
 from input_pipeline import load_dataset
 from main import use_compilation_cache
 

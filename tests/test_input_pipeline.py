@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from sklearn.model_selection import StratifiedShuffleSplit
 
 from configs import base
+from data.sources import Listing
 from errors import UserError
 from input_pipeline import (
     Feed,
@@ -14,7 +15,6 @@ from input_pipeline import (
     split_parts,
     steps_per_epoch,
 )
-from sources import Listing
 from tests.conftest import paint
 
 

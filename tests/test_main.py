@@ -14,7 +14,7 @@ import pytest
 
 import main
 from errors import UserError
-from experiment import Run
+from experiment.grid import Run
 from tests.conftest import ROOT, paint
 
 DIGITS = (

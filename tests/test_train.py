@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss
 
-import checkpoint
-import phase
 from errors import UserError
 from input_pipeline import load_dataset
 from models.classifier import merge_model
-from phase import Interrupted, next_pause
-from recorder import read_lines
 from tests.conftest import ROOT
 from train import build_model, train_and_evaluate
+from training import checkpoint, phase
+from training.phase import Interrupted, next_pause
+from training.recorder import read_lines
 
 
 def predictions(run_dir, part="test"):
@@ -31,7 +30,7 @@ def lines(run_dir, split):
 def linear(tmp_path_factory):
     """A finished run of softmax regression and its config."""
     from configs import digits
-    from experiment import expand
+    from experiment.grid import expand
 
     folder = tmp_path_factory.mktemp("linear")
     overrides = {"epochs": 5, "runtime.cache_dir": str(folder / "cache")}

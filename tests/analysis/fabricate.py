@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from configs import base, digits
-from experiment import expand
+from experiment.grid import expand
 from train import train_and_evaluate
 
 CLASSES = ["plain", "with space", "<script>alert('x')</script>", "été $x_1$"]

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from analysis import audit
-from decoding import decode_all
+from data.decoding import decode_all
+from data.sources import list_source
 from input_pipeline import load_dataset
-from sources import list_source
 from tests.conftest import ROOT, paint
 
 

@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from analysis import compare, evaluate, statistics, tables
+from analysis import compare, evaluate
+from analysis import uncertainty as statistics
+from analysis.page import tables
 from analysis.runs import load_runs
 from configs import base
 from errors import UserError

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from analysis import gradcam, saliency
+from analysis import gradcam
 from analysis.compare import group_runs
+from analysis.explain import methods as saliency
+from analysis.explain.heatmaps import View, draw_views, overlay
+from analysis.explain.methods import METHODS, default_stage, explain
 from analysis.forward import load_classifier, load_test_images, predict_logits
-from analysis.heatmaps import View, draw_views, overlay
 from analysis.runs import load_run, load_runs
-from analysis.saliency import METHODS, default_stage, explain
 from errors import UserError
 from models import MODELS, create_model
 from models.vit import VisionTransformer
@@ -36,7 +37,7 @@ def corner_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def workdir(cache_dir, tmp_path_factory):
     """Three models trained on images of which one corner tells the class."""
     from configs import base
-    from experiment import expand
+    from experiment.grid import expand
     from train import train_and_evaluate
 
     folder = tmp_path_factory.mktemp("corner")

@@ -18,7 +18,7 @@ from analysis.predict import COLUMNS, find_images, load_predictor, open_output, 
 from analysis.runs import load_run
 from configs import digits
 from errors import UserError
-from experiment import expand
+from experiment.grid import expand
 from models import create_model
 from models.classifier import set_mode
 from tests.conftest import ROOT

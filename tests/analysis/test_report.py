@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from analysis import report
-from analysis.figures import draw_photos, plt
+from analysis.page.figures import draw_photos, plt
+from analysis.page.section import Details, Picture, Section, Table, remembered
 from analysis.runs import load_runs
-from analysis.section import Details, Picture, Section, Table, remembered
 from configs import base
 from errors import UserError
 from tests.analysis.fabricate import CLASSES, write_run

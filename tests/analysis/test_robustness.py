@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from analysis import forward, robustness, robustness_summary
-from analysis.attacks import EPSILONS, fgsm, loss_gradient, pgd
+from analysis import forward, robustness
 from analysis.compare import group_runs
-from analysis.corruptions import CORRUPTIONS, corrupt
 from analysis.forward import compiled, load_classifier, predict_logits
-from analysis.robustness_summary import CLEAN
 from analysis.runs import load_runs
+from analysis.stress import summary as robustness_summary
+from analysis.stress.attacks import EPSILONS, fgsm, loss_gradient, pgd
+from analysis.stress.corruptions import CORRUPTIONS, corrupt
+from analysis.stress.summary import CLEAN
 from errors import UserError
 from models import create_model
 from models.classifier import merge_model, split_model

@@ -18,7 +18,7 @@ import numpy as np
 
 from models import MODELS, create_model
 from models.classifier import set_mode
-from models.reference import KERAS, build, images_for, our_stages, relative_error
+from tests.models.reference import KERAS, build, images_for, our_stages, relative_error
 from tests.models.synthetic import FILE_NAMES, random_weights, write_weights
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -17,7 +17,7 @@ from unittest import mock
 import h5py
 import numpy as np
 
-from models.weight_files import write_safetensors
+from models.weights.formats import write_safetensors
 
 FILE_NAMES = {"timm": "weights.safetensors", "torchvision": "weights.pth", "keras": "weights.h5"}
 

@@ -6,10 +6,9 @@ import pytest
 from errors import UserError
 from models import create_model
 from models.classifier import set_mode
-from models.pretrained import main
-from models.reference import build, relative_error, require
 from tests.models.parity import PAIRS, compare
-from tests.models.synthetic import FILE_NAMES, random_weights, write_h5, write_weights
+from tests.models.reference import build, relative_error, require
+from tests.models.synthetic import random_weights, write_h5
 
 pytestmark = pytest.mark.parity
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -28,17 +27,6 @@ def test_logits_and_stages(tmp_path, pair):
     need(pair.family)
     logits, stages, _ = compare(pair, tmp_path)
     assert logits < 1e-4 and stages < 1e-4
-
-
-@pytest.mark.parametrize("family", ["timm", "torchvision", "keras"])
-def test_verify(tmp_path, capsys, family):
-    need(family)
-    model, form = ("mobilenet_v2", "tf" if family == "keras" else "torch")
-    path = tmp_path / FILE_NAMES[family]
-    shapes = build(family, model, {"form": form}, 1000, 224).shapes
-    write_weights(path, random_weights(shapes, family), family)
-    assert main(["verify", f"{family}:{path}", f"--model={model}"]) == 0
-    assert f"agrees with {family} at 224 pixels" in capsys.readouterr().out
 
 
 # --- the whole way from pixels to logits --------------------------------------------------------

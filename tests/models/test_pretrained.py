@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from errors import UserError
-from models import create_model, loading
+from models import create_model
 from models.classifier import Preprocessing, set_mode, split_model
-from models.download import digest
 from models.pretrained import main
-from models.published import PUBLISHED
-from models.weight_files import read_weights, write_safetensors
+from models.weights import loading
+from models.weights.download import digest
+from models.weights.formats import read_weights, write_safetensors
+from models.weights.published import PUBLISHED
 from tests.models.filled import unfilled
 from tests.models.synthetic import random_array, random_weights, write_h5
 from train import train_and_evaluate
@@ -354,9 +355,6 @@ def test_the_list_fits_a_terminal_and_names_everything(capsys):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["verify", "timm/resnet50.tv_in1"], "Did you mean 'timm/resnet50.tv_in1k'"),
-        (["verify", "timm:x.safetensors"], "give --model"),
-        (["verify", "run:x", "--model=cnn"], "are our own"),
         (["convert", "timm:x", "--model=resnet18", "--output=x.h5"], "ends in .safetensors"),
         (["convert", "timm:x", "--model=resnet81", "--output=x.safetensors"], "resnet18"),
     ],

@@ -1,0 +1,50 @@
+"""The frame of every command: flags, and mistakes that print one message."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from errors import UserError
+
+
+def run_command(main: Callable[[list[str]], int | None]) -> None:
+    """Runs `main(argv)` under absl; a user's mistake prints one message and exits with 2."""
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def config_overrides(flag: flags.FlagHolder) -> dict[str, Any]:
+    """Returns what the command line set in a config flag, by dotted path."""
+    return dict(config_flags.get_override_values(flags.FLAGS[flag.name]))
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; absl and ml_collections raise many types here, all of them user mistakes."""
+    try:
+        return flags.FLAGS(argv)
+    except Exception as error:  # noqa: BLE001
+        text = str(error.__cause__ if isinstance(error.__cause__, UserError) else error)
+        hint = re.search(r'Did you mean "([\w.]+)" instead of "([\w.]+)"', text)
+        if isinstance(error, (AttributeError, KeyError)) and "--config." in " ".join(argv):
+            known = f'{hint[2]!r}. Did you mean "{hint[1]}"?' if hint else text.strip("\"'") + "."
+            text = f"no such config field: {known} Every field is explained in configs/base.py."
+        if isinstance(error, flags.UnrecognizedFlagError):
+            near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+            text = f"no such option: --{error.flagname}." + (
+                f" Did you mean --{near[0]}?" if near else ""
+            )
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,200 @@
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import ablation, base, cifar10, digits, folder, intel
+from errors import UserError, choose
+from experiment.fields import first_trained_stage, phase_config, stored_config
+from experiment.grid import Run, check_run_dir, expand, shard
+from models import MODELS
+
+
+def small(**changes) -> ConfigDict:
+    config = base.get_config("linear,cnn")
+    config.data.source, config.seeds = "digits", (0, 1)
+    config.update(changes)
+    return config
+
+
+def test_choose_suggests_the_nearest():
+    assert choose("model", "cnn", ["cnn", "mlp"]) == "cnn"
+    with pytest.raises(UserError, match="Did you mean 'cnn'"):
+        choose("model", "cmn", ["cnn", "mlp"])
+
+
+SMALL = {"linear", "knn", "mlp", "cnn", "cnn_deep"}
+LARGE = {"vgg16", "resnet50", "efficientnet_b0"}
+
+
+@pytest.mark.parametrize(
+    ("module", "models"),
+    [(base, SMALL), (digits, SMALL), (intel, SMALL | LARGE), (cifar10, SMALL), (folder, SMALL)],
+)
+def test_every_config_expands_to_its_models_and_to_any(module, models):
+    config = module.get_config()
+    config.data.path = config.data.path or "somewhere"
+    runs = expand(config)
+    assert {run.config.model.name for run in runs} == models
+    assert len(runs) == len(models) * len(config.seeds)
+    every = expand(module_with(module, ",".join(MODELS)))
+    assert {run.config.model.name for run in every} == set(MODELS)
+
+
+def test_models_with_weights_are_fine_tuned_in_two_phases():
+    config = module_with(intel, "cnn,resnet50")
+    runs = {run.config.model.name: run.config for run in expand(config)}
+    assert (runs["cnn"].weights, runs["cnn"].phases) == ("none", "all")
+    assert (runs["resnet50"].weights, runs["resnet50"].phases) == (
+        "timm/resnet50.tv_in1k", "head,tune"
+    )  # fmt: skip
+    assert set(runs["resnet50"].phase) == {"head", "tune"}
+    assert phase_config(runs["resnet50"], "tune").batch_norm == "running"
+    scratch = expand(config, {"weights": "none"})
+    assert {run.config.phases for run in scratch} == {"all"}
+    probe = expand(config, {"per_model.resnet50.phases": "head"})[-1].config
+    assert set(probe.phase) == {"head"}
+
+
+def test_the_command_line_wins_over_phases_unless_it_names_one():
+    overrides = {"optimizer.learning_rate": 0.5, "phase.tune.epochs": 3, "epochs": 7}
+    run = expand(module_with(intel, "resnet50"), overrides)[0].config
+    head, tune = (phase_config(run, name) for name in ("head", "tune"))
+    assert head.optimizer.learning_rate == tune.optimizer.learning_rate == 0.5
+    assert (head.epochs, tune.epochs) == (7, 3)
+    swept = module_with(intel, "resnet50")
+    swept.sweep = "phase.tune.train=last:2,all"
+    assert {phase_config(r.config, "tune").train for r in expand(swept)} == {"last:2", "all"}
+
+
+def test_the_ablation_has_a_variant_for_each_mistake():
+    runs = [run for run in expand(module_with(ablation, "")) if run.config.seed == 0]
+    by_variant = {run.config.variant: run.config for run in runs}
+    assert set(by_variant) == {"right", "pixels", "batch_norm", "rate", "all_three"}
+    assert by_variant["pixels"].preprocessing == "unit"
+    assert phase_config(by_variant["batch_norm"], "tune").batch_norm == "batch"
+    rates = {k: phase_config(v, "tune").optimizer.learning_rate for k, v in by_variant.items()}
+    assert rates["rate"] == rates["all_three"] == 100 * rates["right"]
+    assert {run.name for run in runs} >= {"resnet50/seed0_right", "resnet50/seed0_all_three"}
+
+
+def test_first_trained_stage():
+    assert [first_trained_stage(t, 6) for t in ("head", "last:2", "last:6", "all")] == [5, 4, 0, 0]
+    for wrong in ("last:7", "last:0", "tail", ""):
+        with pytest.raises(UserError, match="last:N with N from 1 to 6"):
+            first_trained_stage(wrong, 6)
+
+
+def module_with(module, models):
+    config = module.get_config(models)
+    config.data.path = config.data.path or "somewhere"
+    return config
+
+
+def test_names_and_order_of_a_grid():
+    runs = expand(small())
+    assert [run.name for run in runs] == ["linear/seed0", "linear/seed1", "cnn/seed0", "cnn/seed1"]
+    assert [run.config.seed for run in runs] == [0, 1, 0, 1]
+    assert not {"models", "seeds", "sweep", "per_model"} & set(runs[0].config)
+
+
+def test_sweep_multiplies_the_grid_and_names_its_points():
+    runs = expand(small(sweep="optimizer.learning_rate=0.1,0.01; optimizer.name=sgd,adam"))
+    assert len(runs) == 2 * 4 * 2
+    names = [run.name for run in runs]
+    assert names[0] == "linear/seed0_learning_rate=0.1_name=sgd"
+    by_name = dict(zip(names, runs, strict=True))
+    chosen = by_name["cnn/seed1_learning_rate=0.01_name=adam"].config
+    assert (chosen.optimizer.learning_rate, chosen.optimizer.name) == (0.01, "adam")
+    assert chosen.variant == "learning_rate=0.01, name=adam"
+
+
+def test_the_command_line_wins_over_the_files_per_model_settings():
+    config = small()
+    config.per_model.cnn.optimizer = {"learning_rate": 0.5}
+    rate = lambda runs: {r.config.model.name: r.config.optimizer.learning_rate for r in runs}  # noqa: E731
+    assert rate(expand(config)) == {"linear": 1e-3, "cnn": 0.5}
+    config.optimizer.learning_rate = 0.2
+    assert rate(expand(config, {"optimizer.learning_rate": 0.2})) == {"linear": 0.2, "cnn": 0.2}
+    overrides = {"per_model.cnn.optimizer.learning_rate": 0.7, "optimizer.learning_rate": 0.2}
+    assert rate(expand(config, overrides)) == {"linear": 0.2, "cnn": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimizer.learning_rate", float("nan"), "learning_rate=nan is out of range"),
+        ("optimizer.learning_rate", 0.0, "learning_rate=0.0 is out of range"),
+        ("epochs", 0, "epochs=0 is out of range"),
+        ("optimizer.name", "adamq", "Did you mean 'adam"),
+        ("data.split", (0.5, 0.2), "sums to 0.7"),
+        ("data.split", (1.0,), "two or three fractions"),
+        ("data.source", "folder", "config.data.path is empty"),
+        ("phases", "haed", "Did you mean 'head'"),
+        ("phases", "head,head", "each phase once"),
+        ("phases", "", "at least one"),
+        ("batch_norm", "moving", "batch_norm: 'moving' is not known"),
+        ("preprocessing", "unti", "Did you mean 'unit'"),
+        ("layer_decay", 0.0, "layer_decay=0.0 is out of range"),
+        ("phase.all", ConfigDict({"seed": 1}), "phase.all: 'seed' is not known"),
+        ("phase.all", ConfigDict({"epochs": 0}), "in phase all: config.epochs=0"),
+        ("phase.all", ConfigDict({"epoch": 3}), "Did you mean 'epochs'"),
+        ("loss.name", "hinge", "needs hard labels"),
+        ("augment.crop_area", (0.0, 1.0), "crop_area"),
+        ("schedule.patience", 0, "patience=0"),
+        ("models", ("cmn",), "Did you mean 'cnn'"),
+        ("models", (), "models is empty"),
+        ("seeds", (0, 0), "twice"),
+        ("seeds", (-1,), "whole number"),
+        ("sweep", "optimizer.learning_rat=1", "Did you mean 'learning_rate'"),
+        ("sweep", "epochs=many", "not a int"),
+        ("sweep", "epochs", "field=value"),
+    ],
+)
+def test_mistakes_are_named(path, value, message):
+    config = small()
+    if value == "hinge":
+        config.loss.label_smoothing = 0.1
+    section = config
+    *sections, field = path.split(".")
+    for name in sections:
+        section = section[name]
+    section[field] = value
+    with pytest.raises(UserError, match=message):
+        expand(config)
+
+
+def test_wrong_per_model_field_and_type_are_named():
+    config = small()
+    config.per_model.cnn.optimizer = {"learning_rat": 0.5}
+    with pytest.raises(UserError, match="Did you mean 'learning_rate'"):
+        expand(config)
+    config.per_model.cnn.optimizer = {"learning_rate": "fast"}
+    with pytest.raises(UserError, match="wrong type"):
+        expand(config)
+
+
+def test_shards_divide_the_grid():
+    runs = expand(small())
+    parts = [shard(runs, f"{i}/3") for i in range(3)]
+    assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in runs)
+    assert shard(runs, "") == runs
+    for wrong in ("3/3", "1", "a/b", "-1/3"):
+        with pytest.raises(UserError, match="expected i/n"):
+            shard(runs, wrong)
+
+
+def test_a_directory_of_another_config_is_refused_with_the_difference(tmp_path):
+    run = expand(small())[0]
+    check_run_dir(run, tmp_path)  # nothing there
+    folder = tmp_path / run.name
+    folder.mkdir(parents=True)
+    stored = stored_config(run.config)
+    (folder / "config.json").write_text(json.dumps(stored))
+    check_run_dir(run, tmp_path)
+    other = Run(run.name, ConfigDict(run.config.to_dict()))
+    other.config.runtime.log_every_steps = 7
+    check_run_dir(other, tmp_path)  # how to run may change
+    other.config.optimizer.learning_rate = 0.25
+    with pytest.raises(UserError, match=r"optimizer.learning_rate: stored 0.001, now 0.25"):
+        check_run_dir(other, tmp_path)

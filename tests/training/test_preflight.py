@@ -1,0 +1,132 @@
+"""Networks trained here on crops of two photographs; then fed right pixels and wrong ones."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+from sklearn.datasets import load_sample_images
+
+from configs import base
+from errors import UserError
+from experiment.grid import expand
+from models import create_model
+from models.classifier import MISTAKES
+from train import train_and_evaluate
+from training import preflight
+from training.preflight import ABNORMAL, divergence, inspect_pixels
+
+SIZE = 24
+
+
+def crops(count, seed):
+    """Crops of two photographs, upper and lower halves: four classes."""
+    rng, photographs = np.random.default_rng(seed), load_sample_images().images
+    images, labels = [], np.arange(count) % 4
+    for label in labels:
+        photograph = photographs[label % 2]
+        half = photograph.shape[0] // 2
+        side = int(rng.integers(60, half))
+        top = int(rng.integers(0, half - side + 1)) + (half if label >= 2 else 0)
+        left = int(rng.integers(0, photograph.shape[1] - side + 1))
+        crop = Image.fromarray(photograph[top : top + side, left : left + side])
+        images.append(np.asarray(crop.resize((SIZE, SIZE), Image.BILINEAR)))
+    return np.stack(images), labels
+
+
+@pytest.fixture(scope="module", params=["cnn_deep", "cnn"])
+def trained(request, tmp_path_factory):
+    """A network with BatchNorm and one without: its name and the weights of its run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    images, labels = crops(500, seed=0)
+    np.savez(folder / "crops.npz", images=images, labels=labels)
+    config = base.get_config(request.param)
+    config.seeds = (0,)
+    changes = {
+        "data.source": "npz", "data.path": str(folder / "crops.npz"), "data.image_size": SIZE,
+        "epochs": 6, "batch_size": 25, "optimizer.learning_rate": 2e-3,
+        "runtime.cache_dir": str(folder / "cache"), "runtime.tensorboard": False,
+    }  # fmt: skip
+    summary = train_and_evaluate(expand(config, changes)[0].config, folder / "run")
+    assert summary["metrics"]["test"]["accuracy"] > 0.75
+    return request.param, f"run:{folder / 'run'}"
+
+
+def judge(trained, mistake=None, classes=4, **options):
+    name, weights = trained
+    model = create_model(name, classes, weights=weights, image_size=SIZE)
+    if mistake:
+        model.preprocessing = MISTAKES[mistake](model.preprocessing)
+    return inspect_pixels(model, crops(128, seed=1)[0], name, weights, **options)
+
+
+@pytest.mark.parametrize("classes", [4, 7])
+def test_the_right_pixels_pass(trained, capsys, classes):
+    found = judge(trained, classes=classes, strict=True)
+    assert found["warnings"] == [] and found["first_abnormal"] is None
+    assert all(layer["distance"] < ABNORMAL / 3 for layer in found["layers"])
+    assert found["channel_order"]["t"] < 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_every_mistake_is_flagged(trained, capsys, mistake):
+    found = judge(trained, mistake)
+    message = capsys.readouterr().err
+    assert "preprocessing does not match the weights run:" in message
+    if mistake == "swapped":
+        assert "red and blue swapped" in message
+    else:
+        assert found["first_abnormal"] == found["layers"][0]["layer"]
+        assert found["layers"][0]["distance"] > 2 * ABNORMAL
+        assert f"{found['first_abnormal']} is the first layer out of place" in message
+    with pytest.raises(UserError, match="config.preprocessing=weights"):
+        judge(trained, mistake, strict=True)
+
+
+def test_without_a_stored_reference_photographs_stand_in(trained, monkeypatch):
+    if trained[0] != "cnn":
+        pytest.skip("BatchNorm stores its own reference")
+    real = preflight.find
+
+    def forgetful(*arguments):
+        source = real(*arguments)
+        object.__setattr__(source, "reference", {})
+        return source
+
+    monkeypatch.setattr(preflight, "find", forgetful)
+    assert judge(trained)["warnings"] == []
+    for mistake in set(MISTAKES) - {"swapped"}:
+        assert judge(trained, mistake)["first_abnormal"] == "stages.0"
+
+
+def test_grey_images_tell_nothing_of_channels(trained):
+    name, weights = trained
+    model = create_model(name, 4, weights=weights, image_size=SIZE)
+    grey = np.repeat(crops(64, seed=1)[0].mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
+    assert inspect_pixels(model, grey, name, weights)["channel_order"] == {}
+
+
+def test_divergence_is_that_of_normal_distributions():
+    mean, std, their_mean, their_std = 0.3, 1.2, -0.5, 0.8
+    x = np.linspace(-12, 12, 20001)
+    p, q = stats.norm(mean, std), stats.norm(their_mean, their_std)
+    integral = np.trapezoid(p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), x)
+    arrays = (np.full(3, v) for v in (mean, std**2, their_mean, their_std**2))
+    assert divergence(*arrays, 0.0) == pytest.approx(integral, rel=5e-3)
+
+
+def test_reference_is_kept_for_networks_without_batch_norm_only():
+    images = crops(8, seed=2)[0]
+    for name, expected in (
+        ("cnn", {"stages.0", "stages.1"}),
+        ("cnn_deep", set()),
+        ("linear", set()),
+    ):
+        model = create_model(name, 4, image_size=SIZE)
+        _, params, stats_ = preflight.split_model(model)
+        weights = jax.tree.map(np.asarray, {"params": params, "stats": stats_})
+        reference = preflight.reference_of(model, weights, images)
+        assert set(reference) == expected
+        for means, variances in reference.values():
+            assert len(means) == len(variances) and min(variances) >= 0

@@ -1,0 +1,269 @@
+"""The jitted steps of training and evaluation, and the loss they share."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import metrics
+from ml_collections import ConfigDict
+
+from data.augmentation import augment
+from errors import UserError
+from input_pipeline import Dataset
+from models import Classifier
+from models.classifier import merge_model, set_mode, split_model, stage_of
+from training.optimizer import l1_penalty, make_plateau
+
+VIEWS = 2**32 - 2**16  # names the use of a run's key for stored views, beyond any step
+
+
+@flax.struct.dataclass
+class Metrics(metrics.Collection):
+    """Sums and counts over images, masked ones left out."""
+
+    loss: metrics.Average.from_output("loss")
+    accuracy: metrics.Accuracy
+
+
+def initial_state(
+    config: ConfigDict, weights: dict, optimizer: optax.GradientTransformation, first: int
+) -> dict:
+    """Returns everything that a phase of training changes, as one tree of arrays.
+
+    Args:
+      config: of the phase.
+      weights: {"params", "stats"} that the phase starts from.
+      optimizer: as `make_optimizer` returns it.
+      first: the first stage that trains; nothing is kept for the parameters before it.
+    """
+    moving = {kind: trained(arrays, first) for kind, arrays in weights.items()}
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        **copy_arrays(weights),
+        "optimizer": optimizer.init(trained(weights["params"], first)),
+        "moving_average": copy_arrays(moving) if config.ema_decay else {},
+        "rate_scale": make_plateau(config).init({}),
+        "metrics": Metrics.empty(),
+        "bad_step": jnp.full((), -1, jnp.int32),  # the first whose loss was not finite
+    }
+
+
+def trained(arrays: dict, first: int) -> dict:
+    """Returns the arrays of stage `first` and those after it."""
+    return {path: array for path, array in arrays.items() if stage_of(path) >= first}
+
+
+def evaluated_weights(state: dict) -> dict:
+    """Returns the weights that are evaluated: {"params", "stats"}, averaged if that is on."""
+    moving = state["moving_average"]
+    return {kind: state[kind] | moving.get(kind, {}) for kind in ("params", "stats")}
+
+
+copy_arrays = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def step_keys(key: jax.Array, step: int | jax.Array) -> jax.Array:
+    """Returns the two keys of a step: of augmentation and of dropout."""
+    return jax.random.split(jax.random.fold_in(key, step))
+
+
+def augment_views(
+    key: jax.Array, images: jax.Array, rows: jax.Array, views: jax.Array, config: ConfigDict
+) -> jax.Array:
+    """Augments each image as its row and the number of the view decide, whatever the batch.
+
+    Args:
+      key: of the run.
+      images: [B, H, W, 3] uint8.
+      rows: int [B], the images' places in the training part.
+      views: int [B].
+      config: `config.augment`, without mixing.
+
+    Returns:
+      [B, H, W, 3] float32 in 0..255.
+    """
+    key = jax.random.fold_in(key, VIEWS)
+
+    def one(image: jax.Array, row: jax.Array, view: jax.Array) -> jax.Array:
+        drawn = jax.random.fold_in(jax.random.fold_in(key, view), row)
+        return augment(drawn, image[None], jnp.ones((1, 1)), config)[0][0]
+
+    return jax.vmap(one)(images, rows, views)
+
+
+def make_train_step(
+    config: ConfigDict,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    weights: jax.Array,
+    *,
+    first: int = 0,
+    cached: bool = False,
+) -> Callable[[dict, dict, jax.Array], dict]:
+    """Returns the jitted (state, batch, key) -> state, which takes the state's memory over.
+
+    A step whose loss or gradient is not finite changes nothing but `bad_step`, and neither do the
+    steps after it: so the first bad step is known exactly without waiting for the device at each.
+
+    Args:
+      config: of one phase of a run.
+      model: gives structure; its parameters are not read.
+      optimizer: as `make_optimizer` returns it.
+      weights: [K] of the classes in the loss.
+      first: the first stage that trains; the arrays before it pass through untouched.
+      cached: whether a batch's "image" is what stage `first` takes instead of an image.
+    """
+    modes = {"batch_norm": config.batch_norm, "frozen_batch_norm": config.frozen_batch_norm}
+    structure = _in_mode(model, training=True, first=first, **modes)
+
+    def train_step(state: dict, batch: dict, key: jax.Array) -> dict:
+        augment_key, dropout_key = step_keys(key, state["step"])
+        targets = jax.nn.one_hot(batch["label"], len(weights))  # [B, K]
+        inputs = batch["image"]
+        if not cached:
+            inputs, targets = _augmented(config, key, augment_key, batch, targets)
+
+        def loss_of(params: dict):
+            merged = merge_model(structure, state["params"] | params, state["stats"], dropout_key)
+            logits = forward(merged, inputs, first if cached else 0)  # [B, K]
+            losses = criterion(config, logits, targets)  # [B]
+            weight = targets @ weights
+            loss = (losses * weight).sum() / weight.sum() + _penalty(config, params)
+            return loss, (losses, logits, split_model(merged)[2])
+
+        old = trained(state["params"], first)
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (losses, logits, stats)), gradient = value_and_grad(old)
+        updates, optimizer_state = optimizer.update(gradient, state["optimizer"], old)
+        updates = jax.tree.map(lambda u: u * state["rate_scale"].scale, updates)
+        params = state["params"] | optax.apply_updates(old, updates)
+        measured = Metrics.single_from_model_output(
+            loss=losses, logits=logits, labels=batch["label"], mask=batch["mask"]
+        )
+        changed = state | {
+            "params": params,
+            "stats": stats,
+            "optimizer": optimizer_state,
+            "moving_average": _moving_average(config, state, {"params": params, "stats": stats}),
+            "metrics": state["metrics"].merge(measured),
+        }
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+        return _unless_broken(state, changed, finite)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _penalty(config: ConfigDict, params: dict) -> jax.Array | float:
+    return config.optimizer.l1 * l1_penalty(params) if config.optimizer.l1 else 0.0
+
+
+def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:
+    """Returns the changed state, or the old one from the first step on that was not finite."""
+    fine = state["bad_step"] < 0
+    changed = jax.tree.map(lambda new, old: jnp.where(fine & finite, new, old), changed, state)
+    changed["bad_step"] = jnp.where(fine & ~finite, state["step"], state["bad_step"])
+    changed["step"] = state["step"] + 1
+    return changed
+
+
+def _augmented(
+    config: ConfigDict, key: jax.Array, step_key: jax.Array, batch: dict, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the images of a batch, augmented anew or as their epoch's view, and the targets."""
+    if not config.augment_views:
+        return augment(step_key, batch["image"], targets, config.augment)
+    views = batch["epoch"] % config.augment_views
+    return augment_views(key, batch["image"], batch["row"], views, config.augment), targets
+
+
+def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:
+    """Returns logits [B, K] of images [B, H, W, 3] in 0..255, or of what stage `start` takes."""
+    if start:
+        return model.run(inputs, start).astype(jnp.float32)
+    return model(model.preprocess(inputs))
+
+
+def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Callable:
+    """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics).
+
+    Args:
+      config: one run's config.
+      model: gives structure.
+      start: the stage that takes a batch's "image"; 0 for images.
+    """
+    structure = _in_mode(model, training=False)
+
+    def eval_step(weights: dict, total: Metrics, batch: dict) -> tuple[jax.Array, Metrics]:
+        evaluated = merge_model(structure, weights["params"], weights["stats"])
+        logits = forward(evaluated, batch["image"], start)
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        measured = Metrics.single_from_model_output(
+            loss=criterion(config, logits, targets, smoothing=False),
+            logits=logits,
+            labels=batch["label"],
+            mask=batch["mask"],
+        )
+        return logits, total.merge(measured)
+
+    return jax.jit(eval_step)
+
+
+def _in_mode(model: Classifier, **mode) -> Classifier:
+    """Returns a copy of the model in one mode; the model itself ends in evaluation mode."""
+    set_mode(model, **mode)
+    _, params, stats = split_model(model)
+    copy = merge_model(model, params, stats)
+    set_mode(model, training=False)
+    return copy
+
+
+def _moving_average(config: ConfigDict, state: dict, weights: dict) -> dict:
+    """Returns the averaged weights after this step; the first steps average over fewer."""
+    if not config.ema_decay:
+        return {}
+    step = state["step"].astype(jnp.float32)
+    decay = jnp.minimum(config.ema_decay, (1 + step) / (10 + step))
+    return {
+        kind: {
+            path: decay * old + (1 - decay) * weights[kind][path] for path, old in arrays.items()
+        }
+        for kind, arrays in state["moving_average"].items()
+    }
+
+
+def criterion(
+    config: ConfigDict, logits: jax.Array, targets: jax.Array, smoothing: bool = True
+) -> jax.Array:
+    """Returns the loss of each image: logits [B, K] and targets [B, K] -> [B]."""
+    if config.loss.name == "hinge":
+        return optax.losses.multiclass_hinge_loss(logits, targets.argmax(axis=-1))
+    if smoothing and config.loss.label_smoothing:
+        targets = optax.smooth_labels(targets, config.loss.label_smoothing)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def class_weights(config: ConfigDict, dataset: Dataset) -> jax.Array:
+    """Returns the weight of each class in the loss: float32 [K].
+
+    Raises:
+      UserError: another number of weights than classes, or one that is not positive.
+    """
+    rule, num_classes = config.loss.class_weights, dataset.num_classes
+    if rule == "none":
+        return jnp.ones(num_classes)
+    if rule == "balanced":
+        counts = np.bincount(dataset.labels("train"), minlength=num_classes)
+        return jnp.asarray(counts.sum() / (num_classes * counts), jnp.float32)
+    try:
+        values = [float(text) for text in rule.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != num_classes or not all(0 < value < float("inf") for value in values):
+        raise UserError(
+            f'config.loss.class_weights={rule!r}: give "none", "balanced", or {num_classes} '
+            f"positive numbers, for {', '.join(dataset.class_names)}"
+        )
+    return jnp.asarray(values, jnp.float32)

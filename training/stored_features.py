@@ -1,0 +1,103 @@
+"""What frozen stages make of the training images, computed once instead of at every step."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from data.augmentation import changes_nothing
+from input_pipeline import Feed
+from models import Classifier
+from models.classifier import merge_model, set_mode
+from training.steps import augment_views
+
+
+class FeatureFeed(Feed):
+    """As `Feed`, but "image" is what stage `first` takes: the image's view of that epoch."""
+
+    def __init__(self, feed: Feed, features: jax.Array, views: int):
+        self.rows, self.labels, self.sharding = feed.rows, feed.labels, feed.sharding
+        self.images, self.views, self.resident = features, views, True
+        self.gather = jax.jit(lambda images, rows: images[rows], out_shardings=self.sharding)
+
+    def places(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Returns where in the resident array the views of a batch lie: int [B]."""
+        return rows + (epochs % self.views) * len(self)
+
+
+def stored_views(config: ConfigDict, first: int) -> int:
+    """Returns how many views of each image would be stored in a phase; 0 where none can be.
+
+    Args:
+      config: of the phase.
+      first: the first stage that trains.
+    """
+    if not first or config.frozen_batch_norm == "batch":
+        return 0  # nothing is frozen, or what is frozen depends on the batch
+    return 1 if changes_nothing(config.augment) else config.augment_views
+
+
+def feature_shape(model: Classifier, first: int, image_size: int) -> jax.ShapeDtypeStruct:
+    """Returns shape and type of one image's input to stage `first`, condensed for a head."""
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+    return jax.eval_shape(lambda x: _condensed(model, x, first), image)
+
+
+def _condensed(model: Classifier, images: jax.Array, first: int) -> jax.Array:
+    features = model.run(model.preprocess(images), 0, first)
+    condense = getattr(model.stages[first], "condense", None)
+    return condense(features) if condense else features
+
+
+def cache_features(
+    config: ConfigDict,
+    model: Classifier,
+    weights: dict,
+    feed: Feed,
+    first: int,
+    views: int,
+    after_batch: Callable[[], None] = lambda: None,
+) -> FeatureFeed:
+    """Runs the frozen stages over every view of every image of a feed, in evaluation mode.
+
+    Args:
+      config: of the phase.
+      model: gives structure.
+      weights: {"params", "stats"}.
+      feed: of images.
+      first: the first stage that trains.
+      views: of each image, augmented as `steps.augment_views` does; 0 for images as they are.
+      after_batch: called after each batch.
+
+    Returns:
+      A feed of the features of max(views, 1) x len(feed) images.
+    """
+    set_mode(model, training=False)
+    key = jax.random.key(config.seed)
+
+    @jax.jit
+    def run(weights: dict, batch: dict, view: jax.Array) -> jax.Array:
+        images = batch["image"]
+        if views and not changes_nothing(config.augment):
+            every = jnp.full(len(images), view)
+            images = augment_views(key, images, batch["row"], every, config.augment)
+        merged = merge_model(model, weights["params"], weights["stats"])
+        return _condensed(merged, images, first)
+
+    # Batches of nearly equal size, for padding would be computed too.
+    devices = feed.sharding.mesh.size
+    count = -(-len(feed) // config.eval_batch_size)
+    batch_size = -(-len(feed) // (count * devices)) * devices
+    parts = []
+    for view in range(max(views, 1)):
+        left = len(feed)
+        for batch in feed.evaluation(batch_size):
+            features = np.asarray(run(weights, batch, view))
+            parts.append(features[:left])
+            left -= len(features)
+            after_batch()
+    everywhere = NamedSharding(feed.sharding.mesh, PartitionSpec())
+    return FeatureFeed(feed, jax.device_put(np.concatenate(parts), everywhere), max(views, 1))
