@@ -27,6 +27,7 @@ from training.phase import Diverged, Interrupted, Phase, Progress
 from training.preflight import inspect_pixels, reference_of
 from training.recorder import Recorder, environment, write_json
 from training.steps import Metrics, make_eval_step
+from training.weights import find_weights, save_weights
 
 __all__ = ["Diverged", "Interrupted", "build_model", "check_phases", "train_and_evaluate"]
 
@@ -79,6 +80,8 @@ def train_and_evaluate(
         summary |= {"best_step": run.progress.best_step, "steps": run.progress.step}
         summary |= {"phases": run.progress.phases}
         summary |= {"reference": reference_of(model, weights, sample(dataset))}
+        arrays = {path: np.asarray(a) for part in weights.values() for path, a in part.items()}
+        save_weights(run_dir, arrays, stored_config(config), dataset.class_names, summary)
     finally:
         if run.recorder:
             run.recorder.close()
@@ -94,11 +97,13 @@ def sample(dataset: Dataset) -> np.ndarray:
 
 def build_model(config: ConfigDict, num_classes: int) -> Classifier:
     """Returns the model of a run's config, initialised from its seed and its pretrained weights."""
-    fields = config.model.to_dict()
+    fields, weights = config.model.to_dict(), config.weights
+    if weights.startswith("run:"):
+        weights = f"run:{find_weights(Path(weights.removeprefix('run:')).expanduser()).parent}"
     model = create_model(
         fields.pop("name"),
         num_classes,
-        weights=config.weights,
+        weights=weights,
         seed=config.seed,
         image_size=config.data.image_size,
         dtype=config.compute_dtype,

@@ -25,7 +25,16 @@ from analysis.page.tables import (
     printed_table,
     write_table,
 )
-from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
+from analysis.runs import (
+    FinishedRun,
+    Groups,
+    correctness,
+    group_runs,
+    load_runs,
+    read_audit,
+    read_plan,
+    same_images,
+)
 from configs import base
 from errors import UserError
 from experiment.command import run_command
@@ -39,7 +48,6 @@ COSTS = (
     "train_images_per_second",
     "inference_images_per_second",
 )
-Groups = dict[str, list[FinishedRun]]
 
 # --- runs -----------------------------------------------------------------------------------------
 
@@ -52,37 +60,12 @@ def read_options(workdir: Path) -> ConfigDict:
     return options
 
 
-def group_runs(runs: list[FinishedRun]) -> Groups:
-    """Returns complete runs by label (model and variant), the highest mean accuracy first."""
-    groups: Groups = {}
-    for run in runs:
-        if run.status == "complete":
-            groups.setdefault(run.label, []).append(run)
-    mean = {label: correctness(group).mean() for label, group in groups.items()}
-    return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
-
-
-def correctness(runs: list[FinishedRun]) -> np.ndarray:
-    """Returns bool [S, N], which test images each run gets right.
-
-    Raises:
-      UserError: the runs were not tested on the same images.
-    """
-    for run in runs[1:]:
-        if not np.array_equal(run.test["ids"], runs[0].test["ids"]):
-            raise UserError(
-                f"{run.path} and {runs[0].path} were tested on different images, so their seeds "
-                "cannot be compared: train them on one split, or in different workdirs"
-            )
-    return np.array([run.predicted == run.test["labels"] for run in runs])
-
-
 def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tuple]:
     """Returns pairs of runs of equal seed, or in order where no seed is common.
 
     Empty if the two were not tested on the same images.
     """
-    if not np.array_equal(first[0].test["ids"], second[0].test["ids"]):
+    if not same_images(first[0], second[0]):
         return []
     by_seed = {run.seed: run for run in second}
     common = [(run, by_seed[run.seed]) for run in first if run.seed in by_seed]
@@ -220,7 +203,7 @@ def majority_right(groups: Groups) -> pd.DataFrame:
         {
             label: correctness(runs).mean(axis=0) > 0.5
             for label, runs in groups.items()
-            if np.array_equal(runs[0].test["ids"], first.test["ids"])
+            if same_images(runs[0], first)
         },
         index=pd.Index(first.test["ids"], name="id"),
     )

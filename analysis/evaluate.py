@@ -18,7 +18,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from analysis.runs import FinishedRun, load_run, load_runs
+from analysis.runs import FinishedRun, chosen_runs
 from errors import UserError
 from experiment.command import run_command
 from training.recorder import write_json
@@ -304,20 +304,6 @@ def write(run: FinishedRun, output: Path) -> None:
     named = pd.DataFrame(counts, index=run.class_names, columns=run.class_names)
     named.to_csv(output / "confusion.csv", index_label="true \\ predicted")
     highest_losses(run).drop(columns="row").to_csv(output / "losses.csv", index=False)
-
-
-def chosen_runs(path: Path) -> list[FinishedRun]:
-    """Returns the complete runs of a run directory or a workdir.
-
-    Raises:
-      UserError: there is none.
-    """
-    if (path / "config.json").exists():
-        return [load_run(path)]
-    runs = [run for run in load_runs(path) if run.status == "complete"]
-    if not runs:
-        raise UserError(f"{path} is neither a run directory nor a workdir with a complete run")
-    return runs
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ from analysis.uncertainty import wilson
 from errors import UserError
 from experiment.command import run_command
 from models import Classifier, create_model
-from models.classifier import set_mode, split_model
+from models.classifier import split_model
 from models.weights.download import digest
 from models.weights.formats import read_metadata, write_safetensors
 from models.weights.published import PUBLISHED
@@ -132,7 +132,6 @@ def load(folder: Path) -> Exported:
         dtype=content["compute_dtype"],
         **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()},
     )
-    set_mode(model, training=False)
     thresholds = [Threshold(**entry) for entry in content["review_thresholds"]]
     return Exported(
         model=model,

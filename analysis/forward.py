@@ -1,6 +1,7 @@
 """A run's model and images, and compiled calls: for analyses that look through a network."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from configs import base
 from errors import UserError
 from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
-from models.classifier import merge_model, set_mode, split_model
+from training.weights import find_weights
 
 
 def use_compilation_cache(cache_dir: str) -> None:
@@ -41,16 +42,14 @@ def load_classifier(run: FinishedRun) -> Classifier:
       UserError: the run has no weights that can be read.
     """
     fields = dict(run.summary["model"])
-    model = create_model(
+    return create_model(
         fields.pop("name"),
         len(run.class_names),
-        weights=f"run:{run.path}",
+        weights=f"archcompare:{find_weights(run.path)}",
         image_size=run.summary["image_size"],
         dtype=run.config["compute_dtype"],
         **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()},
     )
-    set_mode(model, training=False)
-    return model
 
 
 def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
@@ -89,13 +88,7 @@ def compiled(model: Classifier, function: Callable) -> Callable:
     The weights are arguments of the program rather than constants in it, so that it compiles
     quickly and can be cached on disk.
     """
-    _, params, stats = split_model(model)
-
-    @jax.jit
-    def program(params: dict, stats: dict, *arrays):
-        return function(merge_model(model, params, stats), *arrays)
-
-    return lambda *arrays: program(params, stats, *arrays)
+    return partial(jax.jit(function), model)
 
 
 def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from analysis.compare import Groups, group_runs
 from analysis.evaluate import confused_pairs, confusion
 from analysis.explain import faithfulness
 from analysis.explain.heatmaps import Lens, View, draw_views
 from analysis.explain.methods import METHODS, SMALLEST_MAP
 from analysis.page.figures import colours, save, shortened
 from analysis.page.section import Picture, Section
-from analysis.runs import FinishedRun, load_run, load_runs
+from analysis.runs import FinishedRun, Groups, group_runs, load_run, load_runs
 from errors import UserError, choose
 from experiment.command import run_command
 from models import MODELS

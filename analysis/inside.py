@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from analysis.compare import Groups, group_runs
 from analysis.diagnosis import diagnose
-from analysis.evaluate import chosen_runs, losses, softmax
+from analysis.evaluate import losses, softmax
 from analysis.explain.representations import (
     MAX_FILTERS,
     NothingToShow,
@@ -33,7 +32,7 @@ from analysis.explain.representations import (
 from analysis.forward import load_classifier, load_test_images
 from analysis.page.figures import literal, plt, save, shortened
 from analysis.page.section import Picture, Section
-from analysis.runs import FinishedRun
+from analysis.runs import FinishedRun, Groups, chosen_runs, group_runs
 from errors import UserError, choose
 from experiment.command import run_command
 from models import Classifier

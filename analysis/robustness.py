@@ -18,11 +18,10 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis.compare import Groups, group_runs
-from analysis.evaluate import chosen_runs
 from analysis.forward import compiled, in_batches, load_classifier, load_test_images
 from analysis.page.figures import save
 from analysis.page.section import Details, Picture, Section, Table
+from analysis.runs import Groups, chosen_runs, group_runs
 from analysis.stress.attacks import ATTACKS, EPSILONS, PGD_STEPS, loss_gradient
 from analysis.stress.charts import draw_accuracies, draw_corruptions
 from analysis.stress.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spoken

@@ -75,10 +75,18 @@ class FinishedRun:
         """Classes predicted for the test images: int [N]."""
         return self.test["logits"].argmax(axis=1)
 
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """Which test images are predicted rightly: bool [N]."""
+        return self.predicted == self.test["labels"]
+
     @property
     def class_names(self) -> list[str]:
         """Names in the order of the logits."""
         return self.dataset["class_names"]
+
+
+Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accurate first
 
 
 def _described(path: Path) -> dict:
@@ -128,6 +136,55 @@ def load_runs(workdir: Path) -> list[FinishedRun]:
         name = file.parent.relative_to(workdir).as_posix()
         runs.append(FinishedRun(file.parent, name, config, summary))
     return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
+
+
+def chosen_runs(path: Path) -> list[FinishedRun]:
+    """Returns the complete runs of a run directory or a workdir; raises UserError if none."""
+    if (path / "config.json").exists():
+        return [load_run(path)]
+    runs = [run for run in load_runs(path) if run.status == "complete"]
+    if not runs:
+        raise UserError(f"{path} is neither a run directory nor a workdir with a complete run")
+    return runs
+
+
+def group_runs(runs: list[FinishedRun]) -> Groups:
+    """Returns complete runs by label (model and variant), the highest mean accuracy first.
+
+    Raises:
+      UserError: seeds of one label were tested on different images.
+    """
+    groups: Groups = {}
+    for run in runs:
+        if run.status == "complete":
+            groups.setdefault(run.label, []).append(run)
+    mean = {label: correctness(group).mean() for label, group in groups.items()}
+    return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
+
+
+def same_images(first: FinishedRun, second: FinishedRun) -> bool:
+    """Returns whether two runs were tested on the same images, in the same order."""
+    return np.array_equal(first.test["ids"], second.test["ids"])
+
+
+def correctness(runs: list[FinishedRun]) -> np.ndarray:
+    """Returns bool [S, N], which test images each run gets right.
+
+    Raises:
+      UserError: the runs were not tested on the same images.
+    """
+    for run in runs[1:]:
+        if not same_images(run, runs[0]):
+            raise UserError(
+                f"{run.path} and {runs[0].path} were tested on different images, so they cannot "
+                "be compared: train them on one split, or in different workdirs"
+            )
+    return np.array([run.correct for run in runs])
+
+
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """Returns up to `wanted` of the numbers 0 .. count - 1, evenly spaced: int [n]."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
 def read_plan(workdir: Path) -> dict:

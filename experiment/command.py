@@ -4,6 +4,7 @@ import difflib
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
@@ -24,6 +25,30 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def arguments(argv: list[str], usage: str, least: int = 1, most: int | None = 1) -> list[str]:
+    """Returns what stands beside options on a command line; raises UserError with its usage.
+
+    Args:
+      argv: as `run_command` gives it, the program first.
+      usage: such as "analysis.compare WORKDIR".
+      least, most: how many arguments there may be; None for any number.
+    """
+    given = argv[1:]
+    if len(given) < least or (most is not None and len(given) > most):
+        raise UserError(f"usage: python -m {usage}")
+    return given
+
+
+def output_folder(path: Path | str, option: str = "--output") -> Path:
+    """Returns a folder, made if need be; raises UserError where it cannot be."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {option}={folder}: {error.strerror}") from error
+    return folder
 
 
 def config_overrides(flag: flags.FlagHolder) -> dict[str, Any]:

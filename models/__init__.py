@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from errors import UserError, choose
-from models.classifier import Classifier, Preprocessing
+from models.classifier import Classifier, Preprocessing, in_mode
 from models.cnn import Cnn
 from models.cnn_deep import CnnDeep
 from models.efficientnet import EfficientNetB0, EfficientNetB1, EfficientNetB2, EfficientNetB3
@@ -57,7 +57,7 @@ def create_model(
     dtype: str = "float32",
     **fields,
 ) -> Classifier:
-    """Builds an architecture, freshly initialised or with pretrained weights.
+    """Builds an architecture, freshly initialised or with pretrained weights, for evaluation.
 
     Args:
       name: a key of `MODELS`.
@@ -99,8 +99,10 @@ def create_model(
     # One program initialises all layers: op by op, each shape would be compiled by itself.
     key = jax.random.key(seed)
     model = nnx.eval_shape(build, key) if source else nnx.jit(build)(key)
-    model.num_classes, model.fields = num_classes, tuple(sorted(fields.items()))
-    return complete(loading.load(model, source), build, key) if source else model
+    model.name, model.num_classes, model.fields = name, num_classes, tuple(sorted(fields.items()))
+    if source:
+        model = complete(loading.load(model, source), build, key)
+    return in_mode(model, training=False)
 
 
 def complete(

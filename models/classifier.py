@@ -48,14 +48,15 @@ MISTAKES = {
 class Classifier(nnx.Module):
     """An image classifier as a list of stages, of which the last turns features into logits.
 
-    A subclass fills `stages` in forward order. Dropout and BatchNorm follow the mode set by
-    `set_mode`; a new model is in evaluation mode after it.
+    A subclass fills `stages` in forward order. `create_model` returns it in evaluation mode;
+    `in_mode` gives a view of it in another.
     """
 
     default_image_size = 64
     min_image_size = 1
     preprocessing = Preprocessing()  # of the class; loading weights gives a model its own
     trained_by_gradient = True  # False: the model has `fit` instead
+    name: str  # in `models.MODELS`
     num_classes: int
     fields: tuple[tuple, ...]  # what `create_model` was given beside the common arguments
     stages: nnx.List
@@ -83,31 +84,33 @@ class Classifier(nnx.Module):
         return self.classify(self.features(images))
 
 
-def set_mode(
+def in_mode(
     model: Classifier,
     *,
     training: bool,
     first: int = 0,
     batch_norm: str = "batch",
     frozen_batch_norm: str = "running",
-) -> None:
-    """Switches dropout on or off and BatchNorm between batch and running statistics.
+) -> Classifier:
+    """Returns a view of the model, with the same arrays, whose dropout and BatchNorm are set.
 
     Args:
-      model: all of its stages are switched.
+      model: stays in its own mode.
       training: False for evaluation, where the rest does not matter.
       first: the first stage that trains; those before it are frozen, their dropout is off.
       batch_norm: of stages that train: "batch" normalises by the batch and moves the running
         statistics, "running" normalises by those and keeps them.
       frozen_batch_norm: likewise of frozen stages, where "batch" is a mistake.
     """
-    for number, stage in enumerate(model.stages):
+    view = nnx.view(model, raise_if_not_found=False)
+    for number, stage in enumerate(view.stages):
         trains = training and number >= first
         mode = batch_norm if number >= first else frozen_batch_norm
         running = not training or mode == "running"
         stage.set_attributes(
             deterministic=not trains, use_running_average=running, raise_if_not_found=False
         )
+    return view
 
 
 def split_model(model: Classifier) -> tuple[nnx.GraphDef, dict, dict]:

@@ -23,15 +23,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from errors import UserError, choose
 from models import MODELS, create_model
 from models.classifier import split_model
 from models.weights import names as conversion
-from models.weights.formats import write_safetensors
-from models.weights.loading import FORMATS, OURS, Source, find, read_own, read_run
+from models.weights.loading import FORMATS, OURS, Source, find
+from models.weights.own import arrays_of, read_own, write_own
 from models.weights.published import PUBLISHED
 
 MARK = 7919  # a number of classes that no other axis of a parameter has
@@ -114,7 +113,7 @@ def _model_of(name: str, given: str) -> str:
     if not colon:
         return PUBLISHED[choose("weights", name, PUBLISHED)].model
     if choose(f"weights {name!r}: family", family, (*FORMATS, *OURS)) in OURS:
-        return (read_run if family == "run" else read_own)(Path(path))["model"]
+        return read_own(Path(path))["model"]
     raise UserError(f"weights {name!r} do not say of which architecture they are: give --model")
 
 
@@ -167,8 +166,7 @@ def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
     loaded = create_model(
         model, num_classes or 2, weights=name, image_size=image_size, **facts["fields"], **fields
     )
-    _, params, stats = split_model(loaded)
-    arrays = {path: np.asarray(array) for path, array in (params | stats).items()}
+    arrays = arrays_of(loaded)
     if not num_classes:
         head = f"stages.{len(loaded.stages) - 1}."
         arrays = {path: array for path, array in arrays.items() if not path.startswith(head)}
@@ -180,7 +178,7 @@ def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
         "image_size": image_size,
         "reference": source.reference,
     }
-    write_safetensors(output, arrays, {"archcompare": json.dumps(facts)})
+    write_own(output, arrays, facts)
     classes = f"{num_classes} classes" if num_classes else "no classifier"
     return f"{output}: {len(arrays)} arrays of {model}, {classes}, read as archcompare:{output}"
 
@@ -194,7 +192,7 @@ def _facts(name: str) -> dict:
         stated = {"licence": entry.licence, "recipe": entry.recipe, "top1": entry.top1}
         return facts | stated | {"revision": entry.revision, "url": entry.url}
     if family in OURS:
-        stored = (read_run if family == "run" else read_own)(Path(path))
+        stored = read_own(Path(path))
         facts |= {key: value for key, value in stored.items() if key != "arrays"}
     if family != "archcompare":  # of a path, only the last name says anything elsewhere
         facts["source"] = f"{family}:{Path(path).name}"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 
 from models import Classifier
-from models.classifier import merge_model, split_model
+from models.classifier import split_model
 
 
 def model_cost(model: Classifier, image_size: int) -> dict:
@@ -30,14 +30,8 @@ def flops_per_image(model: Classifier, image_size: int) -> float:
     """
     if not model.trained_by_gradient:
         return float(model.flops_per_image())
-    _, params, stats = split_model(model)
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-
-    def forward(params: dict, stats: dict, images: jax.Array) -> jax.Array:
-        merged = merge_model(model, params, stats)
-        return merged(merged.preprocess(images))
-
-    return float(_count(jax.make_jaxpr(forward)(params, stats, image).jaxpr))
+    return float(_count(jax.make_jaxpr(lambda m, x: m(m.preprocess(x)))(model, image).jaxpr))
 
 
 def _count(jaxpr) -> int:

@@ -26,7 +26,7 @@ from sklearn.datasets import load_sample_images
 from data.decoding import resize
 from errors import UserError
 from models import Classifier, create_model
-from models.classifier import MISTAKES, merge_model, set_mode, split_model
+from models.classifier import MISTAKES, merge_model
 from models.layers import BatchNorm
 from models.pretrained import shape_of
 from models.weights.loading import find
@@ -154,13 +154,10 @@ def observe(model: Classifier, images: np.ndarray) -> list[Moments]:
 
     Without any, of the outputs of the first stages. The network is in evaluation mode.
     """
-    set_mode(model, training=False)
-    _, params, stats = split_model(model)
     names: list[str] = []
 
     @jax.jit
-    def run(params: dict, stats: dict, images: jax.Array) -> list[jax.Array]:
-        merged = merge_model(model, params, stats)
+    def run(model: Classifier, images: jax.Array) -> list[jax.Array]:
         moments = []
 
         def note(path: str, x: jax.Array) -> None:
@@ -168,17 +165,17 @@ def observe(model: Classifier, images: np.ndarray) -> list[Moments]:
             names.append(path)
             moments.append(jnp.stack([wide.mean(axes), wide.var(axes)]))
 
-        norms = _batch_norms(merged)
+        norms = _batch_norms(model)
         for path, module in norms:
             module.observe = functools.partial(note, path)
-        x = merged.preprocess(images)
-        for number, stage in enumerate(merged.stages[:-1]):
+        x = model.preprocess(images)
+        for number, stage in enumerate(model.stages[:-1]):
             x = stage(x)
             if not norms and number < STAGES:
                 note(f"stages.{number}", x)
         return moments
 
-    moments = run(params, stats, jnp.asarray(images))
+    moments = run(model, jnp.asarray(images))
     return [(name, *np.asarray(m)) for name, m in zip(names, moments, strict=True)]
 
 
@@ -224,16 +221,14 @@ def _channel_order(model: Classifier, images: np.ndarray, name: str, weights: st
     if not width or (images[..., 0] == images[..., 2]).all():
         return {}
     own = create_model(name, width, weights=weights, image_size=images.shape[1], **form)
-    set_mode(own, training=False)
-    _, params, stats = split_model(own)
     given = model.preprocessing
 
     @jax.jit
-    def energy(params: dict, stats: dict, x: jax.Array) -> jax.Array:  # [B]
-        return jax.nn.logsumexp(merge_model(own, params, stats)(x), axis=-1)
+    def energy(own: Classifier, x: jax.Array) -> jax.Array:  # [B]
+        return jax.nn.logsumexp(own(x), axis=-1)
 
     swapped = MISTAKES["swapped"](given)
     # Swapped pixels under the same mean and standard deviation of each input channel.
-    both = [energy(params, stats, p(jnp.asarray(images))) for p in (given, swapped)]
+    both = [energy(own, p(jnp.asarray(images))) for p in (given, swapped)]
     gain = np.asarray(both[1] - both[0], np.float64)
     return {"t": float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)) + 1e-12))}

@@ -14,7 +14,7 @@ from data.augmentation import augment
 from errors import UserError
 from input_pipeline import Dataset
 from models import Classifier
-from models.classifier import merge_model, set_mode, split_model, stage_of
+from models.classifier import in_mode, merge_model, split_model, stage_of
 from training.optimizer import l1_penalty, make_plateau
 
 VIEWS = 2**32 - 2**16  # names the use of a run's key for stored views, beyond any step
@@ -117,7 +117,7 @@ def make_train_step(
       cached: whether a batch's "image" is what stage `first` takes instead of an image.
     """
     modes = {"batch_norm": config.batch_norm, "frozen_batch_norm": config.frozen_batch_norm}
-    structure = _in_mode(model, training=True, first=first, **modes)
+    structure = in_mode(model, training=True, first=first, **modes)
 
     def train_step(state: dict, batch: dict, key: jax.Array) -> dict:
         augment_key, dropout_key = step_keys(key, state["step"])
@@ -194,7 +194,7 @@ def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Cal
       model: gives structure.
       start: the stage that takes a batch's "image"; 0 for images.
     """
-    structure = _in_mode(model, training=False)
+    structure = in_mode(model, training=False)
 
     def eval_step(weights: dict, total: Metrics, batch: dict) -> tuple[jax.Array, Metrics]:
         evaluated = merge_model(structure, weights["params"], weights["stats"])
@@ -209,15 +209,6 @@ def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Cal
         return logits, total.merge(measured)
 
     return jax.jit(eval_step)
-
-
-def _in_mode(model: Classifier, **mode) -> Classifier:
-    """Returns a copy of the model in one mode; the model itself ends in evaluation mode."""
-    set_mode(model, **mode)
-    _, params, stats = split_model(model)
-    copy = merge_model(model, params, stats)
-    set_mode(model, training=False)
-    return copy
 
 
 def _moving_average(config: ConfigDict, state: dict, weights: dict) -> dict:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from data.augmentation import changes_nothing
 from input_pipeline import Feed
 from models import Classifier
-from models.classifier import merge_model, set_mode
+from models.classifier import merge_model
 from training.steps import augment_views
 
 
@@ -75,17 +75,16 @@ def cache_features(
     Returns:
       A feed of the features of max(views, 1) x len(feed) images.
     """
-    set_mode(model, training=False)
+    model = merge_model(model, weights["params"], weights["stats"])
     key = jax.random.key(config.seed)
 
     @jax.jit
-    def run(weights: dict, batch: dict, view: jax.Array) -> jax.Array:
+    def run(model: Classifier, batch: dict, view: jax.Array) -> jax.Array:
         images = batch["image"]
         if views and not changes_nothing(config.augment):
             every = jnp.full(len(images), view)
             images = augment_views(key, images, batch["row"], every, config.augment)
-        merged = merge_model(model, weights["params"], weights["stats"])
-        return _condensed(merged, images, first)
+        return _condensed(model, images, first)
 
     # Batches of nearly equal size, for padding would be computed too.
     devices = feed.sharding.mesh.size
@@ -95,7 +94,7 @@ def cache_features(
     for view in range(max(views, 1)):
         left = len(feed)
         for batch in feed.evaluation(batch_size):
-            features = np.asarray(run(weights, batch, view))
+            features = np.asarray(run(model, batch, view))
             parts.append(features[:left])
             left -= len(features)
             after_batch()

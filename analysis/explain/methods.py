@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.forward import compiled, in_batches
+from analysis.forward import in_batches
 from errors import UserError, choose
 from models import Classifier
-from models.classifier import merge_model, split_model
 from models.vit import VisionTransformer
 
 SMALLEST_MAP = 4  # places a side that a stage's output needs to say where anything is
@@ -290,17 +289,14 @@ def explainer(
         stage = default_stage(model, image_size)
     check_stage(model, image_size, stage)
 
-    def maps(model: Classifier, params: dict, stats: dict, images, targets) -> jax.Array:
-        model = merge_model(model, params, stats)
+    @jax.jit
+    def maps(model: Classifier, images, targets) -> jax.Array:
         return entry.maps(model, images.astype(jnp.float32), targets, stage, seed)
 
-    program, size = compiled(model, maps), max(1, batch // entry.copies)
+    size = max(1, batch // entry.copies)
 
     def explain_all(images: np.ndarray, targets: np.ndarray, other: Classifier = model):
-        _, params, stats = split_model(other)
-        return in_batches(
-            partial(program, params, stats), images, np.asarray(targets, np.int32), size=size
-        )
+        return in_batches(partial(maps, other), images, np.asarray(targets, np.int32), size=size)
 
     return explain_all
 

@@ -15,10 +15,9 @@ from analysis.page import charts
 from analysis.page.figures import draw_photos, save, shortened
 from analysis.page.section import Details, Picture, Section, Table
 from analysis.page.tables import decimal, percent, printed_pairs, printed_table
-from analysis.runs import FinishedRun, read_plan
+from analysis.runs import FinishedRun, Groups, read_plan
 from errors import UserError
 
-Groups = dict[str, list[FinishedRun]]
 PHOTOS = 6  # in a row
 LISTED = 200  # names in a folded list
 

@@ -6,12 +6,10 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 from analysis import evaluate
-from analysis.compare import correctness, mean_confusion
+from analysis.compare import mean_confusion
 from analysis.page.figures import colours, legend_beside, literal, shortened, small_multiples
-from analysis.runs import FinishedRun
+from analysis.runs import FinishedRun, Groups, correctness
 from analysis.uncertainty import indistinct, pareto_front
-
-Groups = dict[str, list[FinishedRun]]
 
 
 def draw_ranks(groups: Groups, table: pd.DataFrame, established: set) -> plt.Figure:

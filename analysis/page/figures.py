@@ -1,5 +1,6 @@
 """What every picture of the analysis shares: colours, names, grids, files."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -47,6 +48,35 @@ def legend_beside(figure: plt.Figure, axes: list) -> None:
     figure.legend(
         handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
     )
+
+
+def heat_map(
+    axis: plt.Axes,
+    values: np.ndarray,
+    write: Callable[[int, int], str],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    **options,
+):
+    """Draws a matrix with a text in each cell and a name at each row and column; returns the image.
+
+    Args:
+      axis: to draw on.
+      values: [R, C]; NaN stays white.
+      write: text of cell (i, j), "" for none.
+      rows, columns: names; [] for none.
+      **options: of `imshow`, such as `cmap`, `vmin`, `vmax`.
+    """
+    image = axis.imshow(values, **options)
+    for i, j in np.ndindex(values.shape):
+        red, green, blue, _ = image.cmap(image.norm(values[i, j]))
+        dark = not np.isnan(values[i, j]) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+        ink = "white" if dark else "black"
+        axis.text(j, i, write(i, j), ha="center", va="center", fontsize=8, color=ink)
+    short = [literal(shortened(name)) for name in columns]
+    axis.set_xticks(range(len(columns)), short, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(rows)), [literal(name) for name in rows], fontsize=8)
+    return image
 
 
 def draw_photos(images: list[np.ndarray], titles: list[str], columns: int = 6) -> plt.Figure:

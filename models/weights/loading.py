@@ -1,7 +1,6 @@
 """Finds pretrained weights by name (see `models/pretrained.py`) and loads them strictly."""
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,8 @@ from errors import UserError, choose
 from models.classifier import Classifier, Preprocessing, merge_model, split_model
 from models.weights import names as conversion
 from models.weights.download import hub_file, url_file
-from models.weights.formats import read_metadata, read_weights
+from models.weights.formats import read_weights
+from models.weights.own import read_own
 from models.weights.published import IMAGENET, PUBLISHED, Published
 
 FORMATS = {"timm": "safetensors", "torchvision": "pytorch", "keras": "keras"}
@@ -70,8 +70,7 @@ def find(name: str, model: str, fields: dict) -> Source:
         return _published(published, model, fields)
     choose(f"weights {name!r}: family", family, (*FORMATS, *OURS))
     if family in OURS:
-        stored = read_run(Path(path)) if family == "run" else read_own(Path(path))
-        return _own(name, family, model, stored, fields)
+        return _own(name, family, model, read_own(Path(path)), fields)
     return _local(name, family, Path(path), model, fields)
 
 
@@ -145,51 +144,6 @@ def _check_fields(name: str, needed: dict, given: dict) -> None:
                 f"weights {name!r} need {key}={value!r}, but {key}={given[key]!r} was given: "
                 "leave it out"
             )
-
-
-def read_own(path: Path) -> dict:
-    """Returns the content of a file that `convert` wrote: arrays and what is known of them.
-
-    Raises:
-      UserError: it is damaged, or somebody else wrote it.
-    """
-    arrays = read_weights(path, "safetensors")
-    try:
-        stored = json.loads(read_metadata(path)["archcompare"])
-        Preprocessing(**{"size": 0, **stored["preprocessing"]})
-        return {"model": stored["model"], "fields": stored["fields"]} | stored | {"arrays": arrays}
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} was not written by this project: name its publisher, as in timm:{path}"
-        ) from error
-
-
-def read_run(run_dir: Path) -> dict:
-    """Returns the best weights of a finished run and what is known of them, as `read_own` does.
-
-    Raises:
-      UserError: it is not a finished run.
-    """
-    import checkpoint  # Orbax takes seconds to import
-
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        complete = summary["status"] == "complete"
-    except (OSError, ValueError, KeyError):
-        complete = False
-    found = checkpoint.find(run_dir / "checkpoints", "best") if complete else []
-    if not found:
-        raise UserError(f"run:{run_dir} is not the directory of a complete run")
-    arrays, _ = checkpoint.restore_arrays(found[0])
-    fields = dict(summary["model"])
-    return {
-        "model": fields.pop("name"),
-        "fields": fields,
-        "image_size": summary["image_size"],
-        "preprocessing": summary["preprocessing"],
-        "reference": summary.get("reference", {}),
-        "arrays": {key.partition("/")[2]: array for key, array in arrays.items()},
-    }
 
 
 # --- loading ------------------------------------------------------------------------------------

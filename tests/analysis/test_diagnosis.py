@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from analysis import diagnosis
-from analysis.compare import group_runs
-from analysis.runs import load_runs
+from analysis.runs import group_runs, load_runs
 from tests.analysis.fabricate import write_run
 
 

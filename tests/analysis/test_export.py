@@ -21,7 +21,7 @@ from errors import UserError
 from experiment.grid import expand
 from input_pipeline import load_dataset
 from models import create_model
-from models.classifier import set_mode
+from models.classifier import in_mode
 from models.weights.formats import write_safetensors
 from models.weights.published import PUBLISHED
 from tests.conftest import ROOT
@@ -94,7 +94,7 @@ def test_weights_begin_other_models_as_any_weights_do(workdir, exports, name):
     run = load_run(workdir / name / "seed0")
     weights = f"archcompare:{exports / name / 'model.safetensors'}"
     model = create_model(name, 10, weights=weights, image_size=8)
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     logits = forward.predict_logits(model, forward.load_test_images(run), size=BATCH)
     np.testing.assert_array_equal(logits, run.test["logits"])
 

@@ -9,12 +9,11 @@ import pytest
 from PIL import Image
 
 from analysis import gradcam
-from analysis.compare import group_runs
 from analysis.explain import methods as saliency
 from analysis.explain.heatmaps import View, draw_views, overlay
 from analysis.explain.methods import METHODS, default_stage, explain
 from analysis.forward import load_classifier, load_test_images, predict_logits
-from analysis.runs import load_run, load_runs
+from analysis.runs import group_runs, load_run, load_runs
 from errors import UserError
 from models import MODELS, create_model
 from models.vit import VisionTransformer
@@ -366,7 +365,7 @@ def test_the_command_exits_with_two(tmp_path):
 @pytest.mark.parity
 def test_grad_cam_equals_pytorchs(tmp_path):
     torch = pytest.importorskip("torch")
-    from models.classifier import set_mode
+    from models.classifier import in_mode
     from tests.models.synthetic import random_weights, write_weights
     from tests.models.test_parity import need
 
@@ -379,7 +378,7 @@ def test_grad_cam_equals_pytorchs(tmp_path):
     write_weights(path, random_weights(shapes, "torchvision"), "torchvision")
     network.load_state_dict(torch.load(path, weights_only=True))
     model = create_model("resnet18", 10, weights=f"torchvision:{path}", image_size=64)
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     inputs = np.array(model.preprocess(jnp.asarray(pixels))).transpose(0, 3, 1, 2)
     for place, stage in (("layer3", 4), ("layer2", 3)):

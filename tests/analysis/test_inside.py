@@ -16,13 +16,12 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss
 
 from analysis import inside as inspect
-from analysis.compare import group_runs
 from analysis.explain import representations
 from analysis.forward import load_classifier, load_test_images
-from analysis.runs import load_run, load_runs
+from analysis.runs import group_runs, load_run, load_runs
 from errors import UserError
 from models import create_model
-from models.classifier import set_mode
+from models.classifier import in_mode
 from models.vit import VisionTransformer
 from tests.analysis.fabricate import train_digits, write_run
 from tests.conftest import ROOT
@@ -65,7 +64,7 @@ def vit():
     graph, keys, arrays = nnx.split(shapes, nnx.RngState, ...)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), arrays)
     model = nnx.merge(graph, keys, ones)
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     return model
 
 

@@ -10,9 +10,8 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis import forward, robustness
-from analysis.compare import group_runs
 from analysis.forward import compiled, load_classifier, predict_logits
-from analysis.runs import load_runs
+from analysis.runs import group_runs, load_runs
 from analysis.stress import summary as robustness_summary
 from analysis.stress.attacks import EPSILONS, fgsm, loss_gradient, pgd
 from analysis.stress.corruptions import CORRUPTIONS, corrupt

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from models import MODELS
-from models.classifier import Classifier, merge_model, set_mode, split_model
+from models.classifier import Classifier, in_mode, merge_model, split_model
 
 
 def _once(name: str) -> list[tuple]:
@@ -40,7 +40,7 @@ def unfilled(
         )
     )
     model.num_classes, model.fields = num_classes, tuple(sorted(fields.items()))
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     return model
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from models import MODELS, create_model
-from models.classifier import set_mode
+from models.classifier import in_mode
 from tests.models.reference import KERAS, build, images_for, our_stages, relative_error
 from tests.models.synthetic import FILE_NAMES, random_weights, write_weights
 
@@ -83,7 +83,7 @@ def compare(pair: Pair, folder: Path) -> tuple[float, float, dict]:
         model = create_model(
             pair.model, 1000, weights=f"{pair.family}:{path}", image_size=size, **pair.fields
         )
-        set_mode(model, training=False)
+        model = in_mode(model, training=False)
         images = images_for(size)
         stages, logits = our_stages(model, images)
         their_stages, their_logits = reference.run(images)

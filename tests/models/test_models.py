@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from errors import UserError
 from models import MODELS, create_model
-from models.classifier import Classifier, merge_model, set_mode, split_model
+from models.classifier import Classifier, in_mode, merge_model, split_model
 from tests.models.filled import filled, unfilled
 
 # Trainable parameters with 6 classes at 32 pixels, counted by hand.
@@ -75,7 +75,7 @@ def build(name, **fields):
     if not model.trained_by_gradient:
         labels = np.array([0, 1, 2, 3])
         model.fit((IMAGES, labels), (IMAGES, labels), batch_size=2)
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     return model
 
 
@@ -100,7 +100,7 @@ class Network:
             out = {"images": images, "features": features, "logits": model(images)}
             return out | {"classified": model.classify(features), "stats": split_model(model)[2]}
 
-        set_mode(self.model, training=False)
+        self.model = in_mode(self.model, training=False)
         return jax.jit(run, compiler_options=QUICK)(self.params, self.stats)
 
     @cached_property
@@ -113,7 +113,7 @@ class Network:
             value = (logits * jnp.arange(6.0)).sum() ** 2 + logits[:, 0].sum()
             return value, {"logits": logits, "stats": split_model(model)[2]}
 
-        set_mode(self.model, training=True)
+        self.model = in_mode(self.model, training=True)
         step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
         keys = (jax.random.key(seed) for seed in (0, 0, 1))
         steps = [step(self.params, self.stats, key) for key in keys]

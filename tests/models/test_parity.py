@@ -5,7 +5,7 @@ import pytest
 
 from errors import UserError
 from models import create_model
-from models.classifier import set_mode
+from models.classifier import in_mode
 from tests.models.parity import PAIRS, compare
 from tests.models.reference import build, relative_error, require
 from tests.models.synthetic import random_weights, write_h5
@@ -60,7 +60,7 @@ def test_a_keras_efficientnet_from_pixels(monkeypatch, tmp_path, weights):
     pixels = np.tile(PIXELS, (1, 4, 4, 1))[:, :224, :224]
     expected = np.asarray(theirs(pixels.astype(np.float32), training=False))
     model = create_model("efficientnet_b0", 1000, weights=f"keras:{path}", image_size=224)
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     assert model.preprocessing.std == pytest.approx(STD)
     assert relative_error(np.asarray(model(model.preprocess(pixels))), expected) < 1e-4
 
@@ -89,5 +89,5 @@ def test_other_keras_networks_from_pixels(tmp_path, model, module, name):
     preprocess = getattr(keras.applications, module).preprocess_input
     expected = np.asarray(theirs(preprocess(pixels.astype(np.float32)), training=False))
     ours = create_model(model, 1000, weights=f"keras:{path}", image_size=size)
-    set_mode(ours, training=False)
+    ours = in_mode(ours, training=False)
     assert relative_error(np.asarray(ours(ours.preprocess(pixels))), expected) < 1e-4

@@ -12,7 +12,7 @@ import pytest
 
 from errors import UserError
 from models import create_model
-from models.classifier import Preprocessing, set_mode, split_model
+from models.classifier import Preprocessing, in_mode, split_model
 from models.pretrained import main
 from models.weights import loading
 from models.weights.download import digest
@@ -68,7 +68,7 @@ def damaged(resnet, tmp_path):
 
 
 def logits_of(model) -> np.ndarray:
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     return np.asarray(model(model.preprocess(IMAGES)))
 
 

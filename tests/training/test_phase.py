@@ -6,7 +6,7 @@ import pytest
 from errors import UserError
 from experiment.fields import phase_config
 from models import create_model
-from models.classifier import set_mode, split_model, stage_of
+from models.classifier import in_mode, split_model, stage_of
 from train import build_model, check_phases, train_and_evaluate
 from training import checkpoint
 from training.phase import Interrupted, carry_over
@@ -117,7 +117,7 @@ def test_views_follow_the_epochs(cache_dir):
 def test_a_head_needs_only_what_it_condenses_to(name, fields, size):
     """The head's input is drawn at random: the body before it is not needed."""
     model = create_model(name, 3, image_size=size, **fields)
-    set_mode(model, training=False)
+    model = in_mode(model, training=False)
     head = model.stages[-1]
     shape = {"resnet18": (2, 2, 2, 512), "vgg16": (2, 10, 10, 512), "vit_s16": (2, 5, 384)}[name]
     x = jax.random.normal(jax.random.key(0), shape)

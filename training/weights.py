@@ -1,0 +1,69 @@
+"""The weights that a finished run hands on, and those of runs that older versions trained."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from errors import UserError
+from models.weights.own import WEIGHTS, write_own
+from training import checkpoint
+
+
+def save_weights(
+    run_dir: Path,
+    arrays: dict[str, np.ndarray],
+    config: dict,
+    class_names: list[str],
+    summary: dict,
+) -> None:
+    """Writes `weights.safetensors`: a run's best weights, and all that using them takes.
+
+    Args:
+      run_dir: the run directory.
+      arrays: parameters and statistics by path.
+      config: content of `config.json`.
+      class_names: in the order of the logits.
+      summary: content of `summary.json`; read are model, image_size, preprocessing and reference.
+    """
+    fields = dict(summary["model"])
+    facts = {
+        "model": fields.pop("name"),
+        "fields": fields,
+        "preprocessing": summary["preprocessing"],
+        "num_classes": len(class_names),
+        "class_names": class_names,
+        "image_size": summary["image_size"],
+        "data": {key: config["data"][key] for key in ("resize", "interpolation", "background")},
+        "compute_dtype": config["compute_dtype"],
+        "reference": summary.get("reference", {}),
+        "began": config["weights"],
+        "source": "run:" + "/".join(run_dir.resolve().parts[-2:]),
+    }
+    write_own(run_dir / WEIGHTS, arrays, facts)
+
+
+def find_weights(run_dir: Path) -> Path:
+    """Returns the weights file of a complete run; one of an older version gets it now.
+
+    Raises:
+      UserError: it is no complete run, or its checkpoint cannot be read.
+    """
+    path = run_dir / WEIGHTS
+    if path.exists():
+        return path
+    try:
+        config, dataset, summary = (
+            json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("config", "dataset", "summary")
+        )
+        complete = summary["status"] == "complete"
+    except (OSError, ValueError, KeyError):
+        complete = False
+    found = checkpoint.find(run_dir / "checkpoints", "best") if complete else []
+    if not found:
+        raise UserError(f"run:{run_dir} is not the directory of a complete run")
+    stored, _ = checkpoint.restore_arrays(found[0])
+    arrays = {key.partition("/")[2]: array for key, array in stored.items()}
+    save_weights(run_dir, arrays, config, dataset["class_names"], summary)
+    return path
