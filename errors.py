@@ -1,4 +1,4 @@
-"""The one exception for mistakes that the user can mend."""
+"""The one exception for mistakes that the user can mend, and the one for a stop on demand."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class UserError(Exception):
 
     The message names the culprit, what was expected, and what to do.
     """
+
+
+class Interrupted(Exception):
+    """The work was asked to stop; what is saved can go on."""
 
 
 def choose(what: str, value: str, known: Iterable[str]) -> str:

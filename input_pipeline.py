@@ -17,11 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data.decoding import Decoded, decode_all
+from data.randomness import Purpose
 from data.sources import PARTS, Listing, list_source
 from data.splits import culprits, exact_duplicates, missing_parts, split_parts
 from errors import UserError
-
-SHUFFLE = 1  # names the use of a seed, so that no two uses draw the same numbers
 
 
 @dataclass
@@ -176,7 +175,7 @@ def batch_rows(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([SHUFFLE, seed, epoch]).permutation(count)
+    return np.random.default_rng([Purpose.ORDER, seed, epoch]).permutation(count)
 
 
 def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

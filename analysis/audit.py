@@ -22,9 +22,9 @@ from data.decoding import Decoded, decode_all
 from data.sources import Listing, list_source
 from errors import UserError
 from experiment.command import config_overrides, run_command
+from experiment.files import write_json
 from experiment.grid import expand
 from input_pipeline import PARTS, Dataset, exact_duplicates, load_dataset
-from training.recorder import write_json
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

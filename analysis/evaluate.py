@@ -21,7 +21,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from analysis.runs import FinishedRun, chosen_runs
 from errors import UserError
 from experiment.command import run_command
-from training.recorder import write_json
+from experiment.files import write_json
 
 BINS = 15  # of confidence, in the calibration error
 TEMPERATURES = (0.05, 20.0)  # the range searched; a perfect validation score would want 0

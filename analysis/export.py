@@ -37,12 +37,12 @@ from analysis.runs import FinishedRun, load_run
 from analysis.uncertainty import wilson
 from errors import UserError
 from experiment.command import run_command
+from experiment.files import plain, write_json
 from models import Classifier, create_model
 from models.classifier import split_model
 from models.weights.download import digest
 from models.weights.formats import read_metadata, write_safetensors
 from models.weights.published import PUBLISHED
-from training.recorder import plain, write_json
 
 WEIGHTS, CARD, MODEL = "model.safetensors", "README.md", "model.json"
 FORMAT = "archcompare model 1"  # of model.json; another number where its fields change

@@ -35,8 +35,8 @@ from analysis.page.section import Picture, Section
 from analysis.runs import FinishedRun, Groups, chosen_runs, group_runs
 from errors import UserError, choose
 from experiment.command import run_command
+from experiment.files import plain
 from models import Classifier
-from training.recorder import plain
 
 PARTS = ("filters", "features", "predictions", "curves", "cka")
 SELECTIONS = ("spread", "worst", "random")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from training.recorder import read_lines
+from experiment.files import read_lines
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ over the file's phases too, but for `--config.phase.<name>...`, which sets one p
 
 from ml_collections import ConfigDict
 
+from models import MODELS, fields_of
+
 
 def get_config(models: str = "") -> ConfigDict:
     """Returns the default experiment; `models` is a comma-separated choice ("" for the small)."""
@@ -72,7 +74,6 @@ def get_config(models: str = "") -> ConfigDict:
         "batch"  # of stages that train: batch | running (statistics stay as they are)
     )
     config.frozen_batch_norm = "running"  # of frozen stages; batch is a mistake, for ablations only
-    config.keep_optimizer = False  # whether a phase goes on with the moments of the one before it
     # An image is augmented in this many ways, epoch by epoch in turn; 0: anew every time. Stages
     # that are frozen are computed once a view and stored (see `runtime.feature_cache_mb`).
     config.augment_views = 0
@@ -162,21 +163,11 @@ def get_config(models: str = "") -> ConfigDict:
 
     # --- what differs from model to model -------------------------------------------------------
     per_model = config.per_model = ConfigDict()
-    per_model.linear = ConfigDict({"model": {}})
-    per_model.knn = ConfigDict({"model": {"metric": "l2", "max_k": 15}})
-    per_model.mlp = ConfigDict({"model": {"hidden": (256,), "dropout": 0.0}})
-    per_model.cnn = ConfigDict({"model": {"dropout": 0.0}})
-    per_model.cnn_deep = ConfigDict({"model": {"dropout": 0.1, "head_dropout": 0.5}})
-    # hidden: width of the two dense layers before the last; 0 for average pooling in their place.
-    for name in ("vgg16", "vgg16_bn", "vgg19"):
-        per_model[name] = ConfigDict({"model": {"hidden": 4096, "dropout": 0.5}})
-    for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
-        per_model[name] = ConfigDict({"model": {"dropout": 0.0}})
-    for name in ("efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3"):
-        per_model[name] = ConfigDict({"model": {"dropout": 0.2, "stochastic_depth": 0.2}})
-    per_model.mobilenet_v2 = ConfigDict({"model": {"dropout": 0.2}})
-    per_model.vit_s16 = ConfigDict({"model": {"dropout": 0.0}})
-    per_model.vit_b16 = ConfigDict({"model": {"dropout": 0.0}})
+    # Beside its architecture's own fields, in the section `model`, a model may differ in any field
+    # above. The defaults are those of the architecture: see models/<name>.py.
+    for name in MODELS:
+        fields = {field: value for field, value in fields_of(name).items() if field != "form"}
+        per_model[name] = ConfigDict({"model": fields})
 
     # --- how to run, never what to compute: may change between a run and its resumption ---------
     runtime = config.runtime = ConfigDict()

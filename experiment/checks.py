@@ -1,11 +1,12 @@
 """What the fields of a run's config may be."""
 
 import math
+import re
 
 from ml_collections import ConfigDict
 
 from errors import UserError, choose
-from experiment.fields import lookup, phase_config, phase_names
+from experiment.fields import flatten, phase_config, phase_names
 from models.classifier import MISTAKES
 
 CHOICES = {
@@ -23,98 +24,78 @@ CHOICES = {
     "loss.name": ("cross_entropy", "hinge"),
     "runtime.feed": ("auto", "resident", "streaming"),
 }
-# field: (lowest, highest, whether the lowest itself is allowed, likewise the highest)
+# Intervals; a round bracket leaves its end out.
 RANGES = {
-    "data.image_size": (1, 4096, True, True),
-    "data.split_seed": (0, 2**31, True, False),
-    "layer_decay": (0, 1, False, True),
-    "augment_views": (0, 10**6, True, True),
-    "epochs": (1, 10**6, True, True),
-    "batch_size": (1, 10**6, True, True),
-    "eval_batch_size": (1, 10**6, True, True),
-    "optimizer.learning_rate": (0, math.inf, False, False),
-    "optimizer.momentum": (0, 1, True, False),
-    "optimizer.b1": (0, 1, True, False),
-    "optimizer.b2": (0, 1, True, False),
-    "optimizer.weight_decay": (0, math.inf, True, False),
-    "optimizer.l1": (0, math.inf, True, False),
-    "optimizer.clip_norm": (0, math.inf, True, False),
-    "schedule.warmup_epochs": (0, 10**6, True, True),
-    "schedule.end_factor": (0, 1, True, True),
-    "schedule.factor": (0, 1, False, False),
-    "schedule.patience": (1, 10**6, True, True),
-    "loss.label_smoothing": (0, 1, True, False),
-    "ema_decay": (0, 1, True, False),
-    "eval_every_epochs": (1, 10**6, True, True),
-    "early_stopping_patience": (0, 10**6, True, True),
-    "augment.rotation": (0, 180, True, True),
-    "augment.zoom": (0, 1, True, False),
-    "augment.shift": (0, 1, True, True),
-    "augment.brightness": (0, 1, True, True),
-    "augment.contrast": (0, 1, True, True),
-    "augment.saturation": (0, 1, True, True),
-    "augment.mixup": (0, math.inf, True, False),
-    "augment.cutmix": (0, math.inf, True, False),
-    "runtime.resident_limit_mb": (0, math.inf, True, True),
-    "runtime.feature_cache_mb": (0, math.inf, True, True),
-    "runtime.checkpoint_every_seconds": (0, math.inf, True, True),
-    "runtime.log_every_steps": (1, 10**9, True, True),
+    "data.image_size": "[1, 4096]",
+    "data.split_seed": "[0, 2147483648)",
+    "layer_decay": "(0, 1]",
+    "augment_views": "[0, 1e6]",
+    "epochs": "[1, 1e6]",
+    "batch_size": "[1, 1e6]",
+    "eval_batch_size": "[1, 1e6]",
+    "optimizer.learning_rate": "(0, inf)",
+    "optimizer.momentum": "[0, 1)",
+    "optimizer.b1": "[0, 1)",
+    "optimizer.b2": "[0, 1)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.l1": "[0, inf)",
+    "optimizer.clip_norm": "[0, inf)",
+    "schedule.warmup_epochs": "[0, 1e6]",
+    "schedule.end_factor": "[0, 1]",
+    "schedule.factor": "(0, 1)",
+    "schedule.patience": "[1, 1e6]",
+    "loss.label_smoothing": "[0, 1)",
+    "ema_decay": "[0, 1)",
+    "eval_every_epochs": "[1, 1e6]",
+    "early_stopping_patience": "[0, 1e6]",
+    "augment.rotation": "[0, 180]",
+    "augment.zoom": "[0, 1)",
+    "augment.shift": "[0, 1]",
+    "augment.brightness": "[0, 1]",
+    "augment.contrast": "[0, 1]",
+    "augment.saturation": "[0, 1]",
+    "augment.mixup": "[0, inf)",
+    "augment.cutmix": "[0, inf)",
+    "runtime.resident_limit_mb": "[0, inf]",
+    "runtime.feature_cache_mb": "[0, inf]",
+    "runtime.checkpoint_every_seconds": "[0, inf]",
+    "runtime.log_every_steps": "[1, 1e9]",
 }
 
 
-def validate(config: ConfigDict) -> None:
+def check_config(config: ConfigDict) -> None:
     """Checks one run's config and each of its phases; needs neither data nor devices.
 
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    _validate(config)
+    _check(config)
     for name in phase_names(config):
         try:
-            _validate(phase_config(config, name))
+            _check(phase_config(config, name))
         except UserError as error:
             raise UserError(f"in phase {name}: {error}") from error
 
 
-def _validate(config: ConfigDict) -> None:
+def _check(config: ConfigDict) -> None:
+    values = flatten(config)
     for path, known in CHOICES.items():
-        choose(f"config.{path}", lookup(config, path, "config"), known)
-    for path, (low, high, low_allowed, high_allowed) in RANGES.items():
-        value = lookup(config, path, "config")
-        inside = (low <= value if low_allowed else low < value) and (
-            value <= high if high_allowed else value < high
-        )
-        if not inside:  # also when it is nan
-            below, above = ("<=" if allowed else "<" for allowed in (low_allowed, high_allowed))
-            raise UserError(
-                f"config.{path}={value} is out of range: need {low} {below} value {above} {high}"
-            )
+        choose(f"config.{path}", values[path], known)
+    for path, interval in RANGES.items():
+        _check_range(path, values[path], interval)
+    _check_data(config.data)
     if config.augment_views and (config.augment.mixup or config.augment.cutmix):
         raise UserError(
             f"config.augment_views={config.augment_views} stores views of single images: set "
             "augment.mixup and augment.cutmix to 0 there, or augment_views to 0"
         )
-    split = tuple(config.data.split)
-    if len(split) not in (2, 3) or any(not 0 < part < 1 for part in split):
-        raise UserError(f"config.data.split={split}: give two or three fractions between 0 and 1")
-    if abs(sum(split) - 1) > 1e-6:
-        raise UserError(f"config.data.split={split} sums to {sum(split):g}; it must sum to 1")
-    if config.data.source != "digits" and not config.data.path:
-        raise UserError(
-            f"config.data.path is empty: say where the {config.data.source} data lies, "
-            "with --config.data.path=..."
-        )
-    background = tuple(config.data.background)
-    if len(background) != 3 or any(not 0 <= value <= 255 for value in background):
-        raise UserError(f"config.data.background={background}: give three numbers from 0 to 255")
-    low, high = config.augment.crop_area
-    if not 0 < low <= high <= 1:
-        raise UserError(
-            f"config.augment.crop_area={(low, high)}: need 0 < smallest <= largest <= 1"
-        )
-    low, high = config.augment.crop_aspect
-    if not 0 < low <= high < math.inf:
-        raise UserError(f"config.augment.crop_aspect={(low, high)}: need 0 < smallest <= largest")
+    for field, highest in (("crop_area", 1), ("crop_aspect", math.inf)):
+        low, high = config.augment[field]
+        if not 0 < low <= high <= highest or math.isinf(high):
+            limit = " <= 1" if highest == 1 else ""
+            raise UserError(
+                f"config.augment.{field}={(low, high)}: need 0 < smallest <= largest{limit}"
+            )
     mixes_labels = config.loss.label_smoothing or config.augment.mixup or config.augment.cutmix
     if config.loss.name == "hinge" and mixes_labels:
         raise UserError(
@@ -123,16 +104,32 @@ def _validate(config: ConfigDict) -> None:
         )
 
 
-def validate_compare(compare: ConfigDict, models: list[str]) -> None:
-    """Checks `config.compare`, so that a mistake in it is found before training rather than after.
+def _check_range(path: str, value: float, interval: str) -> None:
+    """Raises a UserError for a value outside an interval such as "(0, 1]", or for NaN."""
+    low, high = map(float, re.findall(r"[\d.e]+|inf", interval))
+    above = value > low or (interval[0] == "[" and value == low)
+    below = value < high or (interval[-1] == "]" and value == high)
+    if not (above and below):
+        raise UserError(f"config.{path}={value} is out of range: it must lie in {interval}")
 
-    Args:
-      compare: that section of an experiment's config.
-      models: names in the grid.
 
-    Raises:
-      UserError: names the field, its value and what is allowed.
-    """
+def _check_data(data: ConfigDict) -> None:
+    split, background = tuple(data.split), tuple(data.background)
+    if len(split) not in (2, 3) or any(not 0 < part < 1 for part in split):
+        raise UserError(f"config.data.split={split}: give two or three fractions between 0 and 1")
+    if abs(sum(split) - 1) > 1e-6:
+        raise UserError(f"config.data.split={split} sums to {sum(split):g}; it must sum to 1")
+    if data.source != "digits" and not data.path:
+        raise UserError(
+            f"config.data.path is empty: say where the {data.source} data lies, "
+            "with --config.data.path=..."
+        )
+    if len(background) != 3 or any(not 0 <= value <= 255 for value in background):
+        raise UserError(f"config.data.background={background}: give three numbers from 0 to 255")
+
+
+def check_compare(compare: ConfigDict, models: list[str]) -> None:
+    """Checks `config.compare` for models of the grid: before training rather than after it."""
     choose("config.compare.seed_interval", compare.seed_interval, ("t", "bootstrap"))
     if compare.baseline:
         choose("config.compare.baseline", compare.baseline, models)

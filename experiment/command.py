@@ -1,7 +1,6 @@
-"""The frame of every command: flags, and mistakes that print one message."""
+"""The frame of every command: flags, arguments, and mistakes that print one message."""
 
 import difflib
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from configs import base
 from errors import UserError
+from experiment.fields import flatten
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
@@ -62,14 +63,27 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except Exception as error:  # noqa: BLE001
         text = str(error.__cause__ if isinstance(error.__cause__, UserError) else error)
-        hint = re.search(r'Did you mean "([\w.]+)" instead of "([\w.]+)"', text)
-        if isinstance(error, (AttributeError, KeyError)) and "--config." in " ".join(argv):
-            known = f'{hint[2]!r}. Did you mean "{hint[1]}"?' if hint else text.strip("\"'") + "."
-            text = f"no such config field: {known} Every field is explained in configs/base.py."
         if isinstance(error, flags.UnrecognizedFlagError):
-            near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
-            text = f"no such option: --{error.flagname}." + (
-                f" Did you mean --{near[0]}?" if near else ""
-            )
+            text = f"no such option: --{error.flagname}." + _nearest(error.flagname, flags.FLAGS)
+        elif isinstance(error, (AttributeError, KeyError)):
+            text = _unknown_field(argv) or text
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _unknown_field(argv: list[str]) -> str:
+    """Returns what is wrong with the first --config.field that does not exist, or ""."""
+    given = [a[9:].partition("=")[0] for a in argv if a.startswith("--config.")]
+    known = flatten(base.get_config())
+    for path in given:
+        if path not in known:
+            return (
+                f"no such config field: {path!r}.{_nearest(path, known)} "
+                "Every field is explained in configs/base.py."
+            )
+    return ""
+
+
+def _nearest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,7 +1,6 @@
-"""From one config to a grid of checked runs: expansion, validation, command-line errors."""
+"""From one config to a grid of checked runs: models x variants x sweep x seeds."""
 
 import itertools
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +9,22 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from errors import UserError, choose
-from experiment.checks import validate, validate_compare
+from experiment.checks import check_compare, check_config
 from experiment.fields import (
+    assign,
     flatten,
-    lookup,
-    merge,
-    override,
+    get,
     parse,
     phase_names,
     stored_config,
+    unflatten,
 )
-from models import MODELS
+from experiment.files import read_json
+from models import MODELS, fields_of
 
 GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
+# Fields that older versions stored, and the value under which a run is the same without them.
+RETIRED = {"keep_optimizer": False}
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,23 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
     Raises:
       UserError: an unknown model or field, or a value out of range.
     """
-    overrides = overrides or {}
     models = [name.strip() for item in config.models for name in item.split(",")]
+    _check_grid(config, models)
+    runs = []
+    for model, variant in itertools.product(models, _variants(config)):
+        settings = _run_config(config, model, variant, overrides or {})
+        check_config(settings)
+        suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
+        for seed in config.seeds:
+            run_config = ConfigDict(settings.to_dict())
+            run_config.seed = seed
+            runs.append(Run(f"{model}/seed{seed}" + (f"_{suffix}" if suffix else ""), run_config))
+    if len({run.name for run in runs}) < len(runs):
+        raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
+    return runs
+
+
+def _check_grid(config: ConfigDict, models: list[str]) -> None:
     for what, values in (("models", models), ("seeds", list(config.seeds))):
         if not values:
             raise UserError(f"config.{what} is empty: name at least one")
@@ -55,73 +72,79 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
     for seed in config.seeds:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
             raise UserError(f"config.seeds: {seed!r} is not a whole number from 0 to 2**31 - 1")
-
-    validate_compare(config.compare, models)
-    runs = []
-    variants = config.variants.to_dict() or {"": {}}
-    for name, variant, point in itertools.product(models, variants, _sweep_points(config.sweep)):
-        settings = _model_config(config, name, overrides)
-        for path, value in flatten(variants[variant]).items():
-            override(settings, path, value, f"variants.{variant}")
-        for path, text in point:
-            value = parse(text, lookup(settings, path, "sweep"), path)
-            override(settings, path, value, "sweep")
-        swept = [f"{path.split('.')[-1]}={text}" for path, text in point]
-        settings.variant = ", ".join(filter(None, [variant, *swept]))
-        _resolve_phases(settings)
-        validate(settings)
-        suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
-        for seed in config.seeds:
-            run_config = ConfigDict(settings.to_dict())
-            run_config.seed = seed
-            runs.append(Run(f"{name}/seed{seed}" + (f"_{suffix}" if suffix else ""), run_config))
-    if len({run.name for run in runs}) < len(runs):
-        raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
-    return runs
+    check_compare(config.compare, models)
 
 
-def _resolve_phases(settings: ConfigDict) -> None:
-    """Replaces phases="auto", and drops the sections of phases that do not take part."""
+@dataclass(frozen=True)
+class Variant:
+    """A named set of changes: one of `config.variants` at one point of the sweep."""
+
+    name: str
+    changes: dict[str, Any]  # by dotted path
+    swept: dict[str, str]  # likewise, as text
+
+
+def _variants(config: ConfigDict) -> list[Variant]:
+    """Returns every named variant at every point of the sweep "a.b=1,2; c=x,y"."""
+    axes = []
+    for part in filter(None, (part.strip() for part in config.sweep.split(";"))):
+        path, equals, values = (text.strip() for text in part.partition("="))
+        if not equals or not values:
+            raise UserError(f"config.sweep: {part!r} is not of the form field=value,value")
+        axes.append([(path, value.strip()) for value in values.split(",")])
+    variants = []
+    for name, changes in (config.variants.to_dict() or {"": {}}).items():
+        for point in itertools.product(*axes):
+            texts = [f"{path.split('.')[-1]}={value}" for path, value in point]
+            name_of_point = ", ".join(filter(None, [name, *texts]))
+            variants.append(Variant(name_of_point, flatten(changes), dict(point)))
+    return variants
+
+
+def _run_config(
+    config: ConfigDict, model: str, variant: Variant, overrides: dict[str, Any]
+) -> ConfigDict:
+    """Returns the config of one model and variant, without a seed; see configs/base.py."""
+    settings = ConfigDict({k: v for k, v in config.to_dict().items() if k not in GRID_FIELDS})
+    settings.model = ConfigDict({k: v for k, v in fields_of(model).items() if k != "form"})
+    settings.model.name, settings.variant = model, variant.name
+    phases = {name: flatten(section) for name, section in settings.phase.items()}
+
+    def apply(changes: dict[str, Any], where: str, over_phases: bool = True) -> None:
+        """Sets fields; a field for the whole run wins over phases unless a change names one."""
+        for path, value in sorted(changes.items(), key=lambda item: item[0].startswith("phase.")):
+            if path.startswith("phase."):
+                _, name, field = path.split(".", 2)
+                phases.setdefault(name, {})[field] = value
+                continue
+            assign(settings, path, value, where)
+            for phase in phases.values() if over_phases else ():
+                phase.pop(path, None)
+
+    prefix = f"per_model.{model}."
+    # An element, as in `data.split[0]`, has been set in the config already.
+    overrides = {path: value for path, value in overrides.items() if "[" not in path}
+    for_all = {p: value for p, value in overrides.items() if p.split(".")[0] not in GRID_FIELDS}
+    for_model = {p[len(prefix) :]: value for p, value in overrides.items() if p.startswith(prefix)}
+    apply(flatten(config.per_model.get(model, {})), f"per_model.{model}", over_phases=False)
+    apply(flatten(for_all), "command line")
+    apply(flatten(for_model), "command line")
+    apply(variant.changes, f"variants.{variant.name}")
+    swept = {}
+    for path, text in variant.swept.items():
+        field = path.split(".", 2)[2] if path.startswith("phase.") else path
+        swept[path] = parse(text, get(settings, field, "sweep"), path)
+    apply(swept, "sweep")
+
     if settings.phases == "auto":
         settings.phases = "all" if settings.weights == "none" else "head,tune"
     names = phase_names(settings)
     if not names or len(set(names)) < len(names):
         raise UserError(f"config.phases={settings.phases!r}: name each phase once, at least one")
     for name in names:
-        choose("config.phases", name, settings.phase.keys())
-    settings.phase = ConfigDict({name: settings.phase[name].to_dict() for name in names})
-
-
-def _model_config(config: ConfigDict, name: str, overrides: dict[str, Any]) -> ConfigDict:
-    """Returns the config of one model, before sweep and seed."""
-    settings = ConfigDict({k: v for k, v in config.to_dict().items() if k not in GRID_FIELDS})
-    prefix = f"per_model.{name}."
-    specific = ConfigDict(config.per_model.get(name, {})).to_dict()
-    settings.model.update(specific.pop("model", {}))
-    merge(settings, specific, f"per_model.{name}")
-    by_phase_last = sorted(overrides.items(), key=lambda item: "phase." in item[0])
-    for path, value in by_phase_last:
-        if path.split(".")[0].split("[")[0] not in GRID_FIELDS and "[" not in path:
-            override(settings, path, value, "command line")
-    for path, value in by_phase_last:
-        if path.startswith(prefix):
-            override(settings, path.removeprefix(prefix), value, "command line")
-    settings.model.name = name
+        choose("config.phases", name, phases)
+    settings.phase = ConfigDict({name: unflatten(phases[name]) for name in names})
     return settings
-
-
-def _sweep_points(sweep: str) -> list[list[tuple[str, str]]]:
-    """Parses "a.b=1,2; c=x,y" into every combination of (path, value)."""
-    axes = []
-    for part in filter(None, (part.strip() for part in sweep.split(";"))):
-        path, equals, values = (text.strip() for text in part.partition("="))
-        if not equals or not values:
-            raise UserError(f"config.sweep: {part!r} is not of the form field=value,value")
-        axes.append([(path, value.strip()) for value in values.split(",")])
-    return [list(point) for point in itertools.product(*axes)]
-
-
-# --- a run directory and its config -------------------------------------------------------------
 
 
 def check_run_dir(run: Run, workdir: Path) -> None:
@@ -136,15 +159,16 @@ def check_run_dir(run: Run, workdir: Path) -> None:
     if not path.exists():
         return
     try:
-        old = flatten(json.loads(path.read_text()))
+        stored = flatten(read_json(path))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete {path.parent}") from error
-    new = flatten(stored_config(run.config))
-    missing = object()
+    asked, missing = flatten(stored_config(run.config)), object()
     lines = [
-        f"  {key}: stored {old.get(key, 'nothing')!r}, now {new.get(key, 'nothing')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if not key.startswith("runtime.") and old.get(key, missing) != new.get(key, missing)
+        f"  {key}: stored {stored.get(key, 'nothing')!r}, now {asked.get(key, 'nothing')!r}"
+        for key in sorted(stored.keys() | asked.keys())
+        if not key.startswith("runtime.")
+        and stored.get(key, missing) != asked.get(key, missing)
+        and not (key in RETIRED and stored.get(key) == RETIRED[key])
     ]
     if lines:
         raise UserError(
@@ -154,11 +178,7 @@ def check_run_dir(run: Run, workdir: Path) -> None:
 
 
 def shard(runs: list[Run], text: str) -> list[Run]:
-    """Returns every n-th run for "i/n", i counted from 0; all of them for "".
-
-    Raises:
-      UserError: the text is of another form, or i is not below n.
-    """
+    """Returns every n-th run for "i/n", i counted from 0; all of them for ""."""
     if not text:
         return runs
     match = re.fullmatch(r"(\d+)/(\d+)", text)

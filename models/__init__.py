@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,14 @@ MODELS: dict[str, type[Classifier]] = {
     "vit_b16": VitB16,
 }
 
-__all__ = ["MODELS", "Classifier", "Preprocessing", "create_model"]
+__all__ = ["MODELS", "Classifier", "Preprocessing", "create_model", "fields_of"]
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """Returns an architecture's own fields with their defaults, such as {"dropout": 0.0}."""
+    common = {"self", "num_classes", "image_size", "dtype", "rngs"}
+    parameters = inspect.signature(MODELS[name].__init__).parameters
+    return {key: p.default for key, p in parameters.items() if key not in common}
 
 
 def create_model(
@@ -76,8 +84,7 @@ def create_model(
     architecture = MODELS[choose("model", name, MODELS)]
     if num_classes < 2:
         raise UserError(f"{name} needs at least two classes to tell apart, got {num_classes}")
-    given = {"self", "num_classes", "image_size", "dtype", "rngs"}
-    known = [key for key in inspect.signature(architecture.__init__).parameters if key not in given]
+    known = fields_of(name)
     for field in fields:
         if field not in known:
             raise UserError(f"{name} has no field {field!r}; it has {', '.join(known) or 'none'}")

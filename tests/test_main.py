@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 import main
 from errors import UserError
 from experiment.grid import Run
+from experiment.queue import prepare_workdir
 from tests.conftest import ROOT, paint
 
 DIGITS = (
@@ -67,9 +67,7 @@ def wait_for_checkpoint(process, workdir, step):
     """Waits until a checkpoint of at least this step is whole."""
     folder, limit = workdir / "cnn" / "seed0" / "checkpoints", time.monotonic() + 120
     while time.monotonic() < limit and process.poll() is None:
-        found = [
-            int(p.name[7:]) for p in folder.glob("latest-*") if re.fullmatch(r"latest-\d+", p.name)
-        ]
+        found = [int(path.name) for path in folder.glob("latest/*") if path.name.isdigit()]
         if found and max(found) >= step:
             return
         time.sleep(0.01)
@@ -108,7 +106,7 @@ def test_sigterm_saves_and_exits_with_75(uninterrupted, tmp_path, cache_dir):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "the state is saved" in output
-    assert list((tmp_path / "cnn/seed0/checkpoints").glob("latest-*"))
+    assert list((tmp_path / "cnn/seed0/checkpoints").glob("latest/*"))
     assert run(tmp_path, cache_dir, *SLOW).returncode == 0
     assert np.array_equal(logits(tmp_path), logits(uninterrupted[0]))
 
@@ -166,14 +164,14 @@ def test_shards_and_failures(tmp_path, cache_dir, make_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config.optimizer.learning_rat=1",), 'Did you mean "learning_rate"'),
+        (("--config.optimizer.learning_rat=1",), "Did you mean 'optimizer.learning_rate'"),
         (("--config.epochs=many",), "--config.epochs=many"),
         (("--config.optimizer.learning_rate=nan",), "learning_rate=nan is out of range"),
         (("--config.data.source=folder", "--config.data.path=/no/such/folder"), "does not exist"),
         (("--config.compare.seed_interval=z",), "choose one of t, bootstrap"),
         (("--config.compare.baseline=cn",), "Did you mean 'cnn'"),
         (("--shard=4/4",), "0 <= i < n"),
-        (("--confg=x",), "Did you mean --config"),
+        (("--confg=x",), "Did you mean 'config'"),
     ],
 )
 def test_mistakes_end_with_one_message(tmp_path, cache_dir, arguments, message):
@@ -193,11 +191,11 @@ def test_a_missing_config_is_named(tmp_path, cache_dir):
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        main.prepare_workdir(tmp_path / "file" / "w")
+        prepare_workdir(tmp_path / "file" / "w")
     if os.getuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
         with pytest.raises(UserError, match="change its permissions"):
-            main.prepare_workdir(tmp_path / "locked")
+            prepare_workdir(tmp_path / "locked")
 
 
 def test_data_mistakes_come_before_any_run(digits_run, tmp_path, make_folder):

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss
 
-from errors import UserError
+from errors import Interrupted, UserError
+from experiment.files import read_lines
 from input_pipeline import load_dataset
 from models.classifier import merge_model
+from models.weights.own import read_own
 from tests.conftest import ROOT
 from train import build_model, train_and_evaluate
 from training import checkpoint, phase
-from training.phase import Interrupted, next_pause
-from training.recorder import read_lines
+from training.phase import next_pause
 
 
 def predictions(run_dir, part="test"):
@@ -44,7 +45,7 @@ def test_a_run_directory_holds_what_the_analysis_needs(linear):
     assert names >= {
         "config.json", "environment.json", "dataset.json", "metrics.jsonl", "checkpoints",
         "summary.json", "predictions_validation.npz", "predictions_test.npz", "tensorboard",
-        "augmented_batch.png",
+        "augmented_batch.png", "weights.safetensors",
     }  # fmt: skip
     stored = json.loads((run_dir / "summary.json").read_text())
     assert stored["status"] == summary["status"] == "complete"
@@ -71,17 +72,20 @@ def test_metrics_are_those_of_the_saved_predictions(linear):
         assert measured["loss"] == pytest.approx(theirs, rel=1e-4)
 
 
-def test_the_best_checkpoint_gives_the_saved_predictions(linear):
+def test_the_best_weights_give_the_saved_predictions(linear):
     config, run_dir, summary = linear
     validation = lines(run_dir, "validation")
     best = min(validation, key=lambda line: line["loss"])
     assert summary["best_step"] == best["step"]
     assert summary["metrics"]["validation"]["loss"] == pytest.approx(best["loss"])
-    arrays, record = checkpoint.restore_arrays(checkpoint.find(run_dir / "checkpoints", "best")[0])
-    assert record["step"] == best["step"]
-    model = build_model(config, 10)
+    arrays, content = checkpoint.restore(run_dir / f"checkpoints/best/{best['step']}")
+    assert content["step"] == best["step"]
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    merged = merge_model(model, params, {})
+    handed_on = read_own(run_dir)
+    assert handed_on["class_names"] == [str(i) for i in range(10)]
+    assert handed_on["arrays"].keys() == params.keys()
+    assert all(np.array_equal(array, params[k]) for k, array in handed_on["arrays"].items())
+    merged = merge_model(build_model(config, 10), params, {})
     dataset = load_dataset(config.data, config.runtime.cache_dir)
     logits = merged(merged.preprocess(dataset.images("test")))
     np.testing.assert_allclose(logits, predictions(run_dir)["logits"], atol=1e-4)
@@ -163,7 +167,7 @@ def test_a_damaged_checkpoint_is_passed_over(digits_run, tmp_path, capsys):
     calls = iter(range(1000))
     with pytest.raises(Interrupted):
         train_and_evaluate(config, tmp_path / "run", lambda: next(calls) == 60)
-    newest = checkpoint.find(tmp_path / "run" / "checkpoints", "latest")[0]
+    (newest,) = (tmp_path / "run/checkpoints/latest").glob("[0-9]*")
     for file in newest.rglob("*"):
         if file.is_file() and "/d/" in str(file):
             file.write_bytes(b"broken")
@@ -229,7 +233,7 @@ def test_l1_makes_small_kernels(digits_run, tmp_path):
     for l1 in (0.0, 0.01):
         run_dir = tmp_path / str(l1)
         train_and_evaluate(digits_run("linear", epochs=4, optimizer__l1=l1), run_dir)
-        arrays, _ = checkpoint.restore_arrays(checkpoint.find(run_dir / "checkpoints", "best")[0])
+        arrays = read_own(run_dir)["arrays"]
         sums.append(sum(np.abs(a).sum() for k, a in arrays.items() if k.endswith("kernel")))
     assert sums[1] < 0.7 * sums[0]
 
@@ -239,8 +243,7 @@ def test_knn_runs_without_training(digits_run, tmp_path):
     assert summary["metrics"]["test"]["accuracy"] > 0.97
     assert summary["cost"]["train_images_per_second"] is None
     assert summary["cost"]["flops_per_image"] == 2 * 1163 * 192
-    arrays, _ = checkpoint.restore_arrays(checkpoint.find(tmp_path / "checkpoints", "best")[0])
-    assert arrays["stats/stages.0.images"].shape == (1163, 192)
+    assert read_own(tmp_path)["arrays"]["stages.0.images"].shape == (1163, 192)
 
 
 def test_wrong_class_weights_are_named(digits_run, tmp_path):

@@ -1,15 +1,8 @@
-"""Orbax behind a few functions: checkpoints that are whole, verified, and kept until replaced.
+"""Orbax behind a few functions: checkpoints that are whole, verified, and kept until replaced."""
 
-A checkpoint is a folder `<kind>-<step>` of named arrays and a small JSON record. Orbax writes it
-under a temporary name and renames it, so a kill at any moment leaves whole checkpoints only.
-"""
-
-import functools
 import hashlib
 import logging
-import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,82 +12,91 @@ import orbax.checkpoint as ocp
 
 from errors import UserError
 
+KEPT = {"latest": 1, "best": 2}  # the older best belongs to the latest state until that is saved
+# A failed write is raised to us; Orbax reports each of its parts again in the log.
+logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+
 
 class CheckpointError(UserError):
     """A checkpoint could not be written or read; the message names its path."""
 
 
-def path_of(directory: Path, kind: str, step: int) -> Path:
-    """Returns the folder of a checkpoint."""
-    return directory.resolve() / f"{kind}-{step:09d}"
+class Checkpoints:
+    """The latest state of a run, to go on from, and its best weights so far.
 
-
-def save(directory: Path, kind: str, step: int, tree: Any, record: dict) -> Path:
-    """Writes `<directory>/<kind>-<step>` and returns its path when it is safely there.
-
-    A checkpoint of that step that is already there is kept: a resumed run comes past the same step
-    with the same arrays.
-
-    Args:
-      directory: of the run's checkpoints.
-      kind: such as "latest" or "best".
-      step: names the folder.
-      tree: nested dictionaries, tuples and dataclasses of arrays.
-      record: plain values, stored as JSON beside them.
-
-    Raises:
-      CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    Each is a folder `<directory>/<kind>/<step>` of named arrays and a small JSON record, which
+    Orbax writes under a temporary name: a kill at any moment leaves whole ones only.
     """
-    path = path_of(directory, kind, step)
-    if path.exists():
-        return path
-    arrays = {name: np.asarray(value) for name, value in flat(jax.device_get(tree)).items()}
-    content = {"record": record, "digests": {name: _digest(a) for name, a in arrays.items()}}
-    items = ocp.args.Composite(
-        arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(content)
-    )
-    try:
-        _checkpointer().save(path, items)
-    except Exception as error:  # noqa: BLE001 - a full disk surfaces as OSError, ValueError, ...
-        for half in directory.glob(f"{path.name}.orbax*"):
-            shutil.rmtree(half, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write the checkpoint {path}: {_reason(error)}\n"
-            "Earlier checkpoints are untouched: make room or mend the disk, and run the same "
-            "command again to go on from them."
-        ) from error
-    return path
 
+    def __init__(self, directory: Path):
+        self.directory, self.managers = directory.resolve(), {}
+        for kind, count in KEPT.items():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=count, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            )
+            self.managers[kind] = ocp.CheckpointManager(self.directory / kind, options=options)
 
-def fit(template: Any, arrays: dict[str, np.ndarray], path: Path) -> Any:
-    """Returns the arrays of the checkpoint at `path` in the structure of `template`.
+    def save(self, kind: str, step: int, tree: Any, record: dict) -> None:
+        """Saves arrays and returns when they are safe; a step that is there already is kept.
 
-    Raises:
-      UserError: it holds other arrays than the template.
-    """
-    names = list(flat(template))
-    if set(names) != set(arrays):
-        different = sorted(set(names) ^ set(arrays))[:5]
-        raise UserError(
-            f"{path} was written by other code: {', '.join(different)} ... are on one side only. "
-            f"Use that code, or delete {path.parent} to train anew"
+        Args:
+          kind: "latest" or "best".
+          step: of training.
+          tree: nested dictionaries, tuples and dataclasses of arrays.
+          record: plain values, stored as JSON beside them.
+
+        Raises:
+          CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
+        """
+        manager = self.managers[kind]
+        if step in manager.all_steps():
+            return
+        arrays = {name: np.asarray(value) for name, value in flat(jax.device_get(tree)).items()}
+        content = {"record": record, "digests": {name: _digest(a) for name, a in arrays.items()}}
+        items = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(content)
         )
-    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names])
+        try:
+            manager.save(step, args=items, force=True)
+        except Exception as error:  # noqa: BLE001 - a full disk surfaces as OSError, ValueError, ...
+            raise CheckpointError(
+                f"cannot write the checkpoint {self.directory / kind / str(step)}: "
+                f"{_reason(error)}\nEarlier checkpoints are untouched: make room or mend the disk, "
+                "and run the same command again to go on from them."
+            ) from error
+
+    def path(self, kind: str, step: int) -> Path:
+        """Returns the folder of a checkpoint."""
+        return self.directory / kind / str(step)
+
+    def steps(self, kind: str) -> list[int]:
+        """Returns the steps of the whole checkpoints of a kind, newest first."""
+        return sorted(self.managers[kind].all_steps(), reverse=True)
+
+    def delete(self, kind: str, step: int) -> None:
+        """Deletes a checkpoint, damaged or not."""
+        shutil.rmtree(self.path(kind, step), ignore_errors=True)
+        self.managers[kind].reload()
+
+    def close(self) -> None:
+        """Ends Orbax' threads."""
+        for manager in self.managers.values():
+            manager.close()
 
 
-def restore_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Reads a checkpoint without a template: {"params/stages.0.kernel": array}, and its record.
+def restore(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """Reads a checkpoint: {"params/stages.0.kernel": array, ...}, and its record.
 
     Raises:
       CheckpointError: it is damaged.
     """
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     try:
-        loaded = _checkpointer().restore(path.resolve(), items)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            loaded = checkpointer.restore(path.resolve(), items)
         arrays = {name: np.asarray(value) for name, value in loaded.arrays.items()}
-        wrong = [
-            n for n, digest in loaded.record["digests"].items() if _digest(arrays[n]) != digest
-        ]
+        digests = loaded.record["digests"].items()
+        wrong = [name for name, digest in digests if _digest(arrays[name]) != digest]
     except Exception as error:  # noqa: BLE001 - damage surfaces as many types
         raise CheckpointError(f"cannot read the checkpoint {path}: {_reason(error)}") from error
     if wrong:
@@ -102,39 +104,22 @@ def restore_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     return arrays, loaded.record["record"]
 
 
-def find(directory: Path, kind: str) -> list[Path]:
-    """Returns the whole checkpoints of a kind, newest first."""
-    found = (p for p in directory.glob(f"{kind}-*") if re.fullmatch(rf"{kind}-\d+", p.name))
-    return sorted(found, reverse=True)
-
-
-def keep(directory: Path, paths: list[Path]) -> None:
-    """Deletes every other checkpoint, and whatever an interrupted save left behind."""
-    names = {path.name for path in paths}
-    for path in directory.iterdir():
-        if path.name not in names:
-            shutil.rmtree(path, ignore_errors=True)
+def fit(template: Any, arrays: dict[str, np.ndarray], directory: Path) -> Any:
+    """Returns arrays of a checkpoint in the structure of `template`; raises UserError if others."""
+    names = list(flat(template))
+    if set(names) != set(arrays):
+        different = sorted(set(names) ^ set(arrays))[:5]
+        raise UserError(
+            f"{directory} was written by other code: {', '.join(different)} ... are on one side "
+            "only. Use that code, or delete that folder to train anew"
+        )
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[n] for n in names])
 
 
 def flat(tree: Any) -> dict[str, Any]:
     """Returns {path: leaf} for a nested tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
-
-
-@functools.cache
-def _checkpointer() -> ocp.Checkpointer:
-    # A failed write is raised to us; its parts report it again, one by one, by way of Orbax's log
-    # and of an event loop that is closed.
-    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    usual = sys.unraisablehook
-
-    def quiet(unraisable) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            usual(unraisable)
-
-    sys.unraisablehook = quiet
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler())
 
 
 def _reason(error: Exception) -> str:

@@ -11,13 +11,12 @@ from clu import metrics
 from ml_collections import ConfigDict
 
 from data.augmentation import augment
+from data.randomness import view_key
 from errors import UserError
 from input_pipeline import Dataset
 from models import Classifier
 from models.classifier import in_mode, merge_model, split_model, stage_of
 from training.optimizer import l1_penalty, make_plateau
-
-VIEWS = 2**32 - 2**16  # names the use of a run's key for stored views, beyond any step
 
 
 @flax.struct.dataclass
@@ -85,7 +84,7 @@ def augment_views(
     Returns:
       [B, H, W, 3] float32 in 0..255.
     """
-    key = jax.random.fold_in(key, VIEWS)
+    key = view_key(key)
 
     def one(image: jax.Array, row: jax.Array, view: jax.Array) -> jax.Array:
         drawn = jax.random.fold_in(jax.random.fold_in(key, view), row)
@@ -103,7 +102,7 @@ def make_train_step(
     first: int = 0,
     cached: bool = False,
 ) -> Callable[[dict, dict, jax.Array], dict]:
-    """Returns the jitted (state, batch, key) -> state, which takes the state's memory over.
+    """Returns the jitted (state, batch, key) -> state, which donates `state`.
 
     A step whose loss or gradient is not finite changes nothing but `bad_step`, and neither do the
     steps after it: so the first bad step is known exactly without waiting for the device at each.

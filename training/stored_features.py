@@ -1,5 +1,6 @@
-"""What frozen stages make of the training images, computed once instead of at every step."""
+"""The outputs of frozen stages, computed once instead of at every step."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from training.steps import augment_views
 
 
 class FeatureFeed(Feed):
-    """As `Feed`, but "image" is what stage `first` takes: the image's view of that epoch."""
+    """As `Feed`, but "image" is the input of stage `first`: the image's view of that epoch."""
 
     def __init__(self, feed: Feed, features: jax.Array, views: int):
         self.rows, self.labels, self.sharding = feed.rows, feed.labels, feed.sharding
@@ -28,25 +29,27 @@ class FeatureFeed(Feed):
         return rows + (epochs % self.views) * len(self)
 
 
-def stored_views(config: ConfigDict, first: int) -> int:
-    """Returns how many views of each image would be stored in a phase; 0 where none can be.
+def features_fit(
+    config: ConfigDict, model: Classifier, first: int, images: int, validation_images: int
+) -> int:
+    """Returns how many views of each training image are stored in a phase; 0 for none.
 
-    Args:
-      config: of the phase.
-      first: the first stage that trains.
+    None can be where nothing is frozen, where what is frozen depends on the batch, or where each
+    epoch augments anew; and none are where they take more than `runtime.feature_cache_mb`.
     """
     if not first or config.frozen_batch_norm == "batch":
-        return 0  # nothing is frozen, or what is frozen depends on the batch
-    return 1 if changes_nothing(config.augment) else config.augment_views
-
-
-def feature_shape(model: Classifier, first: int, image_size: int) -> jax.ShapeDtypeStruct:
-    """Returns shape and type of one image's input to stage `first`, condensed for a head."""
-    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-    return jax.eval_shape(lambda x: _condensed(model, x, first), image)
+        return 0
+    views = 1 if changes_nothing(config.augment) else config.augment_views
+    size = config.data.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+    shape = jax.eval_shape(lambda x: _condensed(model, x, first), image)
+    count = views * images + validation_images
+    megabytes = count * math.prod(shape.shape) * shape.dtype.itemsize / 2**20
+    return views if megabytes <= config.runtime.feature_cache_mb else 0
 
 
 def _condensed(model: Classifier, images: jax.Array, first: int) -> jax.Array:
+    """Returns the input of stage `first`, reduced to what that stage needs of it."""
     features = model.run(model.preprocess(images), 0, first)
     condense = getattr(model.stages[first], "condense", None)
     return condense(features) if condense else features
@@ -71,9 +74,6 @@ def cache_features(
       first: the first stage that trains.
       views: of each image, augmented as `steps.augment_views` does; 0 for images as they are.
       after_batch: called after each batch.
-
-    Returns:
-      A feed of the features of max(views, 1) x len(feed) images.
     """
     model = merge_model(model, weights["params"], weights["stats"])
     key = jax.random.key(config.seed)

@@ -7,7 +7,6 @@ import numpy as np
 
 from errors import UserError
 from models.weights.own import WEIGHTS, write_own
-from training import checkpoint
 
 
 def save_weights(
@@ -24,7 +23,7 @@ def save_weights(
       arrays: parameters and statistics by path.
       config: content of `config.json`.
       class_names: in the order of the logits.
-      summary: content of `summary.json`; read are model, image_size, preprocessing and reference.
+      summary: content of `summary.json`; read are model, image_size and preprocessing.
     """
     fields = dict(summary["model"])
     facts = {
@@ -36,7 +35,6 @@ def save_weights(
         "image_size": summary["image_size"],
         "data": {key: config["data"][key] for key in ("resize", "interpolation", "background")},
         "compute_dtype": config["compute_dtype"],
-        "reference": summary.get("reference", {}),
         "began": config["weights"],
         "source": "run:" + "/".join(run_dir.resolve().parts[-2:]),
     }
@@ -60,10 +58,12 @@ def find_weights(run_dir: Path) -> Path:
         complete = summary["status"] == "complete"
     except (OSError, ValueError, KeyError):
         complete = False
-    found = checkpoint.find(run_dir / "checkpoints", "best") if complete else []
-    if not found:
+    best = sorted((run_dir / "checkpoints").glob("best-*[0-9]")) if complete else []
+    if not best:
         raise UserError(f"run:{run_dir} is not the directory of a complete run")
-    stored, _ = checkpoint.restore_arrays(found[0])
+    from training.checkpoint import restore  # Orbax takes a second to import
+
+    stored, _ = restore(best[-1])
     arrays = {key.partition("/")[2]: array for key, array in stored.items()}
     save_weights(run_dir, arrays, config, dataset["class_names"], summary)
     return path

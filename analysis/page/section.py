@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from analysis.runs import FinishedRun
-from training.recorder import write_json
+from experiment.files import write_json
 
 
 @dataclass

@@ -18,6 +18,7 @@ from analysis.predict import load_predictor, predict
 from analysis.runs import load_run
 from configs import digits
 from errors import UserError
+from experiment.files import write_json
 from experiment.grid import expand
 from input_pipeline import load_dataset
 from models import create_model
@@ -26,7 +27,6 @@ from models.weights.formats import write_safetensors
 from models.weights.published import PUBLISHED
 from tests.conftest import ROOT
 from train import train_and_evaluate
-from training.recorder import write_json
 
 MODELS = ("cnn", "linear", "knn")
 NAMES = ["zero | 0", "*one*", "été", "<b>", "4", "5", "6", "7", "8", "9"]

@@ -139,6 +139,8 @@ def test_the_command_line_wins_over_the_files_per_model_settings():
         ("phase.all", ConfigDict({"seed": 1}), "phase.all: 'seed' is not known"),
         ("phase.all", ConfigDict({"epochs": 0}), "in phase all: config.epochs=0"),
         ("phase.all", ConfigDict({"epoch": 3}), "Did you mean 'epochs'"),
+        ("phase.all", ConfigDict({"optimizer": {"rate": 3}}), "no field 'optimizer.rate'"),
+        ("per_model.cnn", ConfigDict({"model": {"drop": 0.1}}), "Did you mean 'model.dropout'"),
         ("loss.name", "hinge", "needs hard labels"),
         ("augment.crop_area", (0.0, 1.0), "crop_area"),
         ("schedule.patience", 0, "patience=0"),
@@ -146,7 +148,7 @@ def test_the_command_line_wins_over_the_files_per_model_settings():
         ("models", (), "models is empty"),
         ("seeds", (0, 0), "twice"),
         ("seeds", (-1,), "whole number"),
-        ("sweep", "optimizer.learning_rat=1", "Did you mean 'learning_rate'"),
+        ("sweep", "optimizer.learning_rat=1", "Did you mean 'optimizer.learning_rate'"),
         ("sweep", "epochs=many", "not a int"),
         ("sweep", "epochs", "field=value"),
     ],
@@ -167,7 +169,7 @@ def test_mistakes_are_named(path, value, message):
 def test_wrong_per_model_field_and_type_are_named():
     config = small()
     config.per_model.cnn.optimizer = {"learning_rat": 0.5}
-    with pytest.raises(UserError, match="Did you mean 'learning_rate'"):
+    with pytest.raises(UserError, match="Did you mean 'optimizer.learning_rate'"):
         expand(config)
     config.per_model.cnn.optimizer = {"learning_rate": "fast"}
     with pytest.raises(UserError, match="wrong type"):
@@ -195,6 +197,25 @@ def test_a_directory_of_another_config_is_refused_with_the_difference(tmp_path):
     other = Run(run.name, ConfigDict(run.config.to_dict()))
     other.config.runtime.log_every_steps = 7
     check_run_dir(other, tmp_path)  # how to run may change
+    (folder / "config.json").write_text(json.dumps(stored | {"keep_optimizer": False}))
+    check_run_dir(run, tmp_path)  # of an older version, with a field that is gone
     other.config.optimizer.learning_rate = 0.25
     with pytest.raises(UserError, match=r"optimizer.learning_rate: stored 0.001, now 0.25"):
         check_run_dir(other, tmp_path)
+
+
+def test_fields_of_an_architecture_are_its_constructors():
+    """Its defaults stand in no config; which form it has, weights decide."""
+    fields = {run.config.model.name: run.config.model.to_dict() for run in expand(base_with_all())}
+    assert fields["cnn_deep"] == {"name": "cnn_deep", "dropout": 0.1, "head_dropout": 0.5}
+    assert fields["resnet50"] == {"name": "resnet50", "dropout": 0.0}
+    config = base_with_all()
+    config.per_model.resnet50.model.form = "keras"
+    forms = {run.config.model.name: run.config.model.get("form") for run in expand(config)}
+    assert forms["resnet50"] == "keras" and forms["resnet18"] is None
+
+
+def base_with_all() -> ConfigDict:
+    config = base.get_config(",".join(MODELS))
+    config.data.source, config.seeds = "digits", (0,)
+    return config

@@ -10,7 +10,7 @@ import pytest
 from errors import UserError
 from tests.conftest import ROOT
 from training import checkpoint
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, Checkpoints
 
 TREE = {
     "params": {"stages.0.kernel": jnp.arange(6.0).reshape(2, 3)},
@@ -18,51 +18,56 @@ TREE = {
 }
 
 
-def restore(path, template):
-    arrays, record = checkpoint.restore_arrays(path)
-    return checkpoint.fit(template, arrays, path), record
+def saved(folder, kind="latest", step=4, tree=TREE, record=None):
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(kind, step, tree, record or {})
+    return checkpoints
 
 
 def test_what_is_saved_comes_back(tmp_path):
-    path = checkpoint.save(tmp_path, "latest", 4, TREE, {"seconds": 1.5})
-    tree, record = restore(path, TREE)
+    path = saved(tmp_path, record={"seconds": 1.5}).path("latest", 4)
+    arrays, record = checkpoint.restore(path)
+    assert sorted(arrays) == ["params/stages.0.kernel", "step"]
+    tree = checkpoint.fit(TREE, arrays, path)
     np.testing.assert_array_equal(tree["params"]["stages.0.kernel"], np.arange(6.0).reshape(2, 3))
     assert tree["step"] == 4 and tree["step"].dtype == np.int32
     assert record == {"seconds": 1.5}
-    arrays, _ = checkpoint.restore_arrays(path)
-    assert sorted(arrays) == ["params/stages.0.kernel", "step"]
 
 
-def test_newest_first_and_keep(tmp_path):
-    paths = [
-        checkpoint.save(tmp_path, kind, step, TREE, {})
-        for kind, step in (("best", 3), ("latest", 20), ("latest", 100))
-    ]
-    (tmp_path / "latest-000000200.orbax-checkpoint-tmp-1").mkdir()
-    assert checkpoint.find(tmp_path, "latest") == [paths[2], paths[1]]
-    checkpoint.keep(tmp_path, [paths[0], paths[2]])
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([paths[0].name, paths[2].name])
+def test_the_newest_stay_and_what_a_kill_left_goes(tmp_path):
+    checkpoints = saved(tmp_path, "best", 3)
+    for kind, step in (("latest", 20), ("best", 40), ("latest", 100), ("best", 100)):
+        checkpoints.save(kind, step, TREE, {})
+    assert checkpoints.steps("latest") == [100] and checkpoints.steps("best") == [100, 40]
+    half = tmp_path / "latest" / "200.orbax-checkpoint-tmp"
+    half.mkdir()
+    again = Checkpoints(tmp_path)
+    assert again.steps("latest") == [100] and not half.exists()
+    again.save("latest", 100, {"other": jnp.zeros(1)}, {})  # is there already: kept
+    assert "step" in checkpoint.restore(again.path("latest", 100))[0]
+    again.delete("latest", 100)
+    assert again.steps("latest") == []
 
 
 def test_damage_is_found(tmp_path):
     large = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)))}
-    path = checkpoint.save(tmp_path, "latest", 1, large, {})
+    path = saved(tmp_path, tree=large).path("latest", 4)
     files = [f for f in (path / "arrays").rglob("*") if f.is_file() and "/d/" in str(f)]
     biggest = max(files, key=lambda f: f.stat().st_size)
     data = bytearray(biggest.read_bytes())
     data[len(data) // 2] ^= 1
     biggest.write_bytes(data)
     with pytest.raises(CheckpointError, match="damaged|cannot read"):
-        restore(path, large)
+        checkpoint.restore(path)
     biggest.write_bytes(data[:10])
     with pytest.raises(CheckpointError, match="cannot read"):
-        restore(path, large)
+        checkpoint.restore(path)
 
 
 def test_arrays_of_other_code_are_refused(tmp_path):
-    path = checkpoint.save(tmp_path, "latest", 1, TREE, {})
+    path = saved(tmp_path).path("latest", 4)
     with pytest.raises(UserError, match="momentum.*one side only"):
-        restore(path, TREE | {"momentum": jnp.zeros(1)})
+        checkpoint.fit(TREE | {"momentum": jnp.zeros(1)}, checkpoint.restore(path)[0], path)
 
 
 FULL = """
@@ -71,16 +76,16 @@ from pathlib import Path
 import numpy as np
 from training import checkpoint
 small, large = ({"a": np.random.default_rng(0).normal(size=n)} for n in (10, 10**6))
-directory = Path(sys.argv[1])
-first = checkpoint.save(directory, "latest", 1, small, {})
+checkpoints = checkpoint.Checkpoints(Path(sys.argv[1]))
+checkpoints.save("latest", 1, small, {})
 resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))  # the next file over 1 MB fails
 try:
-    checkpoint.save(directory, "latest", 2, large, {})
+    checkpoints.save("latest", 2, large, {})
 except checkpoint.CheckpointError as error:
     print(error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-assert checkpoint.find(directory, "latest") == [first], list(directory.iterdir())
-assert (checkpoint.restore_arrays(first)[0]["a"] == small["a"]).all()
+again = checkpoint.Checkpoints(Path(sys.argv[1]))
+assert again.steps("latest") == [1], again.steps("latest")
+assert (checkpoint.restore(again.path("latest", 1))[0]["a"] == small["a"]).all()
 print("intact")
 """
 
@@ -91,6 +96,4 @@ def test_a_disk_without_room_names_the_path_and_keeps_the_previous_checkpoint(tm
         [sys.executable, "-c", FULL, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert "intact" in result.stdout, result.stderr
-    assert (
-        f"cannot write the checkpoint {Path(tmp_path).resolve()}/latest-000000002" in result.stdout
-    )
+    assert f"cannot write the checkpoint {Path(tmp_path).resolve()}/latest/2" in result.stdout

@@ -1,16 +1,14 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from errors import UserError
+from errors import Interrupted, UserError
 from experiment.fields import phase_config
+from experiment.files import read_lines
 from models import create_model
-from models.classifier import in_mode, split_model, stage_of
-from train import build_model, check_phases, train_and_evaluate
-from training import checkpoint
-from training.phase import Interrupted, carry_over
-from training.recorder import read_lines
+from models.classifier import split_model, stage_of
+from models.weights.own import read_own
+from train import build_model, check_run, train_and_evaluate
 from training.stored_features import FeatureFeed
 
 STAGES = 5  # of cnn_deep
@@ -31,8 +29,7 @@ def tuned_run(digits_run, few_digits):
 
 
 def best(run_dir):
-    arrays, record = checkpoint.restore_arrays(checkpoint.find(run_dir / "checkpoints", "best")[0])
-    return {name.partition("/")[2]: array for name, array in arrays.items()}, record
+    return read_own(run_dir)["arrays"]
 
 
 def initial(config):
@@ -53,7 +50,7 @@ def test_a_frozen_stage_is_bit_identical_statistics_included(tuned_run, tmp_path
     )  # fmt: skip
     summary = train_and_evaluate(config, tmp_path)
     assert summary["phases"][0]["stored_features"] == (cache > 0)
-    before, (after, _) = initial(config), best(tmp_path)
+    before, after = initial(config), best(tmp_path)
     assert before.keys() == after.keys()
     for path, array in after.items():
         assert np.array_equal(array, before[path]) == (stage_of(path) < STAGES - 2), path
@@ -69,7 +66,7 @@ def test_batch_norm_modes(tuned_run, tmp_path):
         config = tuned_run("tune", phase__tune__epochs=1, **options)
         summary = train_and_evaluate(config, tmp_path / name)
         assert not summary["phases"][0]["stored_features"] or name != "mistake"
-        before, (after, _) = initial(config), best(tmp_path / name)
+        before, after = initial(config), best(tmp_path / name)
         stats = [path for path in before if path.endswith((".mean", ".var"))]
         moved[name] = {stage_of(p) for p in stats if not np.array_equal(before[p], after[p])}
     assert moved == {"running": set(), "batch": {3}, "mistake": {0, 1, 2}}
@@ -117,7 +114,6 @@ def test_views_follow_the_epochs(cache_dir):
 def test_a_head_needs_only_what_it_condenses_to(name, fields, size):
     """The head's input is drawn at random: the body before it is not needed."""
     model = create_model(name, 3, image_size=size, **fields)
-    model = in_mode(model, training=False)
     head = model.stages[-1]
     shape = {"resnet18": (2, 2, 2, 512), "vgg16": (2, 10, 10, 512), "vit_s16": (2, 5, 384)}[name]
     x = jax.random.normal(jax.random.key(0), shape)
@@ -128,7 +124,7 @@ def test_a_head_needs_only_what_it_condenses_to(name, fields, size):
 
 def test_phases_interrupted_anywhere_end_with_the_same_bits(tuned_run, tmp_path):
     config = tuned_run(
-        augment__rotation=10.0, augment_views=2, ema_decay=0.9, keep_optimizer=True,
+        augment__rotation=10.0, augment_views=2, ema_decay=0.9,
         phase__head__augment_views=2,
     )  # fmt: skip
     whole = train_and_evaluate(config, tmp_path / "whole")
@@ -146,10 +142,10 @@ def test_phases_interrupted_anywhere_end_with_the_same_bits(tuned_run, tmp_path)
         calls["left"] = steps
         with pytest.raises(Interrupted):
             train_and_evaluate(config, tmp_path / "parts", should_stop)
-        found = checkpoint.find(tmp_path / "parts" / "checkpoints", "latest")
-        reached.append(found[0].name)
+        (newest,) = (tmp_path / "parts/checkpoints/latest").glob("[0-9]*")
+        reached.append(int(newest.name))
     parts = train_and_evaluate(config, tmp_path / "parts")
-    assert [int(name[7:]) for name in reached] == [2, 13, 16, 19]
+    assert reached == [2, 13, 16, 19]
     assert np.array_equal(logits(tmp_path / "whole"), logits(tmp_path / "parts"))
     assert whole["metrics"] == parts["metrics"]
     assert [p["best_validation_loss"] for p in whole["phases"]] == [
@@ -168,7 +164,8 @@ def test_the_best_weights_of_all_phases_are_kept(tuned_run, tmp_path):
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     lowest = min(lines, key=lambda line: line["loss"])
     assert lowest["phase"] == "head" and summary["best_step"] == lowest["step"]
-    assert best(tmp_path)[1]["step"] == lowest["step"]
+    newest = max(int(p.name) for p in (tmp_path / "checkpoints/best").glob("[0-9]*"))
+    assert newest == lowest["step"]
     assert summary["metrics"]["validation"]["loss"] == pytest.approx(lowest["loss"], rel=1e-5)
 
 
@@ -197,22 +194,8 @@ def test_weights_of_a_run_start_another(digits_run, few_digits, tuned_run, tmp_p
     assert "preprocessing does not match" in capsys.readouterr().err
 
 
-def test_carry_over_keeps_moments_and_restarts_the_schedule():
-    import optax
-
-    optimizer = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(lambda step: 0.1))
-    old_params = {"stages.1.kernel": jnp.zeros(2)}
-    old = optimizer.init(old_params)
-    _, old = optimizer.update({"stages.1.kernel": jnp.ones(2)}, old, old_params)
-    fresh = optimizer.init({"stages.0.kernel": jnp.zeros(2), **old_params})
-    state = carry_over(fresh, checkpoint.flat(old))
-    assert state[0].mu["stages.1.kernel"].tolist() == pytest.approx([0.1, 0.1])
-    assert state[0].mu["stages.0.kernel"].tolist() == [0.0, 0.0]
-    assert int(state[0].count) == 1 and int(state[1].count) == 0
-
-
 def test_too_many_stages_are_named(tuned_run):
     config = tuned_run("tune", phase__tune__train="last:6")
     assert phase_config(config, "tune").train == "last:6"
     with pytest.raises(UserError, match="last:N with N from 1 to 5"):
-        check_phases(config, build_model(config, 10))
+        check_run(config)

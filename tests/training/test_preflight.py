@@ -1,6 +1,5 @@
 """Networks trained here on crops of two photographs; then fed right pixels and wrong ones."""
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +12,6 @@ from experiment.grid import expand
 from models import create_model
 from models.classifier import MISTAKES
 from train import train_and_evaluate
-from training import preflight
 from training.preflight import ABNORMAL, divergence, inspect_pixels
 
 SIZE = 24
@@ -57,7 +55,7 @@ def judge(trained, mistake=None, classes=4, **options):
     model = create_model(name, classes, weights=weights, image_size=SIZE)
     if mistake:
         model.preprocessing = MISTAKES[mistake](model.preprocessing)
-    return inspect_pixels(model, crops(128, seed=1)[0], name, weights, **options)
+    return inspect_pixels(model, crops(128, seed=1)[0], weights, **options)
 
 
 @pytest.mark.parametrize("classes", [4, 7])
@@ -84,27 +82,11 @@ def test_every_mistake_is_flagged(trained, capsys, mistake):
         judge(trained, mistake, strict=True)
 
 
-def test_without_a_stored_reference_photographs_stand_in(trained, monkeypatch):
-    if trained[0] != "cnn":
-        pytest.skip("BatchNorm stores its own reference")
-    real = preflight.find
-
-    def forgetful(*arguments):
-        source = real(*arguments)
-        object.__setattr__(source, "reference", {})
-        return source
-
-    monkeypatch.setattr(preflight, "find", forgetful)
-    assert judge(trained)["warnings"] == []
-    for mistake in set(MISTAKES) - {"swapped"}:
-        assert judge(trained, mistake)["first_abnormal"] == "stages.0"
-
-
 def test_grey_images_tell_nothing_of_channels(trained):
     name, weights = trained
     model = create_model(name, 4, weights=weights, image_size=SIZE)
     grey = np.repeat(crops(64, seed=1)[0].mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
-    assert inspect_pixels(model, grey, name, weights)["channel_order"] == {}
+    assert inspect_pixels(model, grey, weights)["channel_order"] == {}
 
 
 def test_divergence_is_that_of_normal_distributions():
@@ -114,19 +96,3 @@ def test_divergence_is_that_of_normal_distributions():
     integral = np.trapezoid(p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), x)
     arrays = (np.full(3, v) for v in (mean, std**2, their_mean, their_std**2))
     assert divergence(*arrays, 0.0) == pytest.approx(integral, rel=5e-3)
-
-
-def test_reference_is_kept_for_networks_without_batch_norm_only():
-    images = crops(8, seed=2)[0]
-    for name, expected in (
-        ("cnn", {"stages.0", "stages.1"}),
-        ("cnn_deep", set()),
-        ("linear", set()),
-    ):
-        model = create_model(name, 4, image_size=SIZE)
-        _, params, stats_ = preflight.split_model(model)
-        weights = jax.tree.map(np.asarray, {"params": params, "stats": stats_})
-        reference = preflight.reference_of(model, weights, images)
-        assert set(reference) == expected
-        for means, variances in reference.values():
-            assert len(means) == len(variances) and min(variances) >= 0

@@ -1,7 +1,6 @@
-"""What a run writes down as it goes: metrics.jsonl, TensorBoard events, and small JSON files."""
+"""What a run writes down as it goes: metrics.jsonl, TensorBoard events, and where it ran."""
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -12,17 +11,15 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
+from experiment.files import plain, read_lines
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "grain")
 
 
-class Recorder:
+class MetricsLog:
     """Appends lines to `metrics.jsonl` and, if asked, to TensorBoard event files.
 
-    Args:
-      run_dir: the run directory.
-      step: the step that the run goes on from; lines of later steps are dropped, for they come
-        again.
-      tensorboard: whether to write `tensorboard/` too.
+    A run that goes on from `step` drops the lines of later steps, for they come again.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
@@ -51,42 +48,9 @@ class Recorder:
             self.writer.close()
 
 
-def read_lines(path: Path) -> list[dict]:
-    """Returns the lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON so that the file is whole or not there; NaN and infinity become null."""
-    half = path.with_name(path.name + ".part")
-    half.write_text(
-        json.dumps(plain(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    os.replace(half, path)
-
-
-def plain(value):
-    """Returns the value with every number that JSON cannot hold replaced by None."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def environment() -> dict:
     """Returns versions, devices, flags, git commit and command line."""
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
         try:

@@ -1,0 +1,51 @@
+"""The small files of a run directory: JSON that is whole or absent, and lines of metrics."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON so that the file is whole or absent; NaN and infinity become null."""
+    half = path.with_name(f"{path.name}.{os.getpid()}.part")
+    text = json.dumps(plain(content), indent=2, ensure_ascii=False)
+    half.write_text(text + "\n", encoding="utf-8")
+    os.replace(half, path)
+
+
+def read_json(path: Path) -> dict:
+    """Returns the content of a JSON file, {} if there is none; raises ValueError if damaged."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_status(run_dir: Path) -> str | None:
+    """Returns the status in a run's summary, None where there is no readable one."""
+    try:
+        return read_json(run_dir / "summary.json").get("status")
+    except ValueError:
+        return None
+
+
+def plain(value):
+    """Returns the value with every number that JSON cannot hold replaced by None."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Returns the lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,161 @@
+"""The record of a run under way: its progress and best weights, and how they are saved."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from errors import Interrupted
+from input_pipeline import Dataset, Feed
+from models import Classifier
+from training.checkpoint import CheckpointError, Checkpoints, restore
+from training.log import MetricsLog
+from training.steps import Metrics, copy_arrays
+
+
+class Diverged(Exception):
+    """The loss or its gradient stopped being finite."""
+
+
+@dataclass
+class Progress:
+    """What the host knows of a run beside the arrays; part of every checkpoint."""
+
+    step: int = 0  # over all phases
+    finished: bool = False  # the phase
+    phase: int = 0  # its number
+    phase_start: int = 0  # the step it began after
+    epochs_before: float = 0.0  # of earlier phases
+    best_step: int = -1  # over all phases
+    best_loss: float | None = None
+    evaluations_since_best: int = 0  # in the phase
+    seconds: float = 0.0  # of training and validation, summed over interruptions
+    seconds_to_best: float = 0.0
+    timed_images: int = 0  # trained on in the phase, without the steps that compile
+    timed_seconds: float = 0.0
+    phases: list[dict] = field(default_factory=list)  # a record of each one that ended
+
+    def begin_next_phase(self) -> None:
+        """Moves on from a phase that is finished."""
+        self.epochs_before += self.phases[-1]["epochs"]
+        self.phase, self.phase_start = self.phase + 1, self.step
+        self.finished, self.evaluations_since_best = False, 0
+        self.timed_images, self.timed_seconds = 0, 0.0
+
+
+class RunRecord:
+    """One run under way, new or where an interrupted one stopped.
+
+    Attributes:
+      progress: see `Progress`.
+      best: the weights of lowest validation loss, {"params", "stats"}; {} before there are any.
+      stored: arrays of the state to go on from, None for a new run.
+      metrics: the log of the run.
+      compile_seconds: of this process.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        run_dir: Path,
+        dataset: Dataset,
+        model: Classifier,
+        mesh: Mesh,
+        should_stop: Callable[[], bool],
+    ):
+        self.config, self.run_dir, self.dataset = config, run_dir, dataset
+        self.model, self.mesh, self.should_stop = model, mesh, should_stop
+        self.checkpoints = Checkpoints(run_dir / "checkpoints")
+        self.progress, self.best = Progress(), {}
+        self.stored = self._resume()
+        self.metrics = MetricsLog(run_dir, self.progress.step, config.runtime.tensorboard)
+        self.compile_seconds = 0.0
+        self.clock = self.saved_at = time.monotonic()
+
+    def feed(self, part: str) -> Feed:
+        """Returns the batches of a part."""
+        return Feed(self.dataset, part, self.mesh, self.config.runtime)
+
+    def put(self, tree):
+        """Copies a tree of arrays to every device."""
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.device_put(jax.tree.map(jnp.asarray, tree), everywhere)
+
+    def evaluate(self, feed: Feed, weights: dict, eval_step: Callable) -> tuple[dict, np.ndarray]:
+        """Returns {"loss", "accuracy"} over every image of a feed once, and logits [N, K]."""
+        total, logits = self.put(Metrics.empty()), []
+        for batch in feed.evaluation(self.config.eval_batch_size):
+            out, total = eval_step(weights, total, batch)
+            logits.append(out)
+        count = int(total.accuracy.count)
+        assert count == len(feed), f"counted {count} of {len(feed)} images"
+        scores = {name: float(value) for name, value in total.compute().items()}
+        return scores, np.concatenate([np.asarray(part) for part in logits])[: len(feed)]
+
+    def keep_if_best(self, weights: dict, loss: float) -> None:
+        """Keeps a copy of the weights if their validation loss is the lowest so far."""
+        self.count_time()
+        progress = self.progress
+        if progress.best_loss is not None and loss >= progress.best_loss:
+            progress.evaluations_since_best += 1
+            return
+        progress.best_loss, progress.best_step = loss, progress.step
+        progress.seconds_to_best, progress.evaluations_since_best = progress.seconds, 0
+        self.best = copy_arrays(weights)
+
+    def count_time(self) -> None:
+        """Adds the time since the last call to the run's seconds."""
+        now = time.monotonic()
+        self.progress.seconds += now - self.clock
+        self.clock = now
+
+    def save(self, state: dict) -> None:
+        """Saves the best weights, then the whole state."""
+        progress = self.progress
+        if self.best:
+            best = {"step": progress.best_step, "loss": progress.best_loss}
+            self.checkpoints.save("best", progress.best_step, self.best, best)
+        self.checkpoints.save("latest", progress.step, state, asdict(progress))
+        self.saved_at = time.monotonic()
+
+    def interrupt(self, state: dict) -> None:
+        """Saves the state and raises Interrupted."""
+        self.count_time()
+        self.save(state)
+        raise Interrupted(f"stopped at step {self.progress.step}; the state is saved")
+
+    def close(self) -> None:
+        """Closes the files of the run."""
+        self.metrics.close()
+        self.checkpoints.close()
+
+    def _resume(self) -> dict[str, np.ndarray] | None:
+        """Restores the newest state that can be read and returns its arrays."""
+        for step in self.checkpoints.steps("latest"):
+            damaged = ("latest", step)
+            try:
+                arrays, content = restore(self.checkpoints.path("latest", step))
+                progress = Progress(**content)
+                weights: dict = {"params": {}, "stats": {}}
+                if progress.best_step >= 0:
+                    damaged = ("best", progress.best_step)
+                    best, _ = restore(self.checkpoints.path(*damaged))
+                    for name, array in best.items():
+                        kind, _, path = name.partition("/")
+                        weights[kind][path] = array
+            except CheckpointError as error:
+                print(f"warning: {error}\nThe run goes on from an earlier state.", file=sys.stderr)
+                self.checkpoints.delete("latest", step)
+                self.checkpoints.delete(*damaged)
+                continue
+            self.progress = progress
+            self.best = self.put(weights) if progress.best_step >= 0 else {}
+            return arrays
+        return None
