@@ -1,20 +1,21 @@
 """What does a trained model say of new photos, and which of its answers should a person look at?
 
-    python -m analysis.predict RUN_DIR PHOTOS... --output=predictions.csv
+    python -m analysis.predict MODEL PHOTOS... --output=predictions.csv
 
-RUN_DIR is the directory of a complete run, or a folder that `python -m analysis.export` wrote.
-PHOTOS are image files, folders, or quoted patterns such as 'photos/**/*.jpg'. The table has a row
-an image: the three likeliest classes with their confidences, whether to review the answer, and what
-is wrong with a file that cannot be read. Confidences are probabilities after temperature scaling,
-fitted on the run's validation images alone; an answer is to be reviewed if its confidence is below
-the one that gave --target_accuracy on those images. Photos unlike the training images may get
-confident wrong answers.
+MODEL is the directory of a complete run, a folder that `python -m analysis.export` wrote, or the
+model.safetensors in it. PHOTOS are image files, folders, or quoted patterns such as
+'photos/**/*.jpg'. The table has a row an image: the three likeliest classes with their confidences,
+whether to review the answer, and what is wrong with a file that cannot be read. Confidences are
+probabilities after temperature scaling, fitted on the run's validation images alone; an answer is
+to be reviewed if its confidence is below the one that gave --target_accuracy on those images.
+Photos unlike the training images may get confident wrong answers.
 
 Exit codes: 0 every image was read, 1 some could not be, 2 a mistake in the command.
 """
 
 import csv
 import glob
+import math
 import os
 import sys
 import warnings
@@ -22,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -30,36 +32,115 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from analysis import export
-from analysis.evaluate import softmax
+from analysis.evaluate import Threshold, choose_threshold, fit_temperature, softmax
 from analysis.forward import compiled
-from analysis.runs import load_run
+from analysis.runs import FinishedRun, load_run
 from data.decoding import resize, to_rgb
 from data.sources import SUFFIXES
 from errors import UserError
-from experiment.command import run_command
+from experiment.command import arguments, run_command
+from models import Classifier, create_model
+from models.weights.own import read_own
+from training.weights import find_weights
 
+WEIGHTS, CARD = "model.safetensors", "README.md"  # what an export writes
+TARGETS = (0.9, 0.95, 0.99)  # accuracies that an export knows review thresholds for
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
 COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error")
 
-# --- which model, which files ---------------------------------------------------------------------
+# --- which model ----------------------------------------------------------------------------------
 
 
-def load_predictor(path: Path, target_accuracy: float = 0.95) -> export.Exported:
-    """Returns the classifier of a run directory or of an exported folder.
+@dataclass(frozen=True)
+class Predictor:
+    """A trained classifier, and all that it takes to classify a photo with it.
+
+    Attributes:
+      model: in evaluation mode.
+      facts: of its file of weights, such as `class_names`, `image_size` and `data` (how photos are
+        decoded).
+      temperature: what logits are divided by before softmax, fitted on validation images.
+      thresholds: {target accuracy: the confidence that reached it on validation images}.
+    """
+
+    model: Classifier
+    facts: dict
+    temperature: float
+    thresholds: dict[float, Threshold]
+
+    def threshold(self, target: float) -> Threshold:
+        """Returns the review threshold of a target accuracy; raises UserError if there is none."""
+        if target not in self.thresholds:
+            known = ", ".join(map(str, self.thresholds))
+            raise UserError(
+                f"target accuracy {target}: this export knows thresholds for {known}; choose one "
+                "of them, or give the run directory"
+            )
+        return self.thresholds[target]
+
+
+def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
+    """Returns the classifier of a run directory, an exported folder, or the file of weights in it.
 
     Args:
-      path: the directory.
+      path: of one of them.
       target_accuracy: for which it will have a review threshold.
 
     Raises:
-      UserError: it is neither, it is damaged, or it was exported without that threshold.
+      UserError: it is none of them, it is damaged, or it was exported without that threshold.
     """
-    if any((path / name).exists() for name in (export.MODEL, export.WEIGHTS)):
-        predictor = export.load(path)
+    file = path / WEIGHTS if path.is_dir() else path
+    if file.is_file():
+        predictor = read_exported(file)
         predictor.threshold(target_accuracy)
         return predictor
-    return export.from_run(load_run(path), (target_accuracy,))
+    if (path / CARD).exists():
+        raise UserError(f"{file} is missing: copy the folder again, or export the run again")
+    return predictor_of(load_run(path), (target_accuracy,))
+
+
+def predictor_of(run: FinishedRun, targets: Sequence[float] = TARGETS) -> Predictor:
+    """Returns the classifier of a complete run, with review thresholds for these accuracies."""
+    logits, labels = run.validation["logits"], run.validation["labels"]
+    temperature = fit_temperature(logits, labels)
+    probabilities = softmax(logits, temperature)
+    thresholds = {goal: choose_threshold(probabilities, labels, goal) for goal in targets}
+    file = find_weights(run.path)
+    facts = _facts(file)
+    return Predictor(_build(file, facts), facts, temperature, thresholds)
+
+
+def read_exported(file: Path) -> Predictor:
+    """Returns the classifier in a file that `analysis.export` wrote."""
+    facts, thresholds = _facts(file), {}
+    if "review_thresholds" not in facts:
+        raise UserError(
+            f"{file} has no temperature and no review thresholds: give the directory of the run, "
+            "or export the run again"
+        )
+    for entry in facts["review_thresholds"]:
+        if entry["confidence"] is None:  # JSON knows no infinity and no NaN
+            entry |= {"confidence": math.inf, "accuracy": math.nan}
+        thresholds[entry["target"]] = Threshold(**entry)
+    return Predictor(_build(file, facts), facts, facts["temperature"], thresholds)
+
+
+def _facts(file: Path) -> dict:
+    return {key: value for key, value in read_own(file).items() if key != "arrays"}
+
+
+def _build(file: Path, facts: dict) -> Classifier:
+    return create_model(
+        facts["model"],
+        facts["num_classes"],
+        weights=f"archcompare:{file}",
+        image_size=facts["image_size"],
+        dtype=facts["compute_dtype"],
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
+    )
+
+
+# --- which files ----------------------------------------------------------------------------------
 
 
 def find_images(arguments: Iterable[str], recursive: bool = True) -> list[str]:
@@ -114,7 +195,7 @@ def _refuse(error: OSError) -> None:
 
 
 def predict(
-    predictor: export.Exported,
+    predictor: Predictor,
     paths: Sequence[str],
     target_accuracy: float = 0.95,
     batch_size: int = 64,
@@ -132,10 +213,9 @@ def predict(
     """
     threshold = predictor.threshold(target_accuracy).confidence
     program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
-    size = min(batch_size, len(paths))
-    place = 0
+    size, side, place = min(batch_size, len(paths)), predictor.facts["image_size"], 0
     for decoded in _decoded_batches(predictor, paths, size):
-        images = np.zeros((size, predictor.image_size, predictor.image_size, 3), np.uint8)
+        images = np.zeros((size, side, side, 3), np.uint8)
         for i, result in enumerate(decoded):
             if not isinstance(result, str):
                 images[i] = result
@@ -144,7 +224,7 @@ def predict(
             cells = (
                 {"review": "yes", "error": result}
                 if isinstance(result, str)
-                else _answer(row, predictor.class_names, threshold)
+                else _answer(row, predictor.facts["class_names"], threshold)
             )
             yield dict.fromkeys(COLUMNS, "") | {"path": paths[place]} | cells
             place += 1
@@ -160,7 +240,7 @@ def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[s
 
 
 def _decoded_batches(
-    predictor: export.Exported, paths: Sequence[str], size: int
+    predictor: Predictor, paths: Sequence[str], size: int
 ) -> Iterator[list[np.ndarray | str]]:
     """Yields lists of images uint8 [S, S, 3], or of what is wrong with them, one list ahead."""
     read = partial(_decode, predictor)
@@ -174,14 +254,15 @@ def _decoded_batches(
             yield list(waiting.popleft())
 
 
-def _decode(predictor: export.Exported, path: str) -> np.ndarray | str:
+def _decode(predictor: Predictor, path: str) -> np.ndarray | str:
     """Returns an image as training would see it, without augmentation, or why there is none."""
+    data = predictor.facts["data"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-            image, _ = to_rgb(Path(path).read_bytes(), predictor.background)
-        size, how, interpolation = predictor.image_size, predictor.resize, predictor.interpolation
-        return np.asarray(resize(image, size, how, interpolation))
+            image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]))
+        size = predictor.facts["image_size"]
+        return np.asarray(resize(image, size, data["resize"], data["interpolation"]))
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
         return " ".join(str(error).split()) or type(error).__name__
 
@@ -233,13 +314,13 @@ def write_rows(file: TextIO, rows: Iterable[dict[str, str | float]]) -> Counter:
 
 def main(argv: list[str]) -> int:
     """Classifies image files into a table; returns 1 if one of them could not be read."""
-    if len(argv) < 3:
-        raise UserError("usage: python -m analysis.predict RUN_DIR PHOTOS... [--output=FILE.csv]")
+    usage = "analysis.predict MODEL PHOTOS... [--output=FILE.csv]"
+    model, *photos = arguments(argv, usage, least=2, most=None)
     target, output = TARGET.value, OUTPUT.value
     try:
         with open_output(output) as file:
-            predictor = load_predictor(Path(argv[1]).expanduser(), target)
-            paths = find_images(argv[2:], RECURSIVE.value)
+            predictor = load_predictor(Path(model).expanduser(), target)
+            paths = find_images(photos, RECURSIVE.value)
             counts = write_rows(file, predict(predictor, paths, target, BATCH_SIZE.value))
     except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -20,7 +20,6 @@ from configs import digits
 from errors import UserError
 from experiment.grid import expand
 from models import create_model
-from models.classifier import in_mode
 from tests.conftest import ROOT
 from train import train_and_evaluate
 
@@ -138,8 +137,8 @@ def test_broken_images_have_rows_with_their_error_and_disturb_no_other(predictor
 
 def test_two_classes_leave_the_third_column_empty(predictor, files):
     model = create_model("linear", 2, image_size=8)
-    model = in_mode(model, training=False)
-    row = next(predict(replace(predictor, model=model, class_names=["a", "b"]), files[:1], TARGET))
+    facts = predictor.facts | {"class_names": ["a", "b"]}
+    row = next(predict(replace(predictor, model=model, facts=facts), files[:1], TARGET))
     assert {row["class"], row["second"]} == {"a", "b"}
     assert row["third"] == row["third_confidence"] == ""
     assert row["confidence"] + row["second_confidence"] == pytest.approx(1)
