@@ -10,9 +10,7 @@ files.
 """
 
 import json
-import math
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
@@ -28,7 +26,6 @@ from experiment.command import arguments, output_folder, run_command
 from models.weights.formats import read_metadata
 from models.weights.own import KEY, arrays_of, write_own
 from models.weights.published import PUBLISHED
-from training.recorder import plain
 
 CONFIDENT = 0.9  # confidence from which on an error counts as a confident one
 OWNERS = "to be decided by the owners of the data it was trained on"
@@ -49,12 +46,10 @@ def export_run(run: FinishedRun, folder: Path) -> None:
     facts = predictor.facts | {
         "began": _short(weights),
         "licence": licence,
-        "temperature": predictor.temperature,
-        "review_thresholds": [asdict(entry) for entry in predictor.thresholds.values()],
         "versions": _versions(run),
     }
     folder = output_folder(folder, "OUTPUT_DIR")
-    write_own(folder / WEIGHTS, arrays_of(predictor.model), plain(facts))
+    write_own(folder / WEIGHTS, arrays_of(predictor.model), facts)
     try:
         (folder / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
@@ -135,7 +130,7 @@ def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
     excluded = Counter(reason.partition(":")[0] for reason in run.dataset["excluded"].values())
     return environment.get_template("model_card.md.j2").render(
         run=run,
-        predictor=predictor,
+        model=predictor.model,
         facts=predictor.facts,
         data=f"{run.dataset['source']} {Path(run.dataset['path']).name}".strip(),
         began="from scratch" if weights == "none" else f"from the weights {_short(weights)}",
@@ -153,17 +148,16 @@ def _results(run: FinishedRun, predictor: Predictor) -> dict:
     """Returns what the test predictions say, for the model card."""
     labels, logits = run.test["labels"], run.test["logits"]
     correct, names = run.correct, run.class_names
-    confidence = softmax(logits, predictor.temperature).max(axis=1)
+    confidence = softmax(logits, predictor.facts["temperature"]).max(axis=1)
     counts = confusion(labels, run.predicted, len(names))
     table = per_class(labels, run.predicted, names).to_dict("records")
     for row, right in zip(table, np.diag(counts), strict=True):
         row["interval"] = wilson(right, row["support"])
     trusted = []
-    for target, threshold in predictor.thresholds.items():
-        answered = confidence >= threshold.confidence
+    for entry in predictor.facts["review_thresholds"]:
+        answered = confidence >= predictor.threshold(entry["target"])
         accuracy = correct[answered].mean() if answered.any() else None
-        least = None if math.isinf(threshold.confidence) else threshold.confidence
-        trusted.append((target, least, answered.mean(), accuracy))
+        trusted.append((entry["target"], entry["confidence"], answered.mean(), accuracy))
     return {
         "count": len(labels),
         "correct": int(correct.sum()),

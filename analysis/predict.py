@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from analysis.evaluate import Threshold, choose_threshold, fit_temperature, softmax
+from analysis.evaluate import choose_threshold, fit_temperature, softmax
 from analysis.forward import compiled
 from analysis.runs import FinishedRun, load_run
 from data.decoding import resize, to_rgb
@@ -41,6 +41,7 @@ from errors import UserError
 from experiment.command import arguments, run_command
 from models import Classifier, create_model
 from models.weights.own import read_own
+from training.recorder import plain
 from training.weights import find_weights
 
 WEIGHTS, CARD = "model.safetensors", "README.md"  # what an export writes
@@ -53,50 +54,42 @@ COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained classifier, and all that it takes to classify a photo with it.
+    """A trained classifier and the facts in its file of weights.
 
     Attributes:
       model: in evaluation mode.
-      facts: of its file of weights, such as `class_names`, `image_size` and `data` (how photos are
-        decoded).
-      temperature: what logits are divided by before softmax, fitted on validation images.
-      thresholds: {target accuracy: the confidence that reached it on validation images}.
+      facts: as `training.weights.save_weights` states them, and two that are fitted on validation
+        images: `temperature`, which divides logits before softmax, and `review_thresholds`.
     """
 
     model: Classifier
     facts: dict
-    temperature: float
-    thresholds: dict[float, Threshold]
 
-    def threshold(self, target: float) -> Threshold:
-        """Returns the review threshold of a target accuracy; raises UserError if there is none."""
-        if target not in self.thresholds:
-            known = ", ".join(map(str, self.thresholds))
+    def threshold(self, target: float) -> float:
+        """Returns the confidence below which to review answers, for this accuracy of the others."""
+        known = {entry["target"]: entry["confidence"] for entry in self.facts["review_thresholds"]}
+        if target not in known:
             raise UserError(
-                f"target accuracy {target}: this export knows thresholds for {known}; choose one "
-                "of them, or give the run directory"
+                f"target accuracy {target}: this export knows thresholds for "
+                f"{', '.join(map(str, known))}; choose one of them, or give the run directory"
             )
-        return self.thresholds[target]
+        return math.inf if known[target] is None else known[target]
 
 
 def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
     """Returns the classifier of a run directory, an exported folder, or the file of weights in it.
 
-    Args:
-      path: of one of them.
-      target_accuracy: for which it will have a review threshold.
-
     Raises:
-      UserError: it is none of them, it is damaged, or it was exported without that threshold.
+      UserError: it is none of them, is damaged, or has no threshold for `target_accuracy`.
     """
     file = path / WEIGHTS if path.is_dir() else path
-    if file.is_file():
-        predictor = read_exported(file)
-        predictor.threshold(target_accuracy)
-        return predictor
-    if (path / CARD).exists():
-        raise UserError(f"{file} is missing: copy the folder again, or export the run again")
-    return predictor_of(load_run(path), (target_accuracy,))
+    if not file.is_file():
+        if (path / CARD).exists():
+            raise UserError(f"{file} is missing: copy the folder again, or export the run again")
+        return predictor_of(load_run(path), (target_accuracy,))
+    predictor = _read(file)
+    predictor.threshold(target_accuracy)
+    return predictor
 
 
 def predictor_of(run: FinishedRun, targets: Sequence[float] = TARGETS) -> Predictor:
@@ -104,33 +97,20 @@ def predictor_of(run: FinishedRun, targets: Sequence[float] = TARGETS) -> Predic
     logits, labels = run.validation["logits"], run.validation["labels"]
     temperature = fit_temperature(logits, labels)
     probabilities = softmax(logits, temperature)
-    thresholds = {goal: choose_threshold(probabilities, labels, goal) for goal in targets}
-    file = find_weights(run.path)
-    facts = _facts(file)
-    return Predictor(_build(file, facts), facts, temperature, thresholds)
+    thresholds = [asdict(choose_threshold(probabilities, labels, goal)) for goal in targets]
+    fitted = {"temperature": temperature, "review_thresholds": thresholds}
+    return _read(find_weights(run.path), plain(fitted))
 
 
-def read_exported(file: Path) -> Predictor:
-    """Returns the classifier in a file that `analysis.export` wrote."""
-    facts, thresholds = _facts(file), {}
+def _read(file: Path, fitted: dict | None = None) -> Predictor:
+    facts = read_own(file) | (fitted or {})
     if "review_thresholds" not in facts:
         raise UserError(
             f"{file} has no temperature and no review thresholds: give the directory of the run, "
             "or export the run again"
         )
-    for entry in facts["review_thresholds"]:
-        if entry["confidence"] is None:  # JSON knows no infinity and no NaN
-            entry |= {"confidence": math.inf, "accuracy": math.nan}
-        thresholds[entry["target"]] = Threshold(**entry)
-    return Predictor(_build(file, facts), facts, facts["temperature"], thresholds)
-
-
-def _facts(file: Path) -> dict:
-    return {key: value for key, value in read_own(file).items() if key != "arrays"}
-
-
-def _build(file: Path, facts: dict) -> Classifier:
-    return create_model(
+    del facts["arrays"]
+    model = create_model(
         facts["model"],
         facts["num_classes"],
         weights=f"archcompare:{file}",
@@ -138,6 +118,7 @@ def _build(file: Path, facts: dict) -> Classifier:
         dtype=facts["compute_dtype"],
         **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
     )
+    return Predictor(model, facts)
 
 
 # --- which files ----------------------------------------------------------------------------------
@@ -147,29 +128,27 @@ def find_images(arguments: Iterable[str], recursive: bool = True) -> list[str]:
     """Returns the paths of images that arguments name, each file once, in their order.
 
     Args:
-      arguments: files, which are taken whatever their ending; folders, of which every file with the
-        ending of an image is taken; patterns with *, ?, [...] and ** for any folders.
+      arguments: files, whatever their ending; folders, for every file with the ending of an image;
+        patterns with *, ?, [...], and ** for any folders.
       recursive: whether folders in folders are searched. Hidden files and folders are not.
 
     Raises:
       UserError: an argument does not exist, matches nothing or holds no image.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}  # by the file they lead to
     for argument in arguments:
         path = os.path.expanduser(argument)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             what = "matches nothing" if glob.has_magic(path) else "does not exist"
             raise UserError(f"{argument} {what}: give images, folders of images, or a pattern")
-        count = 0
-        for match in matches:
-            for file in _images_at(match, recursive, named=match == path):
-                found.setdefault(os.path.realpath(file), file)
-                count += 1
-        if not count:
+        images = [x for match in matches for x in _images_at(match, recursive, match == path)]
+        if not images:
             endings = " ".join(sorted(SUFFIXES))
             raise UserError(f"{argument} holds no image, that is no file ending in {endings}")
-    return list(found.values())
+        for image in images:
+            paths.setdefault(os.path.realpath(image), image)
+    return list(paths.values())
 
 
 def _images_at(path: str, recursive: bool, named: bool) -> Iterator[str]:
@@ -211,23 +190,22 @@ def predict(
       target_accuracy: answers below its review threshold have `review` "yes".
       batch_size: images classified at once.
     """
-    threshold = predictor.threshold(target_accuracy).confidence
+    facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
     program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
-    size, side, place = min(batch_size, len(paths)), predictor.facts["image_size"], 0
-    for decoded in _decoded_batches(predictor, paths, size):
+    size, side, unused = min(batch_size, len(paths)), facts["image_size"], iter(paths)
+    for decoded in _decoded_batches(facts, paths, size):
         images = np.zeros((size, side, side, 3), np.uint8)
         for i, result in enumerate(decoded):
             if not isinstance(result, str):
                 images[i] = result
-        probabilities = softmax(np.asarray(program(jnp.asarray(images))), predictor.temperature)
+        probabilities = softmax(np.asarray(program(jnp.asarray(images))), facts["temperature"])
         for result, row in zip(decoded, probabilities, strict=False):
             cells = (
                 {"review": "yes", "error": result}
                 if isinstance(result, str)
-                else _answer(row, predictor.facts["class_names"], threshold)
+                else _answer(row, facts["class_names"], threshold)
             )
-            yield dict.fromkeys(COLUMNS, "") | {"path": paths[place]} | cells
-            place += 1
+            yield dict.fromkeys(COLUMNS, "") | {"path": next(unused)} | cells
 
 
 def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[str, str | float]:
@@ -240,29 +218,28 @@ def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[s
 
 
 def _decoded_batches(
-    predictor: Predictor, paths: Sequence[str], size: int
+    facts: dict, paths: Sequence[str], size: int
 ) -> Iterator[list[np.ndarray | str]]:
     """Yields lists of images uint8 [S, S, 3], or of what is wrong with them, one list ahead."""
-    read = partial(_decode, predictor)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque = deque()
         for start in range(0, len(paths), size or 1):
-            waiting.append(pool.map(read, paths[start : start + size]))
+            waiting.append(pool.map(partial(_decode, facts), paths[start : start + size]))
             if len(waiting) == 2:
                 yield list(waiting.popleft())
         if waiting:
             yield list(waiting.popleft())
 
 
-def _decode(predictor: Predictor, path: str) -> np.ndarray | str:
+def _decode(facts: dict, path: str) -> np.ndarray | str:
     """Returns an image as training would see it, without augmentation, or why there is none."""
-    data = predictor.facts["data"]
+    data = facts["data"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
             image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]))
-        size = predictor.facts["image_size"]
-        return np.asarray(resize(image, size, data["resize"], data["interpolation"]))
+        image = resize(image, facts["image_size"], data["resize"], data["interpolation"])
+        return np.asarray(image)
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
         return " ".join(str(error).split()) or type(error).__name__
 
