@@ -22,26 +22,12 @@ from absl import flags
 from analysis.forward import compiled, in_batches, load_classifier, load_test_images
 from analysis.page.figures import save
 from analysis.page.section import Details, Picture, Section, Table
-from analysis.runs import (
-    FinishedRun,
-    Groups,
-    chosen_runs,
-    evenly_spaced,
-    group_runs,
-    same_images,
-)
+from analysis.runs import Groups, chosen_runs, evenly_spaced, group_runs, same_images
+from analysis.stress import summary
 from analysis.stress.attacks import ATTACKS, EPSILONS, PGD_STEPS, loss_gradient
 from analysis.stress.charts import draw_accuracies, draw_corruptions
 from analysis.stress.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from analysis.stress.summary import (
-    CLEAN,
-    SHOWN_EPSILON,
-    Outcomes,
-    accuracy_table,
-    conclude,
-    printed,
-    summarise,
-)
+from analysis.stress.summary import CLEAN, SHOWN_EPSILON, Outcomes
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
@@ -64,18 +50,17 @@ def predict_under(
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
     seed: int = SEED,
 ) -> dict[str, Outcomes]:
-    """Returns for each model which images it gets right, by condition.
+    """Returns for each model which images it gets right, bool [N], by condition.
+
+    The conditions are clean, every corruption at every severity, and, for a model with a gradient,
+    every attack at every epsilon. An image's draws depend on the seed and its number in `images`.
 
     Args:
       models: by name, of one image size; each image is corrupted once for all of them.
-      images: [N, S, S, 3] uint8.
+      images: uint8 [N, S, S, 3].
       labels: int [N].
       corruptions: names in `CORRUPTIONS`.
-      seed: of all draws; those of an image depend on its number in `images`.
-
-    Returns:
-      {model: {condition: bool [N]}}: clean, every corruption at every severity, and, of a model
-      with a gradient, every attack at every epsilon.
+      seed: of all draws.
     """
     programs = {name: compiled(model, predicted_classes) for name, model in models.items()}
     outcomes: dict[str, Outcomes] = {name: {} for name in models}
@@ -130,7 +115,7 @@ def group_outcomes(
     first = next(iter(chosen.values()))[0]
     labels = first.test["labels"]
     rows = spread(labels, count)
-    by_data: dict[str, list[FinishedRun]] = {}
+    by_data: dict[str, list] = {}
     for run in itertools.chain(*chosen.values()):
         if not same_images(run, first):
             raise UserError(
@@ -157,8 +142,8 @@ def group_outcomes(
 def baseline_labels(baseline: str, groups: Groups) -> list[str]:
     """Returns the labels that a baseline may mean: itself, or the variants of a model.
 
-    "" means cnn: a plain network is a better yardstick than one that hardly beats chance, which
-    corruption cannot harm. Where there is no cnn it may be any model.
+    "" means cnn, or any model where there is none: corruption cannot harm a model that hardly beats
+    chance, so the least accurate one would be no yardstick.
 
     Raises:
       UserError: no run has that label or model.
@@ -211,28 +196,23 @@ def robustness_section(
     candidates = baseline_labels(baseline, groups)
     outcomes, sample = group_outcomes(groups, count, corruptions, seeds, data_path)
     baseline = min(candidates, key=lambda label: (outcomes[label][CLEAN].mean(), label))
-    table = accuracy_table(outcomes)
-    summary = summarise(table, baseline)
+    table = summary.accuracy_table(outcomes)
     table.to_csv(output / "robustness.csv", index=False)
     save(draw_accuracies(outcomes), output / "robustness.svg")
     save(draw_corruptions(sample, list(corruptions), SEED), output / "corruptions.png")
-    sheet = Picture("corruptions.png", "The first of these images under each corruption.")
-    shown, runs = printed(summary), "first seed" if seeds == 1 else f"first {seeds} seeds"
-    images = outcomes[baseline][CLEAN].shape[1]
+    by_model = summary.summarise(table, baseline)
+    shown = summary.printed(by_model)
+    images, runs = table.images[0], "first seed" if seeds == 1 else f"first {seeds} seeds"
     source = f"{images} images of the test part, spread evenly over classes; {runs} of each model."
+    caption = f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}"
+    sheet = Picture("corruptions.png", "The first of these images under each corruption.")
     return Section(
         "Robustness",
-        [conclude(outcomes)],
+        [summary.conclude(outcomes)],
         [Table(list(shown), shown.values.tolist(), f"{source} {explain(corruptions, baseline)}")],
-        [
-            Picture(
-                "robustness.svg",
-                f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}",
-                wide=True,
-            ),
-        ],
+        [Picture("robustness.svg", caption, wide=True)],
         [Details("What the corruptions look like", picture=sheet)],
-        data=json.loads(summary.set_index("model").to_json(orient="index")),
+        data=json.loads(by_model.set_index("model").to_json(orient="index")),
     )
 
 

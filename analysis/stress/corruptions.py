@@ -4,15 +4,14 @@ They are those of ImageNet-C that a small photo shows (Hendrycks & Dietterich 20
 neural network robustness to common corruptions and perturbations", with its constants), and
 rotation, scale and occlusion with tables of our own.
 
-Each is a function `(draw, image, *constants)` of a NumPy generator, an image uint8 [S, S, 3] and
-the constants of a severity; it returns values that `corrupt` rounds and clips to 0..255. Lengths in
-pixels (blur radius, motion length) are stated for 224 pixels and multiplied by side / 224, by 1/4
-at least: an image of fewer than 56 pixels is blurred like one of 56.
+Each is a function `(draw, image, constant)` of a NumPy generator, an image uint8 [S, S, 3] and what
+the table at the end has for a severity; it returns values that `corrupt` rounds and clips to
+0..255. Lengths in pixels (blur radius, motion length) are stated for 224 pixels and multiplied by
+side / 224, by 1/4 at least: an image of fewer than 56 pixels is blurred like one of 56.
 """
 
 import io
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
@@ -53,11 +52,11 @@ def corrupt(
     choose("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"severity of {name}: {severity!r} is not one of 1, 2, 3, 4, 5")
-    number, corruption = list(CORRUPTIONS).index(name), CORRUPTIONS[name]
+    number, (apply, constants) = list(CORRUPTIONS).index(name), CORRUPTIONS[name]
     corrupted = np.empty_like(images)
     for row, index in enumerate(range(len(images)) if indices is None else indices):
         draw = np.random.default_rng([seed, number, severity, index])
-        changed = corruption.apply(draw, images[row], *corruption.constants[severity - 1])
+        changed = apply(draw, images[row], constants[severity - 1])
         corrupted[row] = np.clip(np.round(changed), 0, 255)
     return corrupted
 
@@ -128,13 +127,13 @@ def defocus_blur(draw: Generator, image: np.ndarray, radius: float) -> np.ndarra
     return blur(image, disc(radius * length_scale(len(image))))
 
 
-def motion_blur(draw: Generator, image: np.ndarray, radius: float, deviation: float) -> np.ndarray:
+def motion_blur(draw: Generator, image: np.ndarray, lengths: tuple[float, float]) -> np.ndarray:
     """Smears an image in one direction, up to 45 degrees from the horizontal, drawn per image.
 
-    The trail is 2 * radius long and fades as a Gaussian.
+    The trail is twice the first length long and fades as a Gaussian of the second.
     """
-    scale, angle = length_scale(len(image)), draw.uniform(-np.pi / 4, np.pi / 4)
-    return blur(image, streak(angle, 2 * radius * scale, deviation * scale))
+    radius, deviation = length_scale(len(image)) * np.array(lengths)
+    return blur(image, streak(draw.uniform(-np.pi / 4, np.pi / 4), 2 * radius, deviation))
 
 
 # --- colour ---------------------------------------------------------------------------------------
@@ -153,14 +152,14 @@ def contrast(draw: Generator, image: np.ndarray, factor: float) -> np.ndarray:
     return mean + factor * (image - mean)
 
 
-def saturation(draw: Generator, image: np.ndarray, factor: float, added: float) -> np.ndarray:
-    """Maps the S of HSV to S * factor + added; a grey pixel, of hue 0, turns red.
+def saturation(draw: Generator, image: np.ndarray, change: tuple[float, float]) -> np.ndarray:
+    """Multiplies the S of HSV and adds to it; a grey pixel, of hue 0, turns red.
 
     Severities 1 and 2 fade colours and 3 to 5 exaggerate them, so that harm grows steadily only
     on photos of muted colours.
     """
     hsv = rgb_to_hsv(image / 255)
-    hsv[..., 1] = np.clip(hsv[..., 1] * factor + added, 0, 1)
+    hsv[..., 1] = np.clip(hsv[..., 1] * change[0] + change[1], 0, 1)
     return 255 * hsv_to_rgb(hsv)
 
 
@@ -211,33 +210,22 @@ def occlusion(draw: Generator, image: np.ndarray, area: float) -> np.ndarray:
 
 # --- the table ------------------------------------------------------------------------------------
 
-
-class Corruption(NamedTuple):
-    """A function of this file, and its constants by severity."""
-
-    apply: Callable[..., np.ndarray]
-    constants: tuple[tuple[float, ...], ...]
-
-
-def _rows(*values: float) -> tuple[tuple[float, ...], ...]:
-    return tuple((value,) for value in values)
-
-
-# The order numbers the random streams: new corruptions go to the end.
+# The function and its constants by severity. The order numbers the random streams: new corruptions
+# go to the end.
 CORRUPTIONS = {
-    "gaussian_noise": Corruption(gaussian_noise, _rows(0.08, 0.12, 0.18, 0.26, 0.38)),  # of 255
-    "shot_noise": Corruption(shot_noise, _rows(60, 25, 12, 5, 3)),  # photons at white
-    "impulse_noise": Corruption(impulse_noise, _rows(0.03, 0.06, 0.09, 0.17, 0.27)),  # of values
-    "defocus_blur": Corruption(defocus_blur, _rows(3, 4, 6, 8, 10)),  # pixels of 224
-    "motion_blur": Corruption(motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
-    "brightness": Corruption(brightness, _rows(0.1, 0.2, 0.3, 0.4, 0.5)),  # of 255
-    "contrast": Corruption(contrast, _rows(0.4, 0.3, 0.2, 0.1, 0.05)),
-    "saturation": Corruption(saturation, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))),
-    "jpeg": Corruption(jpeg, _rows(25, 18, 15, 10, 7)),  # quality
-    "pixelate": Corruption(pixelate, _rows(0.6, 0.5, 0.4, 0.3, 0.25)),  # of the side
-    "rotation": Corruption(rotation, _rows(5, 10, 15, 20, 30)),  # degrees
-    "scale": Corruption(scale, _rows(1.1, 1.2, 1.3, 1.45, 1.6)),
-    "occlusion": Corruption(occlusion, _rows(0.05, 0.1, 0.2, 0.3, 0.4)),  # of the area
+    "gaussian_noise": (gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),  # of 255
+    "shot_noise": (shot_noise, (60, 25, 12, 5, 3)),  # photons at white
+    "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),  # of values
+    "defocus_blur": (defocus_blur, (3, 4, 6, 8, 10)),  # pixels of 224
+    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),  # pixels of 224
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),  # of 255
+    "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
+    "saturation": (saturation, ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2))),
+    "jpeg": (jpeg, (25, 18, 15, 10, 7)),  # quality
+    "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),  # of the side
+    "rotation": (rotation, (5, 10, 15, 20, 30)),  # degrees
+    "scale": (scale, (1.1, 1.2, 1.3, 1.45, 1.6)),
+    "occlusion": (occlusion, (0.05, 0.1, 0.2, 0.3, 0.4)),  # of the area
 }
 
 

@@ -45,12 +45,12 @@ def corrupted(images):
 
 
 def constant(name, severity):
-    return CORRUPTIONS[name].constants[severity - 1]
+    return CORRUPTIONS[name][1][severity - 1]
 
 
 def test_there_are_thirteen_at_five_severities():
     assert len(CORRUPTIONS) == 13
-    assert all(len(corruption.constants) == 5 for corruption in CORRUPTIONS.values())
+    assert all(len(constants) == 5 for _, constants in CORRUPTIONS.values())
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -97,13 +97,13 @@ def test_gaussian_noise_has_the_stated_deviation():
     grey = np.full((6, SIDE, SIDE, 3), 128, np.uint8)
     for severity in (1, 2):  # beyond, values are cut at 0 and 255
         noise = corrupt(grey, "gaussian_noise", severity, SEED) - 128.0
-        assert noise.std() == pytest.approx(255 * constant("gaussian_noise", severity)[0], rel=0.02)
+        assert noise.std() == pytest.approx(255 * constant("gaussian_noise", severity), rel=0.02)
         assert abs(noise.mean()) < 0.5
 
 
 def test_shot_noise_counts_poisson_photons():
     for severity in (1, 5):
-        (photons,) = constant("shot_noise", severity)
+        photons = constant("shot_noise", severity)
         grey = np.full((6, SIDE, SIDE, 3), 85, np.uint8)
         counts = corrupt(grey, "shot_noise", severity, SEED) / 255 * photons
         share = [np.mean(counts < k + 0.5) for k in range(int(photons))]
@@ -149,7 +149,7 @@ def test_brightness_and_saturation_equal_colorsys(severity, images, corrupted):
         hsv = [change(*colorsys.rgb_to_hsv(*pixel)) for pixel in image.reshape(-1, 3) / 255]
         return 255 * np.array([colorsys.hsv_to_rgb(*pixel) for pixel in hsv]).reshape(image.shape)
 
-    (added,) = constant("brightness", severity)
+    added = constant("brightness", severity)
     expected = through_hsv(images[0], lambda h, s, v: (h, s, min(v + added, 1)))
     assert np.abs(corrupted["brightness", severity][0] - expected).max() < 0.51
     factor, added = constant("saturation", severity)
@@ -178,7 +178,7 @@ def test_jpeg_is_that_of_the_stated_quality(side, monkeypatch):
     monkeypatch.setattr(Image.Image, "save", lambda *a, **k: (save(*a, **k), saved.append(a[1])))
     for severity in SEVERITIES:
         corrupted = corrupt(images, "jpeg", severity, SEED)
-        (quality,) = constant("jpeg", severity)
+        quality = constant("jpeg", severity)
         for image, file in zip(corrupted, saved[-len(images) :], strict=True):
             compressed = Image.open(file)
             assert (np.asarray(compressed) == image).all()
@@ -202,9 +202,9 @@ def test_pixelate_makes_blocks_their_mean(images, corrupted):
 def test_rotation_and_scale_sample_where_they_should(images, corrupted):
     centre = (SIDE - 1) / 2
     grid = np.stack(np.mgrid[:SIDE, :SIDE]) - centre
-    angle = np.deg2rad(constant("rotation", 5)[0])
+    angle = np.deg2rad(constant("rotation", 5))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    (factor,) = constant("scale", 5)
+    factor = constant("scale", 5)
     for name, options in {
         "rotation": (turn, turn.T),
         "scale": (factor * np.eye(2), np.eye(2) / factor),
@@ -231,6 +231,6 @@ def test_occlusion_covers_the_stated_area():
     for severity in SEVERITIES:
         covered = (corrupt(white, "occlusion", severity, SEED) == 128).all(axis=-1)
         side = np.sqrt(covered.sum(axis=(1, 2)))
-        expected = SIDE * np.sqrt(constant("occlusion", severity)[0])
+        expected = SIDE * np.sqrt(constant("occlusion", severity))
         assert (np.abs(side - expected) <= 1).all()
         assert len(np.unique(covered.reshape(6, -1), axis=0)) > 1  # anywhere
