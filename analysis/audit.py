@@ -37,16 +37,15 @@ NEAR_LIMIT = 100_000  # images; comparing all pairs of more would take too long
 def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
     """Returns everything the audit knows, as plain values for JSON.
 
+    These are numbers of images by part and class, sizes, modes, value range and imbalance; files
+    that are unreadable or no image; and groups of ids: `exact_duplicates` (all of them), of which
+    `label_conflicts` lie in several classes and `leaks` in several parts, and `near_duplicates`.
+    Images left out by a config count as neither leak nor conflict.
+
     Args:
       listing: N images.
       decoded: their facts.
-      parts: the part of each image; images of one name belong together.
-
-    Returns:
-      `counts` by part and class; `unreadable` ids; and groups of ids: `exact_duplicates` (all of
-      them), of which `label_conflicts` lie in several classes and `leaks` in several parts, and
-      `near_duplicates`. Images left out by a config count as neither leak nor conflict. Further:
-      sizes, modes, value ranges, imbalance, files that are no image.
+      parts: the part of each image.
     """
     ids, labels = np.array(listing.ids, object), listing.labels
     readable = np.array([not error for error in decoded.errors])
@@ -130,14 +129,13 @@ def describe(findings: dict) -> str:
     classes = len(findings["class_names"])
     lines = [f"data audit: {findings['images']} images, {classes} classes"]
     for part, by_class in findings["counts"].items():
-        if part == LEFT_OUT:
-            lines.append(f"  {part}: {sum(by_class.values())}")
-            continue
-        ratio = findings["imbalance"][part]
-        ratio = "a class is empty" if ratio is None else f"largest/smallest class {ratio:.2f}"
-        numbers = ", ".join(f"{name} {n}" for name, n in list(by_class.items())[:12])
-        more = ", ..." if classes > 12 else ""
-        lines.append(f"  {part}: {sum(by_class.values())} ({numbers}{more}; {ratio})")
+        line = f"  {part}: {sum(by_class.values())}"
+        if part != LEFT_OUT:
+            ratio = findings["imbalance"][part]
+            ratio = f"largest/smallest class {ratio:.2f}" if ratio else "a class is empty"
+            numbers = ", ".join(f"{name} {n}" for name, n in list(by_class.items())[:12])
+            line += f" ({numbers}{', ...' if classes > 12 else ''}; {ratio})"
+        lines.append(line)
     sizes = ", ".join(f"{size} ({n})" for size, n in list(findings["sizes"].items())[:3])
     modes = ", ".join(f"{mode} ({n})" for mode, n in findings["modes"].items())
     low, high = findings["value_range"]
@@ -218,8 +216,7 @@ def main(argv: list[str]) -> int:
         config = expand(config, config_overrides(CONFIG))[0].config
         config.data.unreadable = "skip"
         output = OUTPUT.value or f"runs/audit/{Path(config.data.path or config.data.source).name}"
-        dataset = load_dataset(config.data, config.runtime.cache_dir)
-        findings = write_audit(dataset, Path(output))
+        findings = write_audit(load_dataset(config.data, config.runtime.cache_dir), Path(output))
     print(f"{describe(findings)}\ncontact sheet: {output}/contact_sheet.png")
     if JSON.value:
         try:

@@ -43,13 +43,9 @@ def export_run(run: FinishedRun, folder: Path) -> None:
     predictor, weights = predictor_of(run), run.summary.get("weights", "none")
     licence = licence_of(weights)
     card = model_card(run, predictor, licence)
-    facts = predictor.facts | {
-        "began": _short(weights),
-        "licence": licence,
-        "versions": _versions(run),
-    }
-    folder = output_folder(folder, "OUTPUT_DIR")
-    write_own(folder / WEIGHTS, arrays_of(predictor.model), facts)
+    known = {"began": _short(weights), "licence": licence, "versions": _versions(run)}
+    output_folder(folder, "OUTPUT_DIR")
+    write_own(folder / WEIGHTS, arrays_of(predictor.model), predictor.facts | known)
     try:
         (folder / CARD).write_text(card, encoding="utf-8")
     except OSError as error:
@@ -86,12 +82,9 @@ def _versions(run: FinishedRun) -> dict:
 
 
 def licence_of(weights: str) -> str:
-    """Returns the licence that comes with the weights that training began from.
+    """Returns the licence that comes with the weights (a name as in `models/pretrained.py`).
 
     A run is followed back to what it began from, as long as its directory exists.
-
-    Args:
-      weights: a name as in `models/pretrained.py`, or "none" for training from scratch.
     """
     if weights == "none":
         return OWNERS
@@ -200,9 +193,9 @@ def _markdown(text: object) -> str:
 
 def main(argv: list[str]) -> int:
     """Exports a run into a folder."""
-    run_dir, folder = map(Path, arguments(argv, "analysis.export RUN_DIR OUTPUT_DIR", 2, 2))
-    folder = folder.expanduser()
-    export_run(load_run(run_dir.expanduser()), folder)
+    given = arguments(argv, "analysis.export RUN_DIR OUTPUT_DIR", 2, 2)
+    run_dir, folder = (Path(path).expanduser() for path in given)
+    export_run(load_run(run_dir), folder)
     print(f"{folder}: {WEIGHTS}, {CARD}")
     return 0
 

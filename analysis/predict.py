@@ -124,11 +124,11 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
 # --- which files ----------------------------------------------------------------------------------
 
 
-def find_images(arguments: Iterable[str], recursive: bool = True) -> list[str]:
+def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
     """Returns the paths of images that arguments name, each file once, in their order.
 
     Args:
-      arguments: files, whatever their ending; folders, for every file with the ending of an image;
+      photos: files, whatever their ending; folders, for every file with the ending of an image;
         patterns with *, ?, [...], and ** for any folders.
       recursive: whether folders in folders are searched. Hidden files and folders are not.
 
@@ -136,7 +136,7 @@ def find_images(arguments: Iterable[str], recursive: bool = True) -> list[str]:
       UserError: an argument does not exist, matches nothing or holds no image.
     """
     paths: dict[str, str] = {}  # by the file they lead to
-    for argument in arguments:
+    for argument in photos:
         path = os.path.expanduser(argument)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
@@ -192,7 +192,7 @@ def predict(
     """
     facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
     program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
-    size, side, unused = min(batch_size, len(paths)), facts["image_size"], iter(paths)
+    size, side, names = min(batch_size, len(paths)), facts["image_size"], iter(paths)
     for decoded in _decoded_batches(facts, paths, size):
         images = np.zeros((size, side, side, 3), np.uint8)
         for i, result in enumerate(decoded):
@@ -205,7 +205,7 @@ def predict(
                 if isinstance(result, str)
                 else _answer(row, facts["class_names"], threshold)
             )
-            yield dict.fromkeys(COLUMNS, "") | {"path": next(unused)} | cells
+            yield dict.fromkeys(COLUMNS, "") | {"path": next(names)} | cells
 
 
 def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[str, str | float]:

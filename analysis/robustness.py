@@ -34,6 +34,13 @@ from models import Classifier
 
 SEED = 0  # of noise, directions and PGD's start
 BATCH = 32  # images; a gradient of a large network takes far more memory than its prediction
+EXPLANATION = (
+    "Intervals are over images (Wilson, 95 %). Corrupted: mean over {corruptions} corruptions at "
+    f"{len(SEVERITIES)} severities; kept: its share of the clean accuracy. mCE: mean over "
+    "corruptions of the error divided by that of {baseline}, lower is better. FGSM and PGD "
+    f"({PGD_STEPS} steps): accuracy when no value moves by more than {SHOWN_EPSILON} grey levels "
+    "of 255, – without a gradient. In brackets: accuracy in percent."
+)
 
 # --- right or wrong -------------------------------------------------------------------------------
 
@@ -157,18 +164,6 @@ def baseline_labels(baseline: str, groups: Groups) -> list[str]:
     return [label for label, model in models.items() if model == baseline]
 
 
-def explain(corruptions: Sequence[str], baseline: str) -> str:
-    """Returns what the columns of the printed summary mean."""
-    return (
-        "Intervals are over images (Wilson, 95 %). Corrupted: mean over "
-        f"{len(corruptions)} corruptions at {len(SEVERITIES)} severities; kept: its share of the "
-        "clean accuracy. mCE: mean over corruptions of the error divided by that of "
-        f"{baseline}, lower is better. FGSM and PGD ({PGD_STEPS} steps): accuracy when no value "
-        f"moves by more than {SHOWN_EPSILON} grey levels of 255, – without a gradient. In "
-        "brackets: accuracy in percent."
-    )
-
-
 def robustness_section(
     groups: Groups,
     output: Path,
@@ -204,12 +199,13 @@ def robustness_section(
     shown = summary.printed(by_model)
     images, runs = table.images[0], "first seed" if seeds == 1 else f"first {seeds} seeds"
     source = f"{images} images of the test part, spread evenly over classes; {runs} of each model."
+    meaning = EXPLANATION.format(corruptions=len(corruptions), baseline=baseline)
     caption = f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}"
     sheet = Picture("corruptions.png", "The first of these images under each corruption.")
     return Section(
         "Robustness",
         [summary.conclude(outcomes)],
-        [Table(list(shown), shown.values.tolist(), f"{source} {explain(corruptions, baseline)}")],
+        [Table(list(shown), shown.values.tolist(), f"{source} {meaning}")],
         [Picture("robustness.svg", caption, wide=True)],
         [Details("What the corruptions look like", picture=sheet)],
         data=json.loads(by_model.set_index("model").to_json(orient="index")),

@@ -33,21 +33,17 @@ def corrupt(
     seed: int = 0,
     indices: Iterable[int] | None = None,
 ) -> np.ndarray:
-    """Corrupts images; what an image gets does not depend on the others.
+    """Corrupts images, each by itself: its draws follow from seed, corruption, severity and index.
 
     Args:
       images: uint8 [N, S, S, 3].
       name: one of `CORRUPTIONS`.
       severity: 1 to 5.
-      seed: of the experiment; the draws of an image follow from it, the corruption, the severity
-        and the image's index.
+      seed: of the experiment.
       indices: of the images in their data set; 0 .. N - 1 by default.
 
     Returns:
       uint8 [N, S, S, 3].
-
-    Raises:
-      UserError: no such corruption or severity.
     """
     choose("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
@@ -136,14 +132,12 @@ def motion_blur(draw: Generator, image: np.ndarray, lengths: tuple[float, float]
     return blur(image, streak(draw.uniform(-np.pi / 4, np.pi / 4), 2 * radius, deviation))
 
 
-# --- colour ---------------------------------------------------------------------------------------
+# --- colour and compression -----------------------------------------------------------------------
 
 
 def brightness(draw: Generator, image: np.ndarray, added: float) -> np.ndarray:
     """Adds a share of 255 to the V of HSV: hue and saturation stay."""
-    hsv = rgb_to_hsv(image / 255)
-    hsv[..., 2] = np.clip(hsv[..., 2] + added, 0, 1)
-    return 255 * hsv_to_rgb(hsv)
+    return 255 * hsv_to_rgb(np.clip(rgb_to_hsv(image / 255) + [0, 0, added], 0, 1))
 
 
 def contrast(draw: Generator, image: np.ndarray, factor: float) -> np.ndarray:
@@ -158,12 +152,8 @@ def saturation(draw: Generator, image: np.ndarray, change: tuple[float, float]) 
     Severities 1 and 2 fade colours and 3 to 5 exaggerate them, so that harm grows steadily only
     on photos of muted colours.
     """
-    hsv = rgb_to_hsv(image / 255)
-    hsv[..., 1] = np.clip(hsv[..., 1] * change[0] + change[1], 0, 1)
-    return 255 * hsv_to_rgb(hsv)
-
-
-# --- compression ----------------------------------------------------------------------------------
+    factor, added = change
+    return 255 * hsv_to_rgb(np.clip(rgb_to_hsv(image / 255) * [1, factor, 1] + [0, added, 0], 0, 1))
 
 
 def jpeg(draw: Generator, image: np.ndarray, quality: int) -> np.ndarray:

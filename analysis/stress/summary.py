@@ -7,7 +7,7 @@ from scipy import stats
 from analysis.page.tables import percent, percents, points
 from analysis.stress.attacks import ATTACKS
 from analysis.stress.corruptions import CORRUPTIONS, spoken
-from analysis.uncertainty import UNKNOWN, Interval, image_interval
+from analysis.uncertainty import Interval, image_interval
 
 SHOWN_EPSILON = 2  # of attacks in the table, in grey levels of 255
 RESAMPLES = 2000
@@ -22,14 +22,10 @@ CLEAN: Condition = ("clean", 0)
 
 
 def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
-    """Returns a row per model and condition.
+    """Returns a row per model and condition, from outcomes bool [S, N].
 
-    Args:
-      outcomes: {model: {condition: bool [S, N]}}.
-
-    Returns:
-      model, corruption, severity (0 for clean; epsilon in grey levels for FGSM and PGD), accuracy,
-      ci95_low and ci95_high (Wilson, over images), images, seeds. Shares are in 0..1.
+    Columns: model, corruption, severity (0 for clean; epsilon in grey levels for FGSM and PGD),
+    accuracy, ci95_low and ci95_high (Wilson, over images), images, seeds. Shares are in 0..1.
     """
     order = ["clean", *CORRUPTIONS, *ATTACKS]
     rows = []
@@ -45,12 +41,8 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
 def corruption_errors(accuracy: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Returns errors as shares of a baseline's; their mean is mCE (Hendrycks & Dietterich 2019).
 
-    Args:
-      accuracy: a row per corruption (mean over severities), a column per model.
-      baseline: a column.
-
-    Returns:
-      As `accuracy`; NaN where the baseline makes no error.
+    `accuracy` has a row per corruption (mean over severities) and a column per model, as the result
+    has; it is NaN where the baseline makes no error.
     """
     errors = 1 - accuracy
     return errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
@@ -104,9 +96,7 @@ def printed(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_interval(differences: np.ndarray) -> Interval:
-    """Returns the 95 % bootstrap interval of a mean over images, [N]; NaN for a single one."""
-    if len(differences) < 2:
-        return UNKNOWN
+    """Returns the 95 % bootstrap interval of a mean over two images or more, [N]."""
     interval = stats.bootstrap(
         (differences,),
         np.mean,
@@ -129,17 +119,17 @@ def conclude(outcomes: dict[str, Outcomes]) -> str:
         for model, right in outcomes.items()
     }  # [N] each
     ranked = sorted(shares, key=lambda model: (-shares[model].mean(), model))
-    accuracy = percent(shares[ranked[0]].mean(), 1)
-    text = f"{ranked[0]} has the highest accuracy under corruption, {accuracy} %"
+    accuracy = [percent(shares[model].mean(), 1) for model in ranked]
+    text = f"{ranked[0]} has the highest accuracy under corruption, {accuracy[0]} %"
     if len(ranked) == 1:
         return f"{text}."
-    best, second = ranked[:2]
-    low, high = mean_interval(shares[best] - shares[second])
-    if np.isnan(low):
-        return f"{text}; these images are too few to tell it from {second}."
+    best, second = (shares[model] for model in ranked[:2])
+    if len(best) < 2:
+        return f"{text}; these images are too few to tell it from {ranked[1]}."
+    low, high = mean_interval(best - second)
     verdict = "established" if low > 0 else "not established"
     return (
-        f"{text}; {second} follows with {percent(shares[second].mean(), 1)} %. The difference is "
+        f"{text}; {ranked[1]} follows with {accuracy[1]} %. The difference is "
         f"{verdict} on these images (95 % interval {points(low, 1)} to {points(high, 1)} points, "
         "paired bootstrap over images)."
     )
