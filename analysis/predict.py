@@ -127,13 +127,9 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
 def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
     """Returns the paths of images that arguments name, each file once, in their order.
 
-    Args:
-      photos: files, whatever their ending; folders, for every file with the ending of an image;
-        patterns with *, ?, [...], and ** for any folders.
-      recursive: whether folders in folders are searched. Hidden files and folders are not.
-
-    Raises:
-      UserError: an argument does not exist, matches nothing or holds no image.
+    An argument is a file, whatever its ending; a folder, for every file with the ending of an image
+    in it and, if `recursive`, in its folders, hidden ones aside; or a pattern with *, ?, [...], and
+    ** for any folders. Raises UserError where it does not exist, matches nothing or holds no image.
     """
     paths: dict[str, str] = {}  # by the file they lead to
     for argument in photos:
@@ -179,10 +175,9 @@ def predict(
     target_accuracy: float = 0.95,
     batch_size: int = 64,
 ) -> Iterator[dict[str, str | float]]:
-    """Yields a row for each image file, in order, with the keys of COLUMNS.
+    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value.
 
     Two batches are in memory at a time: one is read by threads while the other is classified.
-    Confidences are probabilities in 0..1; cells without a value are "".
 
     Args:
       predictor: as `load_predictor` returns it.
@@ -249,11 +244,7 @@ def _decode(facts: dict, path: str) -> np.ndarray | str:
 
 @contextmanager
 def open_output(name: str) -> Iterator[TextIO]:
-    """Opens a text file that appears, whole, when all went well; "-" or "" is standard output.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Opens a text file that appears, whole, when all went well; "-" or "" is standard output."""
     # Names of files may be bytes that are no text; they are written as they are.
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     if name in ("", "-"):
@@ -275,11 +266,7 @@ def open_output(name: str) -> Iterator[TextIO]:
 
 
 def write_rows(file: TextIO, rows: Iterable[dict[str, str | float]]) -> Counter:
-    """Writes rows as CSV under the names of their columns; confidences get six digits.
-
-    Returns:
-      How many were written ("images"), are to be reviewed ("review"), and had an "error".
-    """
+    """Writes rows as CSV; counts how many "images", to "review", and with an "error" there were."""
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
     counts = Counter(images=0, review=0, error=0)
