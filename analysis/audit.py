@@ -10,24 +10,23 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from matplotlib import pyplot as plt
+from ml_collections import config_flags
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from analysis.page.figures import literal, small_multiples
+from analysis.runs import evenly_spaced
 from configs import base
 from data.decoding import Decoded, decode_all
 from data.sources import Listing, list_source
 from errors import UserError
-from experiment.command import config_overrides, run_command
+from experiment.command import arguments, config_overrides, output_folder, run_command
 from experiment.files import write_json
 from experiment.grid import expand
 from input_pipeline import PARTS, Dataset, exact_duplicates, load_dataset
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 HASH_DISTANCE = 8  # bits of 64 in which near duplicates may differ, and
 THUMBNAIL_DISTANCE = 8.0  # root mean square difference of their thumbnails, in grey levels of 255
@@ -35,42 +34,38 @@ LEFT_OUT = "left out"  # the part of images that a config excludes: they can lea
 NEAR_LIMIT = 100_000  # images; comparing all pairs of more would take too long
 
 
-def findings(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
+def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
     """Returns everything the audit knows, as plain values for JSON.
+
+    These are numbers of images by part and class, sizes, modes, value range and imbalance; files
+    that are unreadable or no image; and groups of ids: `exact_duplicates` (all of them), of which
+    `label_conflicts` lie in several classes and `leaks` in several parts, and `near_duplicates`.
+    Images left out by a config count as neither leak nor conflict.
 
     Args:
       listing: N images.
       decoded: their facts.
-      parts: the part of each image; images of one name belong together.
-
-    Returns:
-      `counts` by part and class; `unreadable` ids; and groups of ids: `exact_duplicates` (all of
-      them), of which `label_conflicts` lie in several classes and `leaks` in several parts, and
-      `near_duplicates`. Images left out by a config count as neither leak nor conflict. Further:
-      sizes, modes, value ranges, imbalance, files that are no image.
+      parts: the part of each image.
     """
     ids, labels = np.array(listing.ids, object), listing.labels
     readable = np.array([not error for error in decoded.errors])
     facts = decoded.facts[readable]
-    groups = exact_duplicates(decoded)
-    near = near_duplicates(decoded, groups)
+    exact = exact_duplicates(decoded)
+    near = near_duplicates(decoded, exact)
 
     def named(groups: list[np.ndarray]) -> list[list[str]]:
         return [sorted(ids[group].tolist()) for group in groups]
 
     def across(groups: list[np.ndarray], values: Sequence) -> list[np.ndarray]:
-        used = [[i for i in group if parts[i] != LEFT_OUT] for group in groups]
-        return [np.array(group) for group in used if len({values[i] for i in group}) > 1]
+        used = [np.array([i for i in group if parts[i] != LEFT_OUT]) for group in groups]
+        return [group for group in used if len({values[i] for i in group}) > 1]
 
-    order = [*PARTS, "all", LEFT_OUT]
-    counts = {
-        part: {name: 0 for name in listing.class_names}
-        for part in sorted(set(parts), key=order.index)
-    }
-    for part, label, fine in zip(parts, labels, readable, strict=True):
-        counts[part][listing.class_names[label]] += int(fine)
+    order = [part for part in (*PARTS, "all", LEFT_OUT) if part in parts]
+    counts = {part: dict.fromkeys(listing.class_names, 0) for part in order}
+    for i in np.flatnonzero(readable):
+        counts[parts[i]][listing.class_names[labels[i]]] += 1
     sizes = Counter(f"{fact['width']}x{fact['height']}" for fact in facts)
-    modes = Counter(mode for mode, fine in zip(decoded.modes, readable, strict=True) if fine)
+    modes = Counter(decoded.modes[i] for i in np.flatnonzero(readable))
     constant = decoded.facts["low"] == decoded.facts["high"]
     return {
         "images": len(ids),
@@ -85,9 +80,9 @@ def findings(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         "unreadable": ids[~readable].tolist(),
         "reasons": {ids[i]: decoded.errors[i] for i in np.flatnonzero(~readable)},
         "not_images": listing.strays,
-        "exact_duplicates": named(groups),
-        "label_conflicts": named(across(groups, labels)),
-        "leaks": named(across(groups, parts)),
+        "exact_duplicates": named(exact),
+        "label_conflicts": named(across(exact, labels)),
+        "leaks": named(across(exact, parts)),
         "near_duplicates": named(near),
         "near_leaks": named(across(near, parts)),
         "near_duplicates_checked": len(ids) <= NEAR_LIMIT,
@@ -126,26 +121,26 @@ def near_duplicates(decoded: Decoded, exact: list[np.ndarray]) -> list[np.ndarra
     _, group = connected_components(graph, directed=False)
     members = np.argsort(group, kind="stable")
     groups = np.split(rows[members], np.flatnonzero(np.diff(group[members])) + 1)
-    return [np.sort(g) for g in groups if len(g) > 1]
+    return [np.sort(rows) for rows in groups if len(rows) > 1]
 
 
-def describe(found: dict) -> str:
-    """Returns the findings as a few lines of text."""
-    lines = [f"data audit: {found['images']} images, {len(found['class_names'])} classes"]
-    for part, by_class in found["counts"].items():
-        if part == LEFT_OUT:
-            lines.append(f"  {part}: {sum(by_class.values())}")
-            continue
-        ratio = found["imbalance"][part]
-        ratio = "a class is empty" if ratio is None else f"largest/smallest class {ratio:.2f}"
-        numbers = ", ".join(f"{name} {n}" for name, n in list(by_class.items())[:12])
-        more = ", ..." if len(by_class) > 12 else ""
-        lines.append(f"  {part}: {sum(by_class.values())} ({numbers}{more}; {ratio})")
-    sizes = ", ".join(f"{size} ({n})" for size, n in list(found["sizes"].items())[:3])
-    modes = ", ".join(f"{mode} ({n})" for mode, n in found["modes"].items())
-    low, high = found["value_range"]
+def describe(findings: dict) -> str:
+    """Returns what `audit_images` found as a few lines of text."""
+    classes = len(findings["class_names"])
+    lines = [f"data audit: {findings['images']} images, {classes} classes"]
+    for part, by_class in findings["counts"].items():
+        line = f"  {part}: {sum(by_class.values())}"
+        if part != LEFT_OUT:
+            ratio = findings["imbalance"][part]
+            ratio = f"largest/smallest class {ratio:.2f}" if ratio else "a class is empty"
+            numbers = ", ".join(f"{name} {n}" for name, n in list(by_class.items())[:12])
+            line += f" ({numbers}{', ...' if classes > 12 else ''}; {ratio})"
+        lines.append(line)
+    sizes = ", ".join(f"{size} ({n})" for size, n in list(findings["sizes"].items())[:3])
+    modes = ", ".join(f"{mode} ({n})" for mode, n in findings["modes"].items())
+    low, high = findings["value_range"]
     lines.append(
-        f"  {found['distinct_sizes']} size(s): {sizes}; modes: {modes}; values {low} to {high}"
+        f"  {findings['distinct_sizes']} size(s): {sizes}; modes: {modes}; values {low} to {high}"
     )
     for key, what in (
         ("unreadable", "unreadable files"),
@@ -157,16 +152,16 @@ def describe(found: dict) -> str:
         ("near_duplicates", "groups of near duplicates"),
         ("near_leaks", "of them across parts"),
     ):
-        if found[key]:
-            first = found[key][0]
+        if findings[key]:
+            first = findings[key][0]
             first = first if isinstance(first, str) else " = ".join(first[:3])
-            first += f": {found['reasons'][first]}" if key == "unreadable" else ""
-            lines.append(f"  {len(found[key])} {what}, such as {first}")
-    if not found["near_duplicates_checked"]:
+            first += f": {findings['reasons'][first]}" if key == "unreadable" else ""
+            lines.append(f"  {len(findings[key])} {what}, such as {first}")
+    if not findings["near_duplicates_checked"]:
         lines.append(f"  near duplicates were not looked for: more than {NEAR_LIMIT:,} images")
-    if found["leaks"] or found["label_conflicts"]:
+    if findings["leaks"] or findings["label_conflicts"]:
         lines.append(
-            "  warning: leaks and contradictory labels make accuracies wrong; leave the culprits "
+            "  warning: leaks and contradictory labels make accuracies wrong; leave these images "
             "out of training with --config.data.exclude_leaks"
         )
     return "\n".join(lines)
@@ -176,21 +171,15 @@ def contact_sheet(listing: Listing, decoded: Decoded, path: Path, columns: int =
     """Draws a row of samples a class, chosen evenly over its files; up to 20 classes."""
     readable = np.array([not error for error in decoded.errors])
     names = listing.class_names[:20]
-    figure, axes = plt.subplots(
-        len(names), columns, figsize=(columns, len(names) * 1.05), squeeze=False
-    )
+    figure, axes = small_multiples(len(names) * columns, columns, (1, 1.05))
+    for axis in axes:
+        axis.axis("off")
     for label, name in enumerate(names):
+        row = axes[label * columns :]
         rows = np.flatnonzero((listing.labels == label) & readable)
-        rows = (
-            rows[np.linspace(0, len(rows) - 1, min(columns, len(rows))).astype(int)]
-            if len(rows)
-            else []
-        )
-        for axis in axes[label]:
-            axis.axis("off")
-        for axis, row in zip(axes[label], rows, strict=False):
-            axis.imshow(decoded.images[row])
-        axes[label, 0].set_title(name, loc="left", fontsize=9, pad=2, parse_math=False)
+        for axis, place in zip(row, evenly_spaced(len(rows), columns), strict=False):
+            axis.imshow(decoded.images[rows[place]])
+        row[0].set_title(literal(name), loc="left", fontsize=9, pad=2)
     figure.tight_layout(pad=0.3)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -205,40 +194,36 @@ def write_audit(dataset: Dataset, output: Path) -> dict:
 
 
 def _write(listing: Listing, decoded: Decoded, parts: list[str], output: Path) -> dict:
-    found = findings(listing, decoded, parts)
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "audit.json", found)
-    contact_sheet(listing, decoded, output / "contact_sheet.png")
-    return found
+    findings, folder = audit_images(listing, decoded, parts), output_folder(output)
+    write_json(folder / "audit.json", findings)
+    contact_sheet(listing, decoded, folder / "contact_sheet.png")
+    return findings
 
 
 def main(argv: list[str]) -> int:
     """Audits a folder, or the data of a config; returns the exit code."""
-    config = CONFIG.value
-    if (len(argv) == 2) == (config is not None):
-        raise UserError("usage: python -m analysis.audit DATA_DIR | --config=configs/...")
+    config, usage = CONFIG.value, "analysis.audit DATA_DIR | --config=configs/..."
+    given = arguments(argv, usage, least=config is None, most=config is None)
     if config is None:
         config = base.get_config()
-        config.data.path, config.data.image_size = argv[1], 128
+        config.data.path, config.data.image_size = given[0], 128
+        output = OUTPUT.value or f"runs/audit/{Path(given[0]).resolve().name}"
         listing = list_source(config.data)
         decoded = decode_all(listing, config.data, config.runtime.cache_dir)
         parts = [part or "all" for part in listing.parts]
-        name = Path(argv[1]).resolve().name
-        found = _write(listing, decoded, parts, Path(OUTPUT.value or f"runs/audit/{name}"))
+        findings = _write(listing, decoded, parts, Path(output))
     else:
-        settings: ConfigDict = expand(config, config_overrides(CONFIG))[0].config
-        settings.data.unreadable = "skip"
-        name = Path(settings.data.path or settings.data.source).name
-        dataset = load_dataset(settings.data, settings.runtime.cache_dir)
-        found = write_audit(dataset, Path(OUTPUT.value or f"runs/audit/{name}"))
-    print(describe(found))
-    print(f"contact sheet: {OUTPUT.value or f'runs/audit/{name}'}/contact_sheet.png")
+        config = expand(config, config_overrides(CONFIG))[0].config
+        config.data.unreadable = "skip"
+        output = OUTPUT.value or f"runs/audit/{Path(config.data.path or config.data.source).name}"
+        findings = write_audit(load_dataset(config.data, config.runtime.cache_dir), Path(output))
+    print(f"{describe(findings)}\ncontact sheet: {output}/contact_sheet.png")
     if JSON.value:
         try:
-            write_json(Path(JSON.value), found)
+            write_json(Path(JSON.value), findings)
         except OSError as error:
             raise UserError(f"cannot write --json={JSON.value}: {error.strerror}") from error
-    return 1 if found["leaks"] or found["label_conflicts"] else 0
+    return 1 if findings["leaks"] or findings["label_conflicts"] else 0
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ import jax
 from ml_collections import ConfigDict, config_flags
 
 from errors import UserError
-from experiment.command import config_overrides, run_command
+from experiment.command import arguments, config_overrides, run_command
 from experiment.grid import expand
 from train import train_and_evaluate
 
 
 def main(argv: list[str]) -> int:
     """Runs the benchmark of --config."""
-    if len(argv) > 1 or CONFIG.value is None:
-        raise UserError("--config=configs/... is needed, and nothing beside options")
+    arguments(argv, "analysis.benchmark --config=configs/...", least=CONFIG.value is None, most=0)
     config = expand(CONFIG.value, config_overrides(CONFIG))[0].config
     config.preflight = "off"
     limit, measured = config.runtime.feature_cache_mb, {}

@@ -1,20 +1,21 @@
 """What does a trained model say of new photos, and which of its answers should a person look at?
 
-    python -m analysis.predict RUN_DIR PHOTOS... --output=predictions.csv
+    python -m analysis.predict MODEL PHOTOS... --output=predictions.csv
 
-RUN_DIR is the directory of a complete run, or a folder that `python -m analysis.export` wrote.
-PHOTOS are image files, folders, or quoted patterns such as 'photos/**/*.jpg'. The table has a row
-an image: the three likeliest classes with their confidences, whether to review the answer, and what
-is wrong with a file that cannot be read. Confidences are probabilities after temperature scaling,
-fitted on the run's validation images alone; an answer is to be reviewed if its confidence is below
-the one that gave --target_accuracy on those images. Photos unlike the training images may get
-confident wrong answers.
+MODEL is the directory of a complete run, a folder that `python -m analysis.export` wrote, or the
+model.safetensors in it. PHOTOS are image files, folders, or quoted patterns such as
+'photos/**/*.jpg'. The table has a row an image: the three likeliest classes with their confidences,
+whether to review the answer, and what is wrong with a file that cannot be read. Confidences are
+probabilities after temperature scaling, fitted on the run's validation images alone; an answer is
+to be reviewed if its confidence is below the one that gave --target_accuracy on those images.
+Photos unlike the training images may get confident wrong answers.
 
 Exit codes: 0 every image was read, 1 some could not be, 2 a mistake in the command.
 """
 
 import csv
 import glob
+import math
 import os
 import sys
 import warnings
@@ -22,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -30,65 +32,119 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from analysis import export
-from analysis.evaluate import softmax
+from analysis.evaluate import choose_threshold, fit_temperature, softmax
 from analysis.forward import compiled
-from analysis.runs import load_run
+from analysis.runs import FinishedRun, load_run
 from data.decoding import resize, to_rgb
 from data.sources import SUFFIXES
 from errors import UserError
-from experiment.command import run_command
+from experiment.command import arguments, run_command
+from experiment.files import plain
+from models import Classifier, create_model
+from models.weights.own import read_own
+from training.weights import find_weights
 
+WEIGHTS, CARD = "model.safetensors", "README.md"  # what an export writes
+TARGETS = (0.9, 0.95, 0.99)  # accuracies that an export knows review thresholds for
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
 COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error")
 
-# --- which model, which files ---------------------------------------------------------------------
+# --- which model ----------------------------------------------------------------------------------
 
 
-def load_predictor(path: Path, target_accuracy: float = 0.95) -> export.Exported:
-    """Returns the classifier of a run directory or of an exported folder.
+@dataclass(frozen=True)
+class Predictor:
+    """A trained classifier and the facts in its file of weights.
 
-    Args:
-      path: the directory.
-      target_accuracy: for which it will have a review threshold.
+    Attributes:
+      model: in evaluation mode.
+      facts: as `training.weights.save_weights` states them, and two that are fitted on validation
+        images: `temperature`, which divides logits before softmax, and `review_thresholds`.
+    """
+
+    model: Classifier
+    facts: dict
+
+    def threshold(self, target: float) -> float:
+        """Returns the confidence below which to review answers, for this accuracy of the others."""
+        known = {entry["target"]: entry["confidence"] for entry in self.facts["review_thresholds"]}
+        if target not in known:
+            raise UserError(
+                f"target accuracy {target}: this export knows thresholds for "
+                f"{', '.join(map(str, known))}; choose one of them, or give the run directory"
+            )
+        return math.inf if known[target] is None else known[target]
+
+
+def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
+    """Returns the classifier of a run directory, an exported folder, or the file of weights in it.
 
     Raises:
-      UserError: it is neither, it is damaged, or it was exported without that threshold.
+      UserError: it is none of them, is damaged, or has no threshold for `target_accuracy`.
     """
-    if any((path / name).exists() for name in (export.MODEL, export.WEIGHTS)):
-        predictor = export.load(path)
-        predictor.threshold(target_accuracy)
-        return predictor
-    return export.from_run(load_run(path), (target_accuracy,))
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        if (path / CARD).exists():
+            raise UserError(f"{file} is missing: copy the folder again, or export the run again")
+        return predictor_of(load_run(path), (target_accuracy,))
+    predictor = _read(file)
+    predictor.threshold(target_accuracy)
+    return predictor
 
 
-def find_images(arguments: Iterable[str], recursive: bool = True) -> list[str]:
+def predictor_of(run: FinishedRun, targets: Sequence[float] = TARGETS) -> Predictor:
+    """Returns the classifier of a complete run, with review thresholds for these accuracies."""
+    logits, labels = run.validation["logits"], run.validation["labels"]
+    temperature = fit_temperature(logits, labels)
+    probabilities = softmax(logits, temperature)
+    thresholds = [asdict(choose_threshold(probabilities, labels, goal)) for goal in targets]
+    fitted = {"temperature": temperature, "review_thresholds": thresholds}
+    return _read(find_weights(run.path), plain(fitted))
+
+
+def _read(file: Path, fitted: dict | None = None) -> Predictor:
+    facts = read_own(file) | (fitted or {})
+    if "review_thresholds" not in facts:
+        raise UserError(
+            f"{file} has no temperature and no review thresholds: give the directory of the run, "
+            "or export the run again"
+        )
+    del facts["arrays"]
+    model = create_model(
+        facts["model"],
+        facts["num_classes"],
+        weights=f"archcompare:{file}",
+        image_size=facts["image_size"],
+        dtype=facts["compute_dtype"],
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
+    )
+    return Predictor(model, facts)
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
     """Returns the paths of images that arguments name, each file once, in their order.
 
-    Args:
-      arguments: files, which are taken whatever their ending; folders, of which every file with the
-        ending of an image is taken; patterns with *, ?, [...] and ** for any folders.
-      recursive: whether folders in folders are searched. Hidden files and folders are not.
-
-    Raises:
-      UserError: an argument does not exist, matches nothing or holds no image.
+    An argument is a file, whatever its ending; a folder, for every file with the ending of an image
+    in it and, if `recursive`, in its folders, hidden ones aside; or a pattern with *, ?, [...], and
+    ** for any folders. Raises UserError where it does not exist, matches nothing or holds no image.
     """
-    found: dict[str, str] = {}
-    for argument in arguments:
+    paths: dict[str, str] = {}  # by the file they lead to
+    for argument in photos:
         path = os.path.expanduser(argument)
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         if not matches:
             what = "matches nothing" if glob.has_magic(path) else "does not exist"
             raise UserError(f"{argument} {what}: give images, folders of images, or a pattern")
-        count = 0
-        for match in matches:
-            for file in _images_at(match, recursive, named=match == path):
-                found.setdefault(os.path.realpath(file), file)
-                count += 1
-        if not count:
+        images = [x for match in matches for x in _images_at(match, recursive, match == path)]
+        if not images:
             endings = " ".join(sorted(SUFFIXES))
             raise UserError(f"{argument} holds no image, that is no file ending in {endings}")
-    return list(found.values())
+        for image in images:
+            paths.setdefault(os.path.realpath(image), image)
+    return list(paths.values())
 
 
 def _images_at(path: str, recursive: bool, named: bool) -> Iterator[str]:
@@ -114,15 +170,14 @@ def _refuse(error: OSError) -> None:
 
 
 def predict(
-    predictor: export.Exported,
+    predictor: Predictor,
     paths: Sequence[str],
     target_accuracy: float = 0.95,
     batch_size: int = 64,
 ) -> Iterator[dict[str, str | float]]:
-    """Yields a row for each image file, in order, with the keys of COLUMNS.
+    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value.
 
     Two batches are in memory at a time: one is read by threads while the other is classified.
-    Confidences are probabilities in 0..1; cells without a value are "".
 
     Args:
       predictor: as `load_predictor` returns it.
@@ -130,24 +185,22 @@ def predict(
       target_accuracy: answers below its review threshold have `review` "yes".
       batch_size: images classified at once.
     """
-    threshold = predictor.threshold(target_accuracy).confidence
+    facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
     program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
-    size = min(batch_size, len(paths))
-    place = 0
-    for decoded in _decoded_batches(predictor, paths, size):
-        images = np.zeros((size, predictor.image_size, predictor.image_size, 3), np.uint8)
+    size, side, names = min(batch_size, len(paths)), facts["image_size"], iter(paths)
+    for decoded in _decoded_batches(facts, paths, size):
+        images = np.zeros((size, side, side, 3), np.uint8)
         for i, result in enumerate(decoded):
             if not isinstance(result, str):
                 images[i] = result
-        probabilities = softmax(np.asarray(program(jnp.asarray(images))), predictor.temperature)
+        probabilities = softmax(np.asarray(program(jnp.asarray(images))), facts["temperature"])
         for result, row in zip(decoded, probabilities, strict=False):
             cells = (
                 {"review": "yes", "error": result}
                 if isinstance(result, str)
-                else _answer(row, predictor.class_names, threshold)
+                else _answer(row, facts["class_names"], threshold)
             )
-            yield dict.fromkeys(COLUMNS, "") | {"path": paths[place]} | cells
-            place += 1
+            yield dict.fromkeys(COLUMNS, "") | {"path": next(names)} | cells
 
 
 def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[str, str | float]:
@@ -160,28 +213,28 @@ def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[s
 
 
 def _decoded_batches(
-    predictor: export.Exported, paths: Sequence[str], size: int
+    facts: dict, paths: Sequence[str], size: int
 ) -> Iterator[list[np.ndarray | str]]:
     """Yields lists of images uint8 [S, S, 3], or of what is wrong with them, one list ahead."""
-    read = partial(_decode, predictor)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: deque = deque()
         for start in range(0, len(paths), size or 1):
-            waiting.append(pool.map(read, paths[start : start + size]))
+            waiting.append(pool.map(partial(_decode, facts), paths[start : start + size]))
             if len(waiting) == 2:
                 yield list(waiting.popleft())
         if waiting:
             yield list(waiting.popleft())
 
 
-def _decode(predictor: export.Exported, path: str) -> np.ndarray | str:
+def _decode(facts: dict, path: str) -> np.ndarray | str:
     """Returns an image as training would see it, without augmentation, or why there is none."""
+    data = facts["data"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-            image, _ = to_rgb(Path(path).read_bytes(), predictor.background)
-        size, how, interpolation = predictor.image_size, predictor.resize, predictor.interpolation
-        return np.asarray(resize(image, size, how, interpolation))
+            image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]))
+        image = resize(image, facts["image_size"], data["resize"], data["interpolation"])
+        return np.asarray(image)
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
         return " ".join(str(error).split()) or type(error).__name__
 
@@ -191,11 +244,7 @@ def _decode(predictor: export.Exported, path: str) -> np.ndarray | str:
 
 @contextmanager
 def open_output(name: str) -> Iterator[TextIO]:
-    """Opens a text file that appears, whole, when all went well; "-" or "" is standard output.
-
-    Raises:
-      UserError: the file cannot be written.
-    """
+    """Opens a text file that appears, whole, when all went well; "-" or "" is standard output."""
     # Names of files may be bytes that are no text; they are written as they are.
     options = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
     if name in ("", "-"):
@@ -217,11 +266,7 @@ def open_output(name: str) -> Iterator[TextIO]:
 
 
 def write_rows(file: TextIO, rows: Iterable[dict[str, str | float]]) -> Counter:
-    """Writes rows as CSV under the names of their columns; confidences get six digits.
-
-    Returns:
-      How many were written ("images"), are to be reviewed ("review"), and had an "error".
-    """
+    """Writes rows as CSV; counts how many "images", to "review", and with an "error" there were."""
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
     counts = Counter(images=0, review=0, error=0)
@@ -233,13 +278,13 @@ def write_rows(file: TextIO, rows: Iterable[dict[str, str | float]]) -> Counter:
 
 def main(argv: list[str]) -> int:
     """Classifies image files into a table; returns 1 if one of them could not be read."""
-    if len(argv) < 3:
-        raise UserError("usage: python -m analysis.predict RUN_DIR PHOTOS... [--output=FILE.csv]")
+    usage = "analysis.predict MODEL PHOTOS... [--output=FILE.csv]"
+    model, *photos = arguments(argv, usage, least=2, most=None)
     target, output = TARGET.value, OUTPUT.value
     try:
         with open_output(output) as file:
-            predictor = load_predictor(Path(argv[1]).expanduser(), target)
-            paths = find_images(argv[2:], RECURSIVE.value)
+            predictor = load_predictor(Path(model).expanduser(), target)
+            paths = find_images(photos, RECURSIVE.value)
             counts = write_rows(file, predict(predictor, paths, target, BATCH_SIZE.value))
     except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

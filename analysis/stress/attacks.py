@@ -34,12 +34,9 @@ def fgsm(
     Args:
       gradient: `loss_gradient` of a model, as a function of images and labels.
       images: [B, S, S, 3] float32 in 0..255.
-      labels: int [B], true ones: the attack wants any other class.
+      labels: int [B], the true ones: the attack wants any other class.
       epsilon: in grey levels of 255.
-      keys: [B]; not used, nothing is drawn.
-
-    Returns:
-      [B, S, S, 3] float32 in 0..255.
+      keys: [B]; only `pgd` draws from them.
     """
     return jnp.clip(images + epsilon * jnp.sign(gradient(images, labels)), 0, 255)
 
@@ -54,8 +51,7 @@ def pgd(
 ) -> jax.Array:
     """Climbs the loss by signed steps of 2.5 epsilon / steps within epsilon (Madry et al. 2018).
 
-    It starts anywhere within epsilon, drawn from `keys`. The rest is as in `fgsm`; values are not
-    rounded to whole grey levels.
+    It starts anywhere within epsilon; values are not rounded to whole grey levels.
     """
     low, high = jnp.clip(images - epsilon, 0), jnp.clip(images + epsilon, max=255)
     start = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1.0))(keys)

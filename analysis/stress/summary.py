@@ -1,7 +1,5 @@
 """What right and wrong answers under corruption and attack amount to: tables and a conclusion."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -9,10 +7,9 @@ from scipy import stats
 from analysis.page.tables import percent, percents, points
 from analysis.stress.attacks import ATTACKS
 from analysis.stress.corruptions import CORRUPTIONS, spoken
-from analysis.uncertainty import UNKNOWN, image_interval
+from analysis.uncertainty import Interval, image_interval
 
 SHOWN_EPSILON = 2  # of attacks in the table, in grey levels of 255
-LEAST_LOSS = 0.05  # of the baseline's accuracy, for a corruption to count in relative mCE
 RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
 
@@ -25,14 +22,10 @@ CLEAN: Condition = ("clean", 0)
 
 
 def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
-    """Returns a row per model and condition.
+    """Returns a row per model and condition, from outcomes bool [S, N].
 
-    Args:
-      outcomes: {model: {condition: bool [S, N]}}.
-
-    Returns:
-      model, corruption, severity (0 for clean; epsilon in grey levels for FGSM and PGD), accuracy,
-      ci95_low and ci95_high (Wilson, over images), images, seeds. Shares are in 0..1.
+    Columns: model, corruption, severity (0 for clean; epsilon in grey levels for FGSM and PGD),
+    accuracy, ci95_low and ci95_high (Wilson, over images), images, seeds. Shares are in 0..1.
     """
     order = ["clean", *CORRUPTIONS, *ATTACKS]
     rows = []
@@ -45,69 +38,40 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "images", "seeds"])
 
 
-def by_corruption(table: pd.DataFrame, model: str) -> pd.Series:
-    """Returns a model's accuracy by (corruption, severity), clean among them, without attacks."""
-    rows = table[(table.model == model) & ~table.corruption.isin(list(ATTACKS))]
-    return rows.set_index(["corruption", "severity"]).accuracy
+def corruption_errors(accuracy: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Returns errors as shares of a baseline's; their mean is mCE (Hendrycks & Dietterich 2019).
 
-
-def corruption_errors(accuracy: pd.Series, baseline: pd.Series) -> pd.DataFrame:
-    """Errors under each corruption as shares of a baseline's (Hendrycks & Dietterich 2019).
-
-    Args:
-      accuracy: of a model, indexed by (corruption, severity), clean among them, no attacks.
-      baseline: likewise of the baseline.
-
-    Returns:
-      A row per corruption: `error`, summed over severities and divided by the baseline's, and
-      `relative`, likewise with the error on clean images taken off each. NaN where the baseline
-      makes no error, or where corruption costs it less than LEAST_LOSS on average: a ratio to
-      almost nothing says nothing. The means are mCE and relative mCE.
+    `accuracy` has a row per corruption (mean over severities) and a column per model, as the result
+    has; it is NaN where the baseline makes no error.
     """
-    rows = {}
-    for name in accuracy.drop(CLEAN).index.unique(0):
-        ours, theirs = (1 - series[name] for series in (accuracy, baseline))
-        added, theirs_added = accuracy[CLEAN] - accuracy[name], baseline[CLEAN] - baseline[name]
-        costly = theirs_added.mean() >= LEAST_LOSS
-        rows[name] = {
-            "error": ours.sum() / theirs.sum() if theirs.sum() > 0 else np.nan,
-            "relative": added.sum() / theirs_added.sum() if costly else np.nan,
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    errors = 1 - accuracy
+    return errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
 
 
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Returns a row per model from the rows of `accuracy_table`.
 
     Columns: model, clean, ci95_low, ci95_high, corrupted (mean over corruptions and severities),
-    kept (corrupted / clean), mce, relative_mce (over the corruptions that cost the baseline
-    LEAST_LOSS), fgsm, pgd (at SHOWN_EPSILON), worst (corruption) and worst_accuracy. Shares are in
-    0..1.
+    kept (corrupted / clean), mce, fgsm, pgd (at SHOWN_EPSILON), worst (corruption) and
+    worst_accuracy. Shares are in 0..1.
     """
-    rows = []
-    for model, found in table.groupby("model", sort=False):
-        accuracy = found.set_index(["corruption", "severity"]).accuracy
-        clean = found[found.corruption == CLEAN[0]].iloc[0]
-        plain = by_corruption(table, model)
-        means = plain.drop(CLEAN).groupby(level=0, sort=False).mean()
-        errors = corruption_errors(plain, by_corruption(table, baseline))
-        rows.append(
-            {
-                "model": model,
-                "clean": clean.accuracy,
-                "ci95_low": clean.ci95_low,
-                "ci95_high": clean.ci95_high,
-                "corrupted": means.mean(),
-                "kept": means.mean() / clean.accuracy if clean.accuracy else np.nan,
-                "mce": errors.error.mean(skipna=False),
-                "relative_mce": errors.relative.mean(),
-                "fgsm": accuracy.get(("FGSM", SHOWN_EPSILON), np.nan),
-                "pgd": accuracy.get(("PGD", SHOWN_EPSILON), np.nan),
-                "worst": means.idxmin(),
-                "worst_accuracy": means.min(),
-            }
-        )
-    return pd.DataFrame(rows)
+    clean = table[table.corruption == CLEAN[0]].set_index("model")
+    corrupted = table[table.corruption.isin(list(CORRUPTIONS))]
+    by_corruption = corrupted.groupby(["corruption", "model"], sort=False).accuracy.mean().unstack()
+    attacked = table[table.severity == SHOWN_EPSILON].set_index(["corruption", "model"]).accuracy
+    mean = by_corruption.mean()
+    columns = {
+        "clean": clean.accuracy,
+        "ci95_low": clean.ci95_low,
+        "ci95_high": clean.ci95_high,
+        "corrupted": mean,
+        "kept": mean / clean.accuracy.where(clean.accuracy > 0),
+        "mce": corruption_errors(by_corruption, baseline).mean(skipna=False),
+        **{name.lower(): attacked.get(name, np.nan) for name in ATTACKS},
+        "worst": by_corruption.idxmin(),
+        "worst_accuracy": by_corruption.min(),
+    }
+    return pd.DataFrame(columns, index=clean.index).reset_index()
 
 
 def printed(summary: pd.DataFrame) -> pd.DataFrame:
@@ -120,7 +84,6 @@ def printed(summary: pd.DataFrame) -> pd.DataFrame:
             "corrupted acc. %": percent(row.corrupted, 1),
             "kept %": percent(row.kept, 1),
             "mCE %": percent(row.mce, 1),
-            "relative mCE %": percent(row.relative_mce, 1),
             f"FGSM {SHOWN_EPSILON}/255 %": percent(row.fgsm, 1),
             f"PGD {SHOWN_EPSILON}/255 %": percent(row.pgd, 1),
             "worst corruption": f"{spoken(row.worst)} ({percent(row.worst_accuracy, 1)})",
@@ -132,65 +95,41 @@ def printed(summary: pd.DataFrame) -> pd.DataFrame:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def kept(clean: np.ndarray, corrupted: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Returns the share of clean accuracy that is left; NaN where nothing was right."""
-    whole = clean.mean(axis=axis)
-    return corrupted.mean(axis=axis) / np.where(whole > 0, whole, np.nan)
-
-
-def left_over(clean: np.ndarray, corrupted: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Returns the accuracy under corruption."""
-    return corrupted.mean(axis=axis)
-
-
-def difference_interval(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], statistic: Callable
-) -> tuple[float, float]:
-    """Returns the 95 % interval of one model's statistic minus another's, over images.
-
-    A paired bootstrap: both are measured on the same resampled images; NaN for a single one.
-
-    Args:
-      first: float [N] of each image: right when clean, and share right when corrupted.
-      second: likewise.
-      statistic: `kept` or `left_over`.
-    """
-    if len(first[0]) < 2:
-        return UNKNOWN
-    found = stats.bootstrap(
-        (*first, *second),
-        lambda a, b, c, d, axis: statistic(a, b, axis) - statistic(c, d, axis),
-        paired=True,
-        vectorized=True,
+def mean_interval(differences: np.ndarray) -> Interval:
+    """Returns the 95 % bootstrap interval of a mean over two images or more, [N]."""
+    interval = stats.bootstrap(
+        (differences,),
+        np.mean,
         n_resamples=RESAMPLES,
         batch=100,
         method="percentile",
         rng=np.random.default_rng(BOOTSTRAP_SEED),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
-def conclude(outcomes: dict[str, Outcomes], statistic: Callable, what: str) -> str:
-    """Returns which model has the highest statistic, and whether the images establish it."""
-    by_image = {
-        model: (
-            found[CLEAN].mean(axis=0),
-            np.mean([x for (name, _), x in found.items() if name in CORRUPTIONS], axis=(0, 1)),
-        )
-        for model, found in outcomes.items()
-    }
-    values = {model: float(statistic(*pair)) for model, pair in by_image.items()}
-    ranked = sorted(values, key=lambda model: (-np.nan_to_num(values[model]), model))
-    text = f"{ranked[0]} {what}, {percent(values[ranked[0]], 1)} %"
+def conclude(outcomes: dict[str, Outcomes]) -> str:
+    """Returns which model is most accurate under corruption, and whether the images establish it.
+
+    Two models are compared on the same images, by the share of corruptions under which each image
+    is classified rightly.
+    """
+    shares = {
+        model: np.mean([x for (name, _), x in right.items() if name in CORRUPTIONS], axis=(0, 1))
+        for model, right in outcomes.items()
+    }  # [N] each
+    ranked = sorted(shares, key=lambda model: (-shares[model].mean(), model))
+    accuracy = [percent(shares[model].mean(), 1) for model in ranked]
+    text = f"{ranked[0]} has the highest accuracy under corruption, {accuracy[0]} %"
     if len(ranked) == 1:
-        return text + "."
-    best, second = ranked[:2]
-    low, high = difference_interval(by_image[best], by_image[second], statistic)
-    if np.isnan(low):  # a resample without a right answer has no share to keep
-        return f"{text}; these images are too few to tell it from {second}."
+        return f"{text}."
+    best, second = (shares[model] for model in ranked[:2])
+    if len(best) < 2:
+        return f"{text}; these images are too few to tell it from {ranked[1]}."
+    low, high = mean_interval(best - second)
     verdict = "established" if low > 0 else "not established"
     return (
-        f"{text}; {second} follows with {percent(values[second], 1)} %. The difference is "
+        f"{text}; {ranked[1]} follows with {accuracy[1]} %. The difference is "
         f"{verdict} on these images (95 % interval {points(low, 1)} to {points(high, 1)} points, "
         "paired bootstrap over images)."
     )

@@ -36,7 +36,9 @@ def write_own(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    write_safetensors(path, arrays, {KEY: json.dumps(facts | {"sha256": _digest(arrays)})})
+    facts = json.loads(json.dumps(facts))  # as they will be read: lists for tuples, text as keys
+    stated = {"digest": _digest(arrays, facts)}
+    write_safetensors(path, arrays, {KEY: json.dumps(facts | stated)})
 
 
 def read_own(path: Path) -> dict:
@@ -56,19 +58,20 @@ def read_own(path: Path) -> dict:
     try:
         facts = json.loads(read_metadata(path)[KEY])
         Preprocessing(**facts["preprocessing"])
-        stated = facts.pop("sha256", None)  # files of older versions state none
+        stated = facts.pop("digest", None)  # files of older versions state none
+        changed = stated and stated != _digest(arrays, facts)
         facts = {"model": facts["model"], "fields": facts["fields"]} | facts
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} was not written by this project: name its publisher, as in timm:{path}"
         ) from error
-    if stated and stated != _digest(arrays):
-        raise UserError(f"weights: {path} is damaged: its arrays changed since they were written")
+    if changed:
+        raise UserError(f"weights: {path} is damaged or was changed by hand: write it again")
     return facts | {"arrays": arrays}
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: dict[str, np.ndarray], facts: dict) -> str:
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())

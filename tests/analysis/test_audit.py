@@ -34,44 +34,44 @@ def messy(make_folder):
 
 def test_findings(messy, folder_config, cache_dir):
     listing = list_source(folder_config(messy))
-    found = audit.findings(
+    findings = audit.audit_images(
         listing, decode_all(listing, folder_config(messy), cache_dir), listing.parts
     )
-    assert found["counts"] == {
+    assert findings["counts"] == {
         "train": {"a": 10, "b o'<i>": 6},
         "test": {"a": 3, "b o'<i>": 2},
     }
-    assert found["imbalance"]["train"] == pytest.approx(10 / 6)
-    assert found["unreadable"] == ["train/a/truncated.jpg", "train/a/words.jpg"]
-    assert "truncated" in found["reasons"]["train/a/truncated.jpg"]
-    assert found["not_images"] == ["train/a/notes.txt"]
-    assert found["constant"] == ["test/a/flat.png"]
+    assert findings["imbalance"]["train"] == pytest.approx(10 / 6)
+    assert findings["unreadable"] == ["train/a/truncated.jpg", "train/a/words.jpg"]
+    assert "truncated" in findings["reasons"]["train/a/truncated.jpg"]
+    assert findings["not_images"] == ["train/a/notes.txt"]
+    assert findings["constant"] == ["test/a/flat.png"]
     within = ["train/a/0.png", "train/a/again.png"]
     conflict = ["train/a/1.png", "train/b o'<i>/liar.png"]
     leak = ["test/a/0.png", "train/a/leak.bmp"]
-    assert sorted(found["exact_duplicates"]) == sorted([within, conflict, leak])
-    assert found["label_conflicts"] == [conflict]
-    assert found["leaks"] == [leak]
-    assert found["near_duplicates"] == [["train/a/photo.png", "train/a/photo_small.jpg"]]
-    assert found["modes"] == {"RGB": 20, "L": 1}
-    assert found["sizes"]["12x10"] == 18 and found["value_range"] == [0, 255]
+    assert sorted(findings["exact_duplicates"]) == sorted([within, conflict, leak])
+    assert findings["label_conflicts"] == [conflict]
+    assert findings["leaks"] == [leak]
+    assert findings["near_duplicates"] == [["train/a/photo.png", "train/a/photo_small.jpg"]]
+    assert findings["modes"] == {"RGB": 20, "L": 1}
+    assert findings["sizes"]["12x10"] == 18 and findings["value_range"] == [0, 255]
 
 
 def test_images_left_out_are_no_leak(messy, folder_config, cache_dir):
     config = folder_config(messy, split=(0.75, 0.25), unreadable="skip", exclude_leaks=True)
-    found = audit.write_audit(load_dataset(config, cache_dir), messy.parent / "out")
-    assert found["leaks"] == [] and found["label_conflicts"] == []
-    assert len(found["exact_duplicates"]) == 3
-    assert sum(found["counts"]["left out"].values()) == 3  # and two unreadable ones
-    assert "left out: 3" in audit.describe(found)
+    findings = audit.write_audit(load_dataset(config, cache_dir), messy.parent / "out")
+    assert findings["leaks"] == [] and findings["label_conflicts"] == []
+    assert len(findings["exact_duplicates"]) == 3
+    assert sum(findings["counts"]["left out"].values()) == 3  # and two unreadable ones
+    assert "left out: 3" in audit.describe(findings)
 
 
 def test_a_clean_folder_has_no_findings(make_folder, folder_config, cache_dir):
     config = folder_config(make_folder({"a": 20, "b": 20}))
     listing = list_source(config)
-    found = audit.findings(listing, decode_all(listing, config, cache_dir), ["all"] * 40)
+    findings = audit.audit_images(listing, decode_all(listing, config, cache_dir), ["all"] * 40)
     for key in ("unreadable", "exact_duplicates", "label_conflicts", "leaks", "near_duplicates"):
-        assert found[key] == []
+        assert findings[key] == []
 
 
 def run_audit(*arguments):
@@ -89,8 +89,8 @@ def test_command_writes_json_and_says_by_its_exit_code(messy, tmp_path, monkeypa
     result = run_audit(messy, f"--json={file}", f"--output={output}")
     assert result.returncode == 1, result.stderr
     assert "1 of them across parts (leaks)" in result.stdout
-    found = json.loads(file.read_text())
-    assert found["leaks"] == [["test/a/0.png", "train/a/leak.bmp"]]
+    findings = json.loads(file.read_text())
+    assert findings["leaks"] == [["test/a/0.png", "train/a/leak.bmp"]]
     assert np.asarray(Image.open(output / "contact_sheet.png")).std() > 10
     (messy / "train/a/leak.bmp").unlink()
     (messy / "train/b o'<i>/liar.png").unlink()

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, precision_score, recall_score
 
-from analysis import audit, export, forward
-from analysis.predict import load_predictor, predict
+from analysis import audit, export
+from analysis.forward import load_test_images
+from analysis.predict import load_predictor, predict, predictor_of
 from analysis.runs import load_run
 from configs import digits
 from errors import UserError
@@ -22,8 +24,8 @@ from experiment.files import write_json
 from experiment.grid import expand
 from input_pipeline import load_dataset
 from models import create_model
-from models.classifier import in_mode
 from models.weights.formats import write_safetensors
+from models.weights.own import arrays_of, read_own, write_own
 from models.weights.published import PUBLISHED
 from tests.conftest import ROOT
 from train import train_and_evaluate
@@ -56,9 +58,9 @@ def workdir(cache_dir, tmp_path_factory):
         run_config = expand(config, overrides)[0].config
         train_and_evaluate(run_config, folder / model / "seed0")
     dataset = load_dataset(run_config.data, cache_dir)
-    found = audit.findings(dataset.listing, dataset.decoded, ["all"] * 200)
+    findings = audit.audit_images(dataset.listing, dataset.decoded, ["all"] * 200)
     (folder / "audit").mkdir()
-    write_json(folder / "audit/audit.json", found)
+    write_json(folder / "audit/audit.json", findings)
     return folder
 
 
@@ -80,13 +82,20 @@ def copied(exports, tmp_path):
 # --- weights and settings -------------------------------------------------------------------------
 
 
+def logits_of(model, images):
+    """Returns the logits of images, in batches of the run's own shape."""
+    batches = np.split(images, range(BATCH, len(images), BATCH))
+    program = jax.jit(lambda m, x: m(m.preprocess(x)))
+    padded = [np.resize(batch, (BATCH, *batch.shape[1:])) for batch in batches]
+    return np.concatenate([program(model, batch) for batch in padded])[: len(images)]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_an_export_gives_the_very_logits_that_the_run_saved(workdir, exports, name):
-    run, exported = load_run(workdir / name / "seed0"), export.load(exports / name)
+    run, predictor = load_run(workdir / name / "seed0"), load_predictor(exports / name)
     assert len(run.test["labels"]) > BATCH
-    logits = forward.predict_logits(exported.model, forward.load_test_images(run), size=BATCH)
+    logits = logits_of(predictor.model, load_test_images(run))
     np.testing.assert_array_equal(logits, run.test["logits"])
-    assert exported.class_names == NAMES and exported.image_size == 8
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,25 +103,23 @@ def test_weights_begin_other_models_as_any_weights_do(workdir, exports, name):
     run = load_run(workdir / name / "seed0")
     weights = f"archcompare:{exports / name / 'model.safetensors'}"
     model = create_model(name, 10, weights=weights, image_size=8)
-    model = in_mode(model, training=False)
-    logits = forward.predict_logits(model, forward.load_test_images(run), size=BATCH)
+    logits = logits_of(model, load_test_images(run))
     np.testing.assert_array_equal(logits, run.test["logits"])
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_export_knows_what_its_run_knew(workdir, exports, name):
-    run = load_run(workdir / name / "seed0")
-    ours, theirs = export.from_run(run), export.load(exports / name)
-    for field in (*export.PLAIN, "background"):
-        assert getattr(ours, field) == getattr(theirs, field), field
-    assert list(theirs.thresholds) == [0.9, 0.95, 0.99]
-    assert str(ours.thresholds) == str(theirs.thresholds)  # as text, for NaN is not itself
+    run, file = load_run(workdir / name / "seed0"), exports / name / "model.safetensors"
+    ours, theirs = predictor_of(run), load_predictor(file)
+    assert theirs.facts.items() >= ours.facts.items()
+    assert [t["target"] for t in theirs.facts["review_thresholds"]] == [0.9, 0.95, 0.99]
     assert ours.model.preprocessing == theirs.model.preprocessing
-    content = json.loads((exports / name / "model.json").read_text(encoding="utf-8"))
-    assert content["model"]["name"] == name and content["class_names"] == NAMES
-    assert content["resize"] == "squash" and content["source_run"] == f"{name}/seed0"
-    assert content["versions"]["jax"] == run.environment["packages"]["jax"]
-    assert content["preprocessing"]["mean"] == run.summary["preprocessing"]["mean"]
+    facts = read_own(file)
+    assert facts["model"] == name and facts["class_names"] == NAMES and facts["image_size"] == 8
+    assert facts["data"]["resize"] == "squash" and facts["source"] == f"run:{name}/seed0"
+    assert facts["versions"]["jax"] == run.environment["packages"]["jax"]
+    assert facts["preprocessing"]["mean"] == run.summary["preprocessing"]["mean"]
+    assert facts["licence"] == export.OWNERS
 
 
 def test_a_target_out_of_reach_stays_so(workdir, tmp_path):
@@ -121,8 +128,19 @@ def test_a_target_out_of_reach_stays_so(workdir, tmp_path):
     known["labels"] = (known["logits"].argmax(axis=1) + 1) % 10  # always wrong
     np.savez(run_dir / "predictions_validation.npz", **known)
     export.export_run(load_run(run_dir), tmp_path / "out")
-    assert export.load(tmp_path / "out").threshold(0.9).confidence == math.inf
+    assert load_predictor(tmp_path / "out").threshold(0.9) == math.inf
     assert "none reaches it: review everything" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_without_thresholds_are_no_export(workdir, tmp_path, name):
+    model = load_predictor(workdir / name / "seed0").model
+    facts = {"model": name, "fields": {}, "preprocessing": model.preprocessing.to_dict()}
+    for path in (workdir / name / "seed0/weights.safetensors", tmp_path / "model.safetensors"):
+        if path.parent == tmp_path:  # as older versions exported
+            write_own(path, arrays_of(model), facts | {"num_classes": 10})
+        with pytest.raises(UserError, match="no review thresholds: .* export the run again"):
+            load_predictor(path)
 
 
 # --- the folder -----------------------------------------------------------------------------------
@@ -136,14 +154,13 @@ def test_exporting_again_replaces_and_gives_the_same_bytes(workdir, exports, tmp
     assert {path.name for path in out.iterdir()} == {
         ".git",
         "model.safetensors",
-        "model.json",
         "README.md",
     }
     for path in (exports / "linear").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("file, text", [("README.md", "mine"), ("model.json", '{"format": "other"}'), ("model.json", "[")])  # fmt: skip
+@pytest.mark.parametrize("file, text", [("README.md", "mine"), ("model.safetensors", "[")])
 def test_folders_of_others_are_left_alone(workdir, tmp_path, file, text):
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match=rf"is not empty .* '{file}'"):
@@ -151,7 +168,7 @@ def test_folders_of_others_are_left_alone(workdir, tmp_path, file, text):
     assert (tmp_path / file).read_text() == text and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(UserError, match="is not a folder"):
         export.export_run(load_run(workdir / "linear/seed0"), tmp_path / file)
-    with pytest.raises(UserError, match="cannot export"):
+    with pytest.raises(UserError, match="cannot write"):
         export.export_run(load_run(workdir / "linear/seed0"), tmp_path / file / "below")
 
 
@@ -161,26 +178,29 @@ def flip(path):
     path.write_bytes(data)
 
 
+def change(old: bytes, new: bytes):
+    return lambda path: path.write_bytes(path.read_bytes().replace(old, new))
+
+
 @pytest.mark.parametrize(
-    "name, damage",
+    "damage",
     [
-        ("model.safetensors", flip),
-        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-8])),
-        ("model.safetensors", lambda path: path.unlink()),
-        ("model.json", flip),
-        ("model.json", lambda path: path.write_text(path.read_text()[:-20])),
-        ("model.json", lambda path: path.write_text("[]")),
-        ("model.json", lambda path: path.write_text("{}")),
-        ("model.json", lambda path: path.write_bytes(b"\xff")),
-        ("model.json", lambda path: path.write_text(path.read_text().replace("squash", "crop"))),
-        ("model.json", lambda path: path.write_text(path.read_text().replace("model 1", "model 9"))),
-        ("model.json", lambda path: path.unlink()),
+        flip,
+        change(b"squash", b"aquash"),
+        change(b'target\\": 0.95', b'target\\": 0.90'),
+        change(b"stages.", b"stagez."),
+        lambda path: path.write_bytes(path.read_bytes()[:-8]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.unlink(),
     ],
-)  # fmt: skip
-def test_damage_is_found_and_the_file_named(copied, name, damage):
-    export.load(copied)
-    damage(copied / name)
-    with pytest.raises(UserError, match=re.escape(str(copied / name))):
+)
+def test_damage_is_found_and_the_file_named(copied, damage):
+    file = copied / "model.safetensors"
+    before = file.read_bytes()
+    load_predictor(copied)
+    damage(file)
+    assert not file.exists() or file.read_bytes() != before
+    with pytest.raises(UserError, match=re.escape(str(file))):
         load_predictor(copied)
 
 
@@ -222,7 +242,7 @@ def test_the_numbers_in_the_card_are_those_of_the_predictions(workdir, card):
 
 def test_confident_errors_are_counted(workdir, card):
     run = load_run(workdir / "cnn/seed0")
-    scaled = run.test["logits"].astype(float) / export.from_run(run).temperature
+    scaled = run.test["logits"].astype(float) / predictor_of(run).facts["temperature"]
     confidence = np.exp(scaled.max(axis=1)) / np.exp(scaled).sum(axis=1)
     wrong = scaled.argmax(axis=1) != run.test["labels"]
     both, sure = (wrong & (confidence >= 0.9)).sum(), (confidence >= 0.9).sum()
@@ -260,11 +280,11 @@ def test_the_card_is_sound_markdown(exports):
 def test_without_an_audit_the_card_says_so(workdir, tmp_path):
     run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
     run = load_run(run_dir)
-    assert "was not audited" in export.model_card(run, export.from_run(run), "x")
+    assert "was not audited" in export.model_card(run, predictor_of(run), "x")
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit/audit.json").write_text("{")
     with pytest.raises(UserError, match="audit.json"):
-        export.model_card(run, export.from_run(run), "x")
+        export.model_card(run, predictor_of(run), "x")
 
 
 def test_the_licence_is_that_of_the_first_weights(tmp_path):
@@ -291,7 +311,7 @@ def test_the_licence_is_that_of_the_first_weights(tmp_path):
 
 def test_a_known_licence_stands_in_the_front_matter(workdir):
     run = load_run(workdir / "linear/seed0")
-    text = export.model_card(run, export.from_run(run), "BSD-3-Clause")
+    text = export.model_card(run, predictor_of(run), "BSD-3-Clause")
     assert "license: bsd-3-clause\n" in text and "Licence of the weights: BSD-3-Clause.\n" in text
 
 
@@ -304,7 +324,7 @@ def test_the_lines_in_the_card_work_where_neither_run_nor_data_are(
     run = load_run(workdir / "cnn/seed0")
     photos, folder = tmp_path / "photos", shutil.copytree(exports / "cnn", tmp_path / "my model")
     photos.mkdir()
-    for i, image in enumerate(forward.load_test_images(run)[:5]):
+    for i, image in enumerate(load_test_images(run)[:5]):
         Image.fromarray(image).save(photos / f"{i}.png")
     files = sorted(map(str, photos.iterdir()))
     expected = list(predict(load_predictor(run.path), files))
@@ -331,7 +351,7 @@ def test_the_lines_in_the_card_work_where_neither_run_nor_data_are(
 def test_command_exports_and_refuses(workdir, tmp_path, capsys):
     assert export.main(["", str(workdir / "linear/seed0"), str(tmp_path / "out")]) == 0
     assert str(tmp_path / "out") in capsys.readouterr().out
-    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "model.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "model.safetensors"]
     with pytest.raises(UserError, match="usage"):
         export.main(["", "x"])
     with pytest.raises(UserError, match="not the directory of a complete run"):

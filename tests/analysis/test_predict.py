@@ -13,14 +13,12 @@ import pytest
 from PIL import Image
 
 from analysis import predict as command
-from analysis.evaluate import Threshold
 from analysis.predict import COLUMNS, find_images, load_predictor, open_output, predict, write_rows
 from analysis.runs import load_run
 from configs import digits
 from errors import UserError
 from experiment.grid import expand
 from models import create_model
-from models.classifier import in_mode
 from tests.conftest import ROOT
 from train import train_and_evaluate
 
@@ -87,7 +85,7 @@ def mean_loss(predictions, temperature):
 def test_files_give_the_classes_and_probabilities_that_the_run_saved(moved, predictor, files):
     run = load_run(moved[0])
     rows = list(predict(predictor, files, TARGET))
-    powers = np.exp(run.test["logits"].astype(float) / predictor.temperature)
+    powers = np.exp(run.test["logits"].astype(float) / predictor.facts["temperature"])
     expected = powers / powers.sum(axis=1, keepdims=True)
     order = np.argsort(-expected, axis=1)
     assert [row["path"] for row in rows] == files
@@ -101,7 +99,7 @@ def test_files_give_the_classes_and_probabilities_that_the_run_saved(moved, pred
 
 
 def test_confidences_are_scaled_by_the_temperature_best_on_validation_images(moved, predictor):
-    known, best = load_run(moved[0]).validation, predictor.temperature
+    known, best = load_run(moved[0]).validation, predictor.facts["temperature"]
     assert best != 1 and 0.06 < best < 19  # inside the range searched
     for factor in (0.97, 1.03):
         assert mean_loss(known, best) < mean_loss(known, best * factor)
@@ -138,8 +136,8 @@ def test_broken_images_have_rows_with_their_error_and_disturb_no_other(predictor
 
 def test_two_classes_leave_the_third_column_empty(predictor, files):
     model = create_model("linear", 2, image_size=8)
-    model = in_mode(model, training=False)
-    row = next(predict(replace(predictor, model=model, class_names=["a", "b"]), files[:1], TARGET))
+    facts = predictor.facts | {"class_names": ["a", "b"]}
+    row = next(predict(replace(predictor, model=model, facts=facts), files[:1], TARGET))
     assert {row["class"], row["second"]} == {"a", "b"}
     assert row["third"] == row["third_confidence"] == ""
     assert row["confidence"] + row["second_confidence"] == pytest.approx(1)
@@ -152,8 +150,9 @@ def test_answers_at_the_threshold_pass_and_those_below_are_reviewed(predictor, f
     confidences = [row["confidence"] for row in predict(predictor, files, TARGET)]
     middle = sorted(confidences)[len(confidences) // 2]
     for confidence in (0.0, middle, math.inf):
-        known = {0.5: Threshold(confidence, 0.9, 0.5, 0.5)}
-        rows = list(predict(replace(predictor, thresholds=known), files, 0.5))
+        known = [{"target": 0.5, "confidence": confidence if confidence < math.inf else None}]
+        facts = predictor.facts | {"review_thresholds": known}
+        rows = list(predict(replace(predictor, facts=facts), files, 0.5))
         expected = ["no" if value >= confidence else "yes" for value in confidences]
         assert [row["review"] for row in rows] == expected
         if confidence == middle:
@@ -162,11 +161,11 @@ def test_answers_at_the_threshold_pass_and_those_below_are_reviewed(predictor, f
 
 def test_the_threshold_reaches_its_target_on_validation_images(moved, predictor):
     known = load_run(moved[0]).validation
-    powers = np.exp(known["logits"].astype(float) / predictor.temperature)
+    powers = np.exp(known["logits"].astype(float) / predictor.facts["temperature"])
     top = (powers / powers.sum(axis=1, keepdims=True)).max(axis=1)
     right = known["logits"].argmax(axis=1) == known["labels"]
     for target in (0.5, 0.8, 1.0):
-        least = load_predictor(moved[0], target).threshold(target).confidence
+        least = load_predictor(moved[0], target).threshold(target)
         sizes = [(top >= level).sum() for level in top if right[top >= level].mean() >= target]
         assert (top >= least - 1e-9).sum() == max([*sizes, 0])
     with pytest.raises(UserError, match="thresholds for 0.95"):
