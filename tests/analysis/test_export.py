@@ -24,6 +24,7 @@ from models import create_model
 from models.classifier import in_mode
 from models.weights.formats import write_safetensors
 from models.weights.published import PUBLISHED
+from tests.analysis.fabricate import predict_logits
 from tests.conftest import ROOT
 from train import train_and_evaluate
 from training.recorder import write_json
@@ -84,7 +85,7 @@ def copied(exports, tmp_path):
 def test_an_export_gives_the_very_logits_that_the_run_saved(workdir, exports, name):
     run, exported = load_run(workdir / name / "seed0"), export.load(exports / name)
     assert len(run.test["labels"]) > BATCH
-    logits = forward.predict_logits(exported.model, forward.load_test_images(run), size=BATCH)
+    logits = predict_logits(exported.model, forward.load_test_images(run), size=BATCH)
     np.testing.assert_array_equal(logits, run.test["logits"])
     assert exported.class_names == NAMES and exported.image_size == 8
 
@@ -95,7 +96,7 @@ def test_weights_begin_other_models_as_any_weights_do(workdir, exports, name):
     weights = f"archcompare:{exports / name / 'model.safetensors'}"
     model = create_model(name, 10, weights=weights, image_size=8)
     model = in_mode(model, training=False)
-    logits = forward.predict_logits(model, forward.load_test_images(run), size=BATCH)
+    logits = predict_logits(model, forward.load_test_images(run), size=BATCH)
     np.testing.assert_array_equal(logits, run.test["logits"])
 
 

@@ -28,12 +28,12 @@ def test_page_is_self_contained_and_escapes_names(tmp_path):
     audit = tmp_path / "audit"
     audit.mkdir()
     path = "train/o'brien <img src=x onerror=alert(1)>.png"
-    found = {
+    findings = {
         "images": 4, "class_names": CLASSES, "counts": {"train": dict.fromkeys(CLASSES, 1)}, "leaks": [[path, path]],
         "label_conflicts": [], "unreadable": [path], "near_leaks": [], "not_images": [], "exact_duplicates": [],
         "near_duplicates": [], "near_duplicates_checked": True, "distinct_sizes": 1, "modes": {}, "value_range": [0, 1],
     }  # fmt: skip
-    (audit / "audit.json").write_text(json.dumps(found))
+    (audit / "audit.json").write_text(json.dumps(findings))
     plt.figure().savefig(audit / "contact_sheet.png")
     page = make(tmp_path).page.read_text(encoding="utf-8")
     assert page.count("<script>") == 1  # our own
@@ -73,7 +73,7 @@ def test_a_damaged_run_and_a_failing_chapter_spoil_nothing_else(tmp_path, monkey
     def fail(*arguments):
         raise MemoryError("too <large>")
 
-    monkeypatch.setattr("analysis.inspect.inspect_section", fail)
+    monkeypatch.setattr("analysis.inside.inspect_section", fail)
     made = report.write_report(tmp_path)
     assert "damaged" in made.not_complete["mlp/seed0"]
     page = made.page.read_text()
@@ -105,13 +105,13 @@ def test_constant_logits_one_class_and_a_class_with_one_image(tmp_path):
     for part in ("test", "validation"):
         for run_dir in (constant, tmp_path / "good" / "seed0"):
             path = run_dir / f"predictions_{part}.npz"
-            found = dict(np.load(path))
-            found["labels"] = np.where(np.arange(count) == 7, 3, 0).astype(
+            arrays = dict(np.load(path))
+            arrays["labels"] = np.where(np.arange(count) == 7, 3, 0).astype(
                 np.int32
             )  # one image of class 3
             if run_dir is constant:
-                found["logits"] = np.zeros((count, 4), np.float32)
-            np.savez(path, **found)
+                arrays["logits"] = np.zeros((count, 4), np.float32)
+            np.savez(path, **arrays)
     made = make(tmp_path)
     table = pd.read_csv(tmp_path / "report" / "table.csv").set_index("model")
     assert (
@@ -182,7 +182,9 @@ def test_a_section_is_remembered_until_its_runs_or_options_change(tmp_path):
         )
 
     def ask(count=1):
-        return remembered("name", tmp_path, load_runs(tmp_path), {"count": count}, make_section)
+        return remembered(
+            tmp_path / "name.json", load_runs(tmp_path), {"count": count}, make_section
+        )
 
     assert ask() == ask() and len(calls) == 1
     ask(count=2)

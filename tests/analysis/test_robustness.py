@@ -10,7 +10,7 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis import forward, robustness
-from analysis.forward import compiled, load_classifier, predict_logits
+from analysis.forward import compiled, load_classifier
 from analysis.runs import group_runs, load_runs
 from analysis.stress import summary as robustness_summary
 from analysis.stress.attacks import EPSILONS, fgsm, loss_gradient, pgd
@@ -19,7 +19,7 @@ from analysis.stress.summary import CLEAN
 from errors import UserError
 from models import create_model
 from models.classifier import merge_model, split_model
-from tests.analysis.fabricate import train_digits
+from tests.analysis.fabricate import predict_logits, train_digits
 from tests.conftest import ROOT
 
 SIDE = 8
