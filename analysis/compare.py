@@ -17,15 +17,7 @@ from ml_collections import ConfigDict
 from sklearn.metrics import cohen_kappa_score
 
 from analysis import evaluate, uncertainty
-from analysis.page.tables import (
-    labels_of,
-    percent,
-    percents,
-    points,
-    printed_pairs,
-    printed_table,
-    write_table,
-)
+from analysis.page import tables
 from analysis.runs import (
     FinishedRun,
     Groups,
@@ -88,10 +80,7 @@ def read_options(workdir: Path) -> ConfigDict:
 
 
 def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tuple]:
-    """Returns pairs of runs of equal seed, or in order where no seed is common.
-
-    Empty if the two were not tested on the same images.
-    """
+    """Returns pairs of equal seed, or in order if there are none; [] if test images differ."""
     if not same_images(first[0], second[0]):
         return []
     by_seed = {run.seed: run for run in second}
@@ -113,6 +102,7 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
         costs = pd.DataFrame([run.summary["cost"] for run in runs]).reindex(columns=COSTS)
         correct, ids = correctness(runs), runs[0].test["ids"]
         accuracy = correct.mean(axis=1)
+        over_seeds = uncertainty.seed_interval(accuracy, options.seed_interval)
         exact = np.isin(ids, list(itertools.chain(*audit["leaks"])))
         near = exact | np.isin(ids, list(itertools.chain(*audit["near_leaks"])))
         published = options.reference.get(runs[0].label, options.reference.get(runs[0].model))
@@ -124,9 +114,7 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
                 "test_images": len(ids),
                 "test_accuracy_mean": accuracy.mean(),
                 "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
-                **uncertainty.ends(
-                    "seeds", uncertainty.seed_interval(accuracy, options.seed_interval)
-                ),
+                **uncertainty.ends("seeds", over_seeds),
                 **uncertainty.ends("images", uncertainty.image_interval(correct)),
                 "published": math.nan if published is None else published / 100,
                 "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
@@ -183,33 +171,26 @@ def established(groups: Groups, pairs: pd.DataFrame) -> set[tuple[int, int]]:
 
 
 def majority_right(groups: Groups) -> pd.DataFrame:
-    """Returns bool, a row per test image and a column per model: most of its seeds are right.
+    """Returns whether most seeds are right: a row per test image (id, class), a column per model.
 
     Models tested on other images than the first are left out.
     """
     first = next(iter(groups.values()))[0]
-    return pd.DataFrame(
-        {
-            label: correctness(runs).mean(axis=0) > 0.5
-            for label, runs in groups.items()
-            if same_images(runs[0], first)
-        },
-        index=pd.Index(first.test["ids"], name="id"),
-    )
+    classes = np.array(first.class_names, object)[first.test["labels"]]
+    columns = {
+        label: correctness(runs).mean(axis=0) > 0.5
+        for label, runs in groups.items()
+        if same_images(runs[0], first)
+    }
+    return pd.DataFrame(columns, index=[first.test["ids"], classes])
 
 
 def only_one_right(groups: Groups) -> pd.DataFrame:
     """Returns the test images that exactly one model gets right: id, class, model."""
     right = majority_right(groups)
-    run = next(iter(groups.values()))[0]
-    alone = (right.sum(axis=1) == 1).to_numpy() & (right.shape[1] > 1)
-    return pd.DataFrame(
-        {
-            "id": right.index[alone],
-            "class": np.array(run.class_names, object)[run.test["labels"][alone]],
-            "model": right.columns.to_numpy()[right.to_numpy()[alone].argmax(axis=1)],
-        }
-    )
+    alone = right[(right.sum(axis=1) == 1) & (right.shape[1] > 1)]
+    model = alone.columns.to_numpy()[alone.to_numpy().argmax(axis=1)]
+    return alone.index.to_frame(index=False, name=["id", "class"]).assign(model=model)
 
 
 def mean_confusion(runs: list[FinishedRun]) -> np.ndarray:
@@ -245,19 +226,17 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     """Returns the comparison in a sentence or two: which model, by how much, how sure."""
     if table.empty:
         return "No run is complete yet."
-    names, first = labels_of(table), table.iloc[0]
-    intervals = f"{percents(first.images_ci95_low, first.images_ci95_high)} over test images"
+    names, first = tables.labels_of(table), table.iloc[0]
+    intervals = f"{tables.percents(first.images_ci95_low, first.images_ci95_high)} over test images"
     if not math.isnan(first.seeds_ci95_low):
-        over_seeds = percents(first.seeds_ci95_low, first.seeds_ci95_high)
+        over_seeds = tables.percents(first.seeds_ci95_low, first.seeds_ci95_high)
         intervals = f"{over_seeds} over seeds, {intervals}"
     mean = f", mean of {first.seeds} seeds" if first.seeds > 1 else ""
-    text = (
-        f"{names[0]} has the highest test accuracy: {percent(first.test_accuracy_mean)} %{mean} "
-        f"(95 % interval {intervals})"
-    )
+    text = f"{names[0]} has the highest test accuracy: {tables.percent(first.test_accuracy_mean)} %"
+    text += f"{mean} (95 % interval {intervals})"
     if len(table) == 1:
         return text + "."
-    gap = percent(first.test_accuracy_mean - table.test_accuracy_mean[1])
+    gap = tables.percent(first.test_accuracy_mean - table.test_accuracy_mean[1])
     text += f", {gap} points above {names[1]}"
     own = pairs[pairs["first"] == names[0]] if len(pairs) else pairs
     if own.empty:
@@ -266,7 +245,7 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
         low, high, over = pair.both_ci95_low, pair.both_ci95_high, "seeds and images"
         if math.isnan(low):
             low, high, over = pair.images_ci95_low, pair.images_ci95_high, "images"
-        text += f" (95 % interval {points(low)} to {points(high)} over {over})"
+        text += f" (95 % interval {tables.points(low)} to {tables.points(high)} over {over})"
     return f"{text}. {_verdict(own)}"
 
 
@@ -301,12 +280,14 @@ def write_tables(comparison: Comparison) -> None:
     groups, output = comparison.groups, output_folder(comparison.output, "report")
     if not groups:
         return
-    write_table(comparison.table, printed_table(comparison.table), output / "table")
+    tables.write_table(comparison.table, tables.printed_table(comparison.table), output / "table")
     if len(comparison.pairs):
-        write_table(comparison.pairs, printed_pairs(comparison.pairs), output / "pairs")
+        tables.write_table(
+            comparison.pairs, tables.printed_pairs(comparison.pairs), output / "pairs"
+        )
     confused = confused_along(groups)
     if len(confused):
-        write_table(confused, confused.round(1), output / "confused")
+        tables.write_table(confused, confused.round(1), output / "confused")
     only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
     runs = itertools.chain(*groups.values())
     each = [evaluate.classes_of(run).assign(run=run.name) for run in runs]
@@ -320,9 +301,8 @@ def main(argv: list[str]) -> None:
     if not comparison.groups:
         raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
     write_tables(comparison)
-    for table in (printed_table(comparison.table), printed_pairs(comparison.pairs)):
-        if len(table):
-            print(table.to_string(index=False) + "\n")
+    printed = tables.printed_table(comparison.table), tables.printed_pairs(comparison.pairs)
+    print("\n".join(table.to_string(index=False) + "\n" for table in printed if len(table)))
     print(f"{answer(comparison.table, comparison.pairs)}\n\ntables: {comparison.output}")
 
 

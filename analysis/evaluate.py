@@ -44,10 +44,7 @@ def top_k_accuracy(labels: np.ndarray, logits: np.ndarray, k: int) -> float:
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Returns `images`, `confidence`, `accuracy`, `low` of each of 15 bins of equal width.
-
-    Confidence is the top class's probability, of [N, K]; bins without images have NaN.
-    """
+    """Returns `images`, mean `confidence`, `accuracy` and lower end of each bin of confidence."""
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
     place = np.minimum((confidence * BINS).astype(int), BINS - 1)
@@ -111,8 +108,8 @@ def row_shares(counts: np.ndarray) -> np.ndarray:
 def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     """Returns pairs of classes with errors between them, the most confused first.
 
-    Columns: `first` and `second` (class numbers, the more frequent error is first -> second),
-    `forth` and `back` (errors either way), `errors` (their sum), `share` of all errors.
+    Of class `first`, `forth` images are taken for `second`, and `back` the other way, which are no
+    more; `errors` is their sum, `share` that of all errors.
     """
     i, j = np.triu_indices(len(counts), 1)
     turned = counts[j, i] > counts[i, j]
@@ -120,18 +117,14 @@ def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     table = pd.DataFrame({"first": first, "second": second})
     table["forth"], table["back"] = counts[first, second], counts[second, first]
     table["errors"] = table.forth + table.back
-    table = table[table.errors > 0]
-    table["share"] = table.errors / table.errors.sum()
-    return table.sort_values(
-        ["errors", "first", "second"], ascending=[False, True, True], ignore_index=True
-    )
+    table["share"] = table.errors / max(table.errors.sum(), 1)
+    by = {"errors": False, "first": True, "second": True}
+    table = table[table.errors > 0].sort_values(list(by), ascending=list(by.values()))
+    return table.reset_index(drop=True)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature that minimises the loss of validation logits (Guo et al. 2017).
-
-    Where every temperature is as good (constant logits), it is 1.
-    """
+    """Returns the temperature of least loss (Guo et al. 2017); 1 where all are as good."""
     best = minimize_scalar(
         lambda log_t: losses(labels, logits, np.exp(log_t)).mean(),
         bounds=np.log(TEMPERATURES),
@@ -143,10 +136,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Returns what answering only above a confidence gives: `threshold`, `coverage`, `accuracy`.
-
-    One row per distinct confidence, the highest first.
-    """
+    """Returns `coverage` and `accuracy` at each confidence taken as `threshold`, highest first."""
     correct = pd.Series(probabilities.argmax(axis=1) == labels)
     answered = correct.groupby(-probabilities.max(axis=1)).agg(["size", "sum"]).cumsum()
     return pd.DataFrame(
@@ -160,12 +150,9 @@ def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
 
 @dataclass(frozen=True)
 class Threshold:
-    """A confidence at or above which predictions are trusted, and what it gave on validation.
+    """A confidence from which predictions are trusted, and what it gave on validation."""
 
-    `confidence` is infinite where no threshold reaches the target: a person reviews everything.
-    """
-
-    confidence: float
+    confidence: float  # infinite where none reaches the target
     accuracy: float
     coverage: float
     target: float
@@ -186,9 +173,8 @@ def choose_threshold(
 def evaluate(run: FinishedRun) -> dict[str, float]:
     """Returns `scores` of a run's test predictions, and what validation predictions add.
 
-    `temperature` is fitted on validation; `ece_scaled` and `nll_scaled` are of test with it.
-    `answered` and `accuracy_answered` are the coverage and accuracy on test images at the
-    confidence that gives 95 % accuracy on validation images.
+    `temperature` and `threshold` (95 % accuracy) are fitted on validation images; `ece_scaled`,
+    `nll_scaled`, `answered` and `accuracy_answered` are of test images with them.
     """
     labels, logits = run.test["labels"], run.test["logits"]
     known_labels, known_logits = run.validation["labels"], run.validation["logits"]
@@ -211,9 +197,8 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
 
 def review_threshold(run: FinishedRun, temperature: float) -> Threshold:
     """Returns the threshold of a run's validation predictions, scaled by its temperature."""
-    return choose_threshold(
-        softmax(run.validation["logits"], temperature), run.validation["labels"]
-    )
+    probabilities = softmax(run.validation["logits"], temperature)
+    return choose_threshold(probabilities, run.validation["labels"])
 
 
 def classes_of(run: FinishedRun) -> pd.DataFrame:
@@ -230,17 +215,17 @@ def highest_losses(run: FinishedRun) -> pd.DataFrame:
     """Returns test images by loss, the highest first: id, true and predicted class, confidence."""
     labels, logits = run.test["labels"], run.test["logits"]
     names = np.array(run.class_names, object)
-    table = {
-        "row": np.arange(len(labels)),
-        "id": run.test["ids"],
-        "true": names[labels],
-        "predicted": names[run.predicted],
-        "confidence": softmax(logits).max(axis=1),
-        "loss": losses(labels, logits),
-    }
-    return pd.DataFrame(table).sort_values(
-        "loss", ascending=False, kind="stable", ignore_index=True
+    table = pd.DataFrame(
+        {
+            "row": np.arange(len(labels)),
+            "id": run.test["ids"],
+            "true": names[labels],
+            "predicted": names[run.predicted],
+            "confidence": softmax(logits).max(axis=1),
+            "loss": losses(labels, logits),
+        }
     )
+    return table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
 
 
 def describe(run: FinishedRun) -> str:

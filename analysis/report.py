@@ -3,9 +3,9 @@
     python -m analysis.report WORKDIR [--data=PATH] [--nomodels]
 
 Writes WORKDIR/report/: index.html, one file that asks no network for anything, and beside it every
-table (CSV, Markdown, LaTeX) and picture (SVG, PNG). All of it comes from run directories, so it can
-be made of whatever is complete. Chapters that run the models (heat maps, robustness, looking
-inside) are kept and made anew only when their runs or options change; --nomodels leaves them out.
+table (CSV, Markdown, LaTeX) and picture (SVG, PNG). It is made of whatever runs are
+complete. Chapters that run the models (heat maps, robustness, looking inside) are kept, and made
+anew only when their runs or options change; --nomodels leaves them out.
 """
 
 import base64
@@ -33,31 +33,24 @@ TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 @dataclass(frozen=True)
 class Chapter:
-    """A title and what makes the chapter; it is left out where that returns None.
-
-    A chapter that runs models has a `file` to be kept in, and the options of `config.compare` that
-    it depends on; if the first of these is 0 or False, it is left out.
-    """
+    """A title, and what makes the chapter; those that run models have a file to be kept in."""
 
     title: str
-    make: Callable[[Comparison], Section | None]
+    make: Callable[[Comparison], Section | None]  # None: there is nothing to say
     file: str = ""
-    options: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # it depends on; left out where the first is 0 or False
 
 
-def heat_maps(c: Comparison) -> Section:
-    """What the models looked at."""
+def _heat_maps(c: Comparison) -> Section:
     return gradcam.gradcam_section(c.groups, c.output, c.options.gradcam_images, c.data_path)
 
 
-def stress(c: Comparison) -> Section:
-    """Corrupted and attacked test images."""
+def _robustness(c: Comparison) -> Section:
     count, baseline = c.options.robustness_images, c.options.baseline
     return robustness.robustness_section(c.groups, c.output, count, baseline, c.data_path)
 
 
-def inner_life(c: Comparison) -> Section:
-    """Filters, feature maps, similarity of representations."""
+def _inside(c: Comparison) -> Section:
     return inside.inspect_section(c.groups, c.output, c.data_path)
 
 
@@ -68,9 +61,9 @@ CHAPTERS = (  # in the order of the page
     Chapter("From pretrained weights", chapters.transfer),
     Chapter("Classes and what is taken for what", chapters.classes),
     Chapter("Which differences are established", chapters.pairs_of_models),
-    Chapter("What the models looked at", heat_maps, "gradcam.json", ("gradcam_images",)),
-    Chapter("Robustness", stress, "robustness.json", ("robustness_images", "baseline")),
-    Chapter("Looking inside", inner_life, "inspect.json", ("look_inside",)),
+    Chapter("What the models looked at", _heat_maps, "gradcam.json", ("gradcam_images",)),
+    Chapter("Robustness", _robustness, "robustness.json", ("robustness_images", "baseline")),
+    Chapter("Looking inside", _inside, "inspect.json", ("look_inside",)),
     Chapter("How far their confidence can be trusted", chapters.calibration),
     Chapter("Data", chapters.data),
     Chapter("How to reproduce this", chapters.reproduce),
@@ -98,13 +91,10 @@ def write_report(
 
     Args:
       workdir: of an experiment, finished or not.
-      options: `config.compare`; None for what the experiment was started with.
+      options: `config.compare`; None for that of the experiment.
       data_path: where the data lies now, "" for where it was at training.
       models: whether chapters that run the models are made.
-      progress: gets a line before each of these; what it raises ends the work, with a page.
-
-    Raises:
-      UserError: there is no run under the workdir, or the report cannot be written.
+      progress: gets a line before each of these; it may raise, and a page is left.
     """
     runs = load_runs(workdir)
     if not runs:

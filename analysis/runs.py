@@ -20,6 +20,15 @@ class FinishedRun:
     name: str  # relative to the workdir
     config: dict
     summary: dict
+    model: str  # name of the architecture
+    variant: str  # swept fields beside the model and the seed, "" for none
+    seed: int
+
+    @classmethod
+    def of(cls, path: Path, name: str, config: dict, summary: dict) -> "FinishedRun":
+        """Returns the run of a directory's config.json and summary.json."""
+        fields = config["model"]["name"], config["variant"], config["seed"]
+        return cls(path, name, config, summary, *fields)
 
     @property
     def status(self) -> str:
@@ -27,24 +36,9 @@ class FinishedRun:
         return self.summary.get("status", "not finished")
 
     @property
-    def model(self) -> str:
-        """Name of the architecture."""
-        return self.config["model"]["name"]
-
-    @property
-    def variant(self) -> str:
-        """Swept fields beside the model and the seed, "" for none."""
-        return self.config["variant"]
-
-    @property
     def label(self) -> str:
         """Model and variant, as a reader sees them."""
         return f"{self.model} ({self.variant})" if self.variant else self.model
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return self.config["seed"]
 
     @cached_property
     def dataset(self) -> dict:
@@ -99,7 +93,7 @@ def load_run(run_dir: Path) -> FinishedRun:
     if summary.get("status") != "complete" or not config:
         status = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
         raise UserError(f"{run_dir} is not the directory of a complete run ({status})")
-    return FinishedRun(run_dir, "/".join(run_dir.resolve().parts[-2:]), config, summary)
+    return FinishedRun.of(run_dir, "/".join(run_dir.resolve().parts[-2:]), config, summary)
 
 
 def load_runs(workdir: Path) -> list[FinishedRun]:
@@ -117,7 +111,8 @@ def load_runs(workdir: Path) -> list[FinishedRun]:
             "seed": -1,
         }.items():
             config.setdefault(key, value)
-        runs.append(FinishedRun(run_dir, run_dir.relative_to(workdir).as_posix(), config, summary))
+        name = run_dir.relative_to(workdir).as_posix()
+        runs.append(FinishedRun.of(run_dir, name, config, summary))
     return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
 
 

@@ -6,6 +6,7 @@ at random in a comparison, seeds and test images; each function says which of th
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 from scipy import stats
@@ -24,13 +25,10 @@ UNKNOWN: Interval = (math.nan, math.nan)
 def seed_interval(
     values: np.ndarray, how: str = "t", low: float = 0.0, high: float = 1.0
 ) -> Interval:
-    """Returns the 95 % interval of the mean over seeds: where other seeds would move it.
+    """Returns the 95 % interval of the mean over seeds, NaN where values [S] do not vary.
 
-    Args:
-      values: [S]; fewer than two, or all equal, give NaN: there is no spread to estimate from.
-      how: "t" assumes normal values; "bootstrap" (percentile, seeded) does not, but is too narrow
-        for fewer than about ten seeds.
-      low, high: the possible range, at which the interval is cut.
+    "t" assumes normal values; "bootstrap" (percentile, seeded) does not, but is too narrow for
+    fewer than about ten seeds. The interval is cut to low..high.
     """
     values = np.asarray(values, float)
     if len(values) < 2 or np.ptp(values) == 0:
@@ -62,10 +60,10 @@ def wilson(right: float, count: float) -> Interval:
 
 
 def image_interval(correct: np.ndarray) -> Interval:
-    """Returns the 95 % interval of accuracy over test images, for these very trained models.
+    """Returns the 95 % interval of accuracy over test images, for these trained models (Wilson).
 
-    Wilson's score interval. Images are the units: of several seeds, the mean over seeds is treated
-    as a share of the number of images at which a share would vary as much as it does.
+    Images are the units: the mean over seeds is treated as a share of the number of images at
+    which a share would vary as much as it does.
     """
     images = np.asarray(correct, float).mean(axis=0)  # [N]
     mean, count = images.mean(), len(images)
@@ -163,24 +161,15 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def indistinct(count: int, established: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the longest stretches of a ranking within which no difference is established.
+    """Returns (first, last) of the longest stretches of a ranking without established differences.
 
-    They are the bars of a critical-difference diagram (Demsar 2006).
-
-    Args:
-      count: number of models, which are numbered by rank.
-      established: pairs (i, j), i < j, whose difference is established.
-
-    Returns:
-      (first, last) of each stretch of two models or more.
+    They are the bars of a critical-difference diagram (Demsar 2006) of `count` models, numbered by
+    rank; `established` are pairs (i, j), i < j.
     """
     stretches = []
     for first in range(count):
-        last = first
-        while last + 1 < count and all(
-            (i, last + 1) not in established for i in range(first, last + 1)
-        ):
-            last += 1
+        ends = range(first, count)
+        last = max(e for e in ends if established.isdisjoint(combinations(range(first, e + 1), 2)))
         if last > first and not (stretches and stretches[-1][1] >= last):
             stretches.append((first, last))
     return stretches
@@ -191,9 +180,11 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
 
     Of points equal in both, all are returned; NaN are left out.
     """
-    points = [(c, -v, i) for i, (c, v) in enumerate(zip(costs, values, strict=True))]
-    front: list[tuple] = []
-    for point in sorted(p for p in points if not np.isnan(p).any()):
-        if not front or point[1] < front[-1][1] or point[:2] == front[-1][:2]:
-            front.append(point)
-    return [i for _, _, i in front]
+    costs, values = np.asarray(costs, float), np.asarray(values, float)
+    front = []
+    for i in np.argsort(costs, kind="stable"):
+        as_good = (costs <= costs[i]) & (values >= values[i])
+        beaten = as_good & ((costs < costs[i]) | (values > values[i]))
+        if as_good[i] and not beaten.any():  # NaN is not as good as itself
+            front.append(int(i))
+    return front

@@ -17,7 +17,7 @@ from analysis.compare import Comparison
 from analysis.diagnosis import diagnosis_table
 from analysis.forward import load_test_images
 from analysis.page import charts
-from analysis.page.figures import draw_photos, plt, save, shortened
+from analysis.page.figures import draw_photos, save, shortened
 from analysis.page.section import Details, Picture, Section, Table
 from analysis.page.tables import decimal, percent, printed_pairs, printed_table
 from analysis.runs import FinishedRun, read_plan
@@ -32,15 +32,9 @@ def as_table(frame: pd.DataFrame, caption: str = "") -> Table:
     return Table(list(frame), frame.astype(str).values.tolist(), caption)
 
 
-def chart(
-    comparison: Comparison,
-    draw: Callable[[Comparison], plt.Figure],
-    file: str,
-    caption: str,
-    wide: bool = True,
-) -> Picture:
-    """Draws and saves a chart."""
-    save(draw(comparison), comparison.output / file)
+def chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True) -> Picture:
+    """Draws and saves a chart of a comparison."""
+    save(draw(of), of.output / file)
     return Picture(file, caption, wide)
 
 
@@ -110,14 +104,16 @@ def classes(comparison: Comparison) -> Section:
         printed[name] = printed[name].map(percent)
     for name in ("support", "predicted"):
         printed[name] = printed[name].map("{:.4g}".format)
+    f1 = "F1 of every class, mean over seeds."
+    confusion = "Confusion on test images: number of images (mean over seeds), and colour and "
+    confusion += "percent by true class."
     section = Section(
-        tables=[as_table(printed, f"{best}: percent and numbers of images, means over seeds.")]
+        tables=[as_table(printed, f"{best}: percent and numbers of images, means over seeds.")],
+        pictures=[
+            chart(comparison, charts.draw_class_scores, "classes.svg", f1),
+            chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
+        ],
     )
-    caption = "F1 of every class, mean over seeds."
-    section.pictures.append(chart(comparison, charts.draw_class_scores, "classes.svg", caption))
-    caption = "Confusion on test images: number of images (mean over seeds), and colour and "
-    caption += "percent by true class."
-    section.pictures.append(chart(comparison, charts.draw_confusion, "confusion.svg", caption))
     never = scores[scores.predicted == 0]["class"].tolist()
     if never:
         section.text.append(f"{best} never predicts {', '.join(never)}: its precision there is 0.")
@@ -143,6 +139,7 @@ def mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Pictu
         return []
     most = evaluate.confused_pairs(evaluate.confusion_of(run)).iloc[0]
     pair = [run.class_names[int(i)] for i in most[["first", "second"]]]
+    between = wrong[wrong.true.isin(pair) & wrong.predicted.isin(pair)]
     about_pair = (
         f"{pair[0]} taken for {pair[1]} or the other way, its most confused pair; highest loss "
         "first. True class → predicted class."
@@ -150,11 +147,7 @@ def mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Pictu
     about_loss = "the test images of highest loss. Wrong labels often stand here."
     pictures = []
     for file, rows, caption in (
-        (
-            "confused_pair.png",
-            wrong[wrong.true.isin(pair) & wrong.predicted.isin(pair)],
-            about_pair,
-        ),
+        ("confused_pair.png", between, about_pair),
         ("highest_loss.png", wrong, about_loss),
     ):
         rows = rows.head(2 * PHOTOS)
@@ -192,25 +185,20 @@ def pairs_of_models(comparison: Comparison) -> Section:
     agreement = chart(comparison, charts.draw_agreement, "agreement.svg", caption, wide=False)
     section.pictures.append(agreement)
     alone, right = compare.only_one_right(groups), compare.majority_right(groups)
-    section.text.append(_overlap(right, alone))
-    if len(alone):
-        lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
-        title = f"Test images that only one model gets right ({len(alone)})"
-        section.details.append(Details(title, lines))
-    return section
-
-
-def _overlap(right: pd.DataFrame, alone: pd.DataFrame) -> str:
     every, none = right.all(axis=1).sum(), (~right).all(axis=1).sum()
     text = (
         f"By the majority of its seeds, every model gets {every} of {len(right)} test images "
         f"right, and none gets {none}."
     )
     if len(alone):
-        counts = alone["model"].value_counts()
-        each = ", ".join(f"{label} {count}" for label, count in counts.items())
+        counts = alone["model"].value_counts().items()
+        each = ", ".join(f"{label} {count}" for label, count in counts)
         text += f" Images that one model alone gets right: {each}."
-    return text
+        lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
+        title = f"Test images that only one model gets right ({len(alone)})"
+        section.details.append(Details(title, lines))
+    section.text.append(text)
+    return section
 
 
 def calibration(comparison: Comparison) -> Section:
@@ -272,31 +260,31 @@ def transfer(comparison: Comparison) -> Section | None:
 
 def data(comparison: Comparison) -> Section | None:
     """What the audit of the images found, and what the models were trained on; None without one."""
-    audit, output = comparison.audit, comparison.output
+    audit = comparison.audit
     if audit is None:
         return None
     names = audit["class_names"]
     rows = [[name, *(str(counts[name]) for counts in audit["counts"].values())] for name in names]
     section = Section(tables=[Table(["class", *audit["counts"]], rows)])
+    count = {key: len(value) for key, value in audit.items() if isinstance(value, list)}
     if audit["leaks"] or audit["label_conflicts"]:
         section.warnings.append(
-            f"{len(audit['leaks'])} groups of identical images lie in several parts and "
-            f"{len(audit['label_conflicts'])} carry contradictory labels. "
+            f"{count['leaks']} groups of identical images lie in several parts and "
+            f"{count['label_conflicts']} carry contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
     sizes = "size" if audit["distinct_sizes"] == 1 else "sizes"
     low, high = audit["value_range"]
     near = "near duplicates were not looked for: too many images"
     if audit["near_duplicates_checked"]:
-        near = f"{len(audit['near_duplicates'])} groups of near duplicates, "
-        near += f"{len(audit['near_leaks'])} across parts"
+        near = f"{count['near_duplicates']} groups of near duplicates, "
+        near += f"{count['near_leaks']} across parts"
     section.text.append(
         f"{audit['images']} images of {audit['distinct_sizes']} {sizes}, modes "
-        f"{', '.join(audit['modes'])}, values {low} to {high}; {len(audit['unreadable'])} "
-        f"unreadable files, {len(audit['not_images'])} files that are no image; "
-        f"{len(audit['exact_duplicates'])} groups of exact duplicates, of which "
-        f"{len(audit['label_conflicts'])} with contradictory labels and {len(audit['leaks'])} "
-        f"across parts; {near}."
+        f"{', '.join(audit['modes'])}, values {low} to {high}; {count['unreadable']} unreadable "
+        f"files, {count['not_images']} files that are no image; {count['exact_duplicates']} groups "
+        f"of exact duplicates, of which {count['label_conflicts']} with contradictory labels and "
+        f"{count['leaks']} across parts; {near}."
     )
     for title, key in (
         ("Leaks", "leaks"),
@@ -307,21 +295,20 @@ def data(comparison: Comparison) -> Section | None:
         if entries := audit[key]:
             lines = [e if isinstance(e, str) else " = ".join(e) for e in entries[:LISTED]]
             section.details.append(Details(f"{title} ({len(entries)})", lines))
+
+    def relative(path: Path) -> str:
+        return os.path.relpath(path.resolve(), comparison.output.resolve())
+
     sheet = comparison.workdir / "audit" / "contact_sheet.png"
     if sheet.exists():
-        section.pictures.append(Picture(_relative(sheet, output), "Samples of every class."))
+        section.pictures.append(Picture(relative(sheet), "Samples of every class."))
     for label, runs in comparison.groups.items():
         path = runs[0].path / "augmented_batch.png"
         if path.exists():
-            caption = f"Augmented images for {label}"
-            picture = Picture(_relative(path, output), caption, pixelated=True)
+            picture = Picture(relative(path), f"Augmented images for {label}", pixelated=True)
             title = f"{label}: images of the first batch, augmented"
             section.details.append(Details(title, picture=picture))
     return section
-
-
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder.resolve())
 
 
 def reproduce(comparison: Comparison) -> Section:

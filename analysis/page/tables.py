@@ -81,12 +81,12 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
         "train images/s": table.train_images_per_second.map(scaled),
         "predict images/s": table.inference_images_per_second.map(scaled),
     }
-    unused = {
-        "published %": table.published.isna().all(),
-        "without leaks %": not table.leaks.any(),
-        "without near leaks %": not table.near_leaks.any(),
+    used = {
+        "published %": table.published.notna(),
+        "without leaks %": table.leaks,
+        "without near leaks %": table.near_leaks,
     }
-    return pd.DataFrame(columns).drop(columns=[name for name, empty in unused.items() if empty])
+    return pd.DataFrame(columns).drop(columns=[name for name in used if not used[name].any()])
 
 
 def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
