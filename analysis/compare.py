@@ -56,6 +56,11 @@ class Comparison:
     data_path: str = ""  # where the data lies now, "" for where it was at training
 
     @property
+    def runs(self) -> list[FinishedRun]:
+        """All of them, the best model first."""
+        return list(itertools.chain(*self.groups.values()))
+
+    @property
     def output(self) -> Path:
         """Folder of the tables, the pictures and the page."""
         return self.workdir / "report"
@@ -89,12 +94,11 @@ def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tup
 
 
 def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -> pd.DataFrame:
-    """Returns a row per model and variant, the best first; the columns of `table.csv`.
+    """Returns table.csv: a row per model and variant, the best first; shares are in 0..1.
 
-    Shares are in 0..1. `seeds_ci95_*` says where other seeds would move the mean on these images,
-    `images_ci95_*` what these trained models would do on other images. Costs are means over seeds,
-    measured on `device`, except parameters and FLOPs, which are counted. `without_leaks` leaves
-    out test images with an exact copy in another part, `without_near_leaks` near copies too.
+    `seeds_ci95_*` says where other seeds would move the mean on these images, `images_ci95_*` what
+    these trained models would do on other images. `without_leaks` leaves out test images with an
+    exact copy in another part, `without_near_leaks` near copies too.
     """
     rows, audit = [], audit or {"leaks": [], "near_leaks": []}
     for runs in groups.values():
@@ -132,12 +136,10 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
 
 
 def make_pairs(groups: Groups) -> pd.DataFrame:
-    """Returns a row per pair of models, the higher ranked first; the columns of `pairs.csv`.
+    """Returns pairs.csv: a row per pair of models that were tested on the same images.
 
-    `p` is over seeds and images where both have several seeds, else McNemar's, which is about
-    these trained models alone; `p_holm` is corrected for the number of pairs, and a difference is
-    `established` if it is under 0.05. `agreement` and `kappa` are of the predicted classes, means
-    over seeds. Pairs tested on different images are left out.
+    A difference is `established` if `p_holm`, which is `p` corrected for the number of pairs, is
+    under 0.05. `agreement` and `kappa` are of the predicted classes, means over seeds.
     """
     rows = []
     for first, second in itertools.combinations(groups, 2):
@@ -206,10 +208,9 @@ def class_scores(runs: list[FinishedRun]) -> pd.DataFrame:
 
 
 def confused_along(groups: Groups, top: int = 2) -> pd.DataFrame:
-    """Returns how pairs of classes are confused from model to model, the least accurate first.
+    """Returns errors between classes, both ways, mean over seeds: a column per model, best last.
 
-    A row for each pair that is among the `top` of some model, a column per model: errors between
-    the two classes, both ways, mean over seeds.
+    There is a row for each pair of classes that is among the `top` of some model.
     """
     by_model = {label: mean_confusion(groups[label]) for label in reversed(groups)}
     names = next(iter(groups.values()))[0].class_names
@@ -228,8 +229,8 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
         return "No run is complete yet."
     names, first = tables.labels_of(table), table.iloc[0]
     intervals = f"{tables.percents(first.images_ci95_low, first.images_ci95_high)} over test images"
-    if not math.isnan(first.seeds_ci95_low):
-        over_seeds = tables.percents(first.seeds_ci95_low, first.seeds_ci95_high)
+    over_seeds = tables.percents(first.seeds_ci95_low, first.seeds_ci95_high)
+    if over_seeds != tables.NONE:
         intervals = f"{over_seeds} over seeds, {intervals}"
     mean = f", mean of {first.seeds} seeds" if first.seeds > 1 else ""
     text = f"{names[0]} has the highest test accuracy: {tables.percent(first.test_accuracy_mean)} %"
@@ -289,8 +290,7 @@ def write_tables(comparison: Comparison) -> None:
     if len(confused):
         tables.write_table(confused, confused.round(1), output / "confused")
     only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
-    runs = itertools.chain(*groups.values())
-    each = [evaluate.classes_of(run).assign(run=run.name) for run in runs]
+    each = [evaluate.classes_of(run).assign(run=run.name) for run in comparison.runs]
     pd.concat(each).to_csv(output / "per_class.csv", index=False)
 
 

@@ -85,9 +85,7 @@ def scores(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     macro = table[table.support > 0][["precision", "recall", "f1"]].mean()
     return {
         "accuracy": float((labels == predicted).mean()),
-        "macro_precision": float(macro.precision),
-        "macro_recall": float(macro.recall),
-        "macro_f1": float(macro.f1),
+        **macro.add_prefix("macro_").to_dict(),
         **{f"top{k}": top_k_accuracy(labels, logits, k) for k in TOP_K if k < classes},
         "nll": float(losses(labels, logits).mean()),
         "brier": float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean()),
@@ -117,10 +115,9 @@ def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     table = pd.DataFrame({"first": first, "second": second})
     table["forth"], table["back"] = counts[first, second], counts[second, first]
     table["errors"] = table.forth + table.back
-    table["share"] = table.errors / max(table.errors.sum(), 1)
     by = {"errors": False, "first": True, "second": True}
     table = table[table.errors > 0].sort_values(list(by), ascending=list(by.values()))
-    return table.reset_index(drop=True)
+    return table.assign(share=table.errors / table.errors.sum()).reset_index(drop=True)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -138,14 +135,11 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Returns `coverage` and `accuracy` at each confidence taken as `threshold`, highest first."""
     correct = pd.Series(probabilities.argmax(axis=1) == labels)
-    answered = correct.groupby(-probabilities.max(axis=1)).agg(["size", "sum"]).cumsum()
-    return pd.DataFrame(
-        {
-            "threshold": -answered.index.to_numpy(),
-            "coverage": answered["size"].to_numpy() / len(labels),
-            "accuracy": (answered["sum"] / answered["size"]).to_numpy(),
-        }
-    )
+    confidence = pd.Series(-probabilities.max(axis=1), name="threshold")  # the highest first
+    answered = correct.groupby(confidence).agg(["size", "sum"]).cumsum().reset_index()
+    coverage, accuracy = answered["size"] / len(labels), answered["sum"] / answered["size"]
+    columns = {"threshold": -answered.threshold, "coverage": coverage, "accuracy": accuracy}
+    return pd.DataFrame(columns)
 
 
 @dataclass(frozen=True)
@@ -182,6 +176,7 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     scaled = softmax(logits, temperature)
     threshold = review_threshold(run, temperature).confidence
     answered = scaled.max(axis=1) >= threshold
+    accuracy = float(run.correct[answered].mean()) if answered.any() else float("nan")
     return scores(labels, logits) | {
         "validation_accuracy": float((known_logits.argmax(axis=1) == known_labels).mean()),
         "temperature": temperature,
@@ -189,9 +184,7 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
         "nll_scaled": float(losses(labels, logits, temperature).mean()),
         "threshold": threshold,
         "answered": float(answered.mean()),
-        "accuracy_answered": float(run.correct[answered].mean())
-        if answered.any()
-        else float("nan"),
+        "accuracy_answered": accuracy,
     }
 
 

@@ -101,9 +101,7 @@ def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
     count, outputs = len(arrays[0]), []
     size = min(size, count)
     for start in range(0, count, size):
-        parts = [np.asarray(array[start : start + size]) for array in arrays]
-        short = size - len(parts[0])
-        padded = [np.concatenate([part, np.repeat(part[:1], short, axis=0)]) for part in parts]
-        out = function(*(jnp.asarray(part) for part in padded))
-        outputs.append(jax.tree.map(lambda x, n=size - short: np.asarray(x)[:n], out))
+        rows = np.minimum(np.arange(start, start + size), count - 1)  # padded with the last
+        out = function(*(jnp.asarray(array[rows]) for array in arrays))
+        outputs.append(jax.tree.map(lambda x, n=count - start: np.asarray(x)[:n], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *outputs)

@@ -13,6 +13,7 @@ import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -152,11 +153,10 @@ def make_sections(
 
 def make_slowly(chapter: Chapter, comparison: Comparison) -> Section:
     """Returns a chapter that runs models; if it fails, it says why, and the others are made."""
-    runs = [run for group in comparison.groups.values() for run in group]
+    path, make = comparison.output / chapter.file, partial(chapter.make, comparison)
     options = {name: comparison.options[name] for name in chapter.options}
-    make = lambda: chapter.make(comparison)  # noqa: E731
     try:
-        return remembered(comparison.output / chapter.file, runs, options, make)
+        return remembered(path, comparison.runs, options, make)
     except UserError as error:
         return Section(text=[f"Not made: {error}"])
     except Exception as error:  # noqa: BLE001 - the rest of the page is worth having

@@ -105,12 +105,8 @@ def load_runs(workdir: Path) -> list[FinishedRun]:
             config, summary = _read(file), _read(run_dir / "summary.json")
         except ValueError as error:
             config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
-        for key, value in {
-            "model": {"name": run_dir.parent.name},
-            "variant": "",
-            "seed": -1,
-        }.items():
-            config.setdefault(key, value)
+        known = {"model": {"name": run_dir.parent.name}, "variant": "", "seed": -1}
+        config |= {key: value for key, value in known.items() if key not in config}
         name = run_dir.relative_to(workdir).as_posix()
         runs.append(FinishedRun.of(run_dir, name, config, summary))
     return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))

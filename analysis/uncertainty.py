@@ -36,14 +36,9 @@ def seed_interval(
     if how == "t":
         ends = stats.t.interval(LEVEL, len(values) - 1, values.mean(), stats.sem(values))
     else:
-        ends = stats.bootstrap(
-            (values,),
-            np.mean,
-            confidence_level=LEVEL,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(BOOTSTRAP_SEED),
-        ).confidence_interval
+        options = {"confidence_level": LEVEL, "n_resamples": RESAMPLES, "method": "percentile"}
+        rng = np.random.default_rng(BOOTSTRAP_SEED)
+        ends = stats.bootstrap((values,), np.mean, rng=rng, **options).confidence_interval
     return _cut(*ends, low, high)
 
 

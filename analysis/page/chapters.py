@@ -3,7 +3,6 @@
 Each returns a section without its title, or None where it has nothing to say.
 """
 
-import itertools
 import json
 import os
 import shlex
@@ -34,7 +33,9 @@ def as_table(frame: pd.DataFrame, caption: str = "") -> Table:
 
 def chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True) -> Picture:
     """Draws and saves a chart of a comparison."""
-    save(draw(of), of.output / file)
+    figure = draw(of)
+    figure.tight_layout()
+    save(figure, of.output / file)
     return Picture(file, caption, wide)
 
 
@@ -313,8 +314,7 @@ def data(comparison: Comparison) -> Section | None:
 
 def reproduce(comparison: Comparison) -> Section:
     """The command, versions, devices, seeds and every model's config."""
-    workdir, groups = comparison.workdir, comparison.groups
-    runs = list(itertools.chain(*groups.values()))
+    workdir, runs = comparison.workdir, comparison.runs
     command = ["python", *read_plan(workdir).get("command", ["main.py"])]
     about, dataset = runs[0].environment, runs[0].dataset
     commits = sorted({str(run.environment["git_commit"]) for run in runs})
@@ -331,7 +331,7 @@ def reproduce(comparison: Comparison) -> Section:
         f"comes from the run directories alone: python -m analysis.report {workdir.name}.",
     ]
     details = []
-    for label, members in groups.items():
+    for label, members in comparison.groups.items():
         config = json.dumps(members[0].config, indent=2, ensure_ascii=False)
         details.append(Details(f"Config of {label}, seed {members[0].seed}", code=config))
     return Section(text=text, details=details)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 
 from analysis import compare, evaluate
 from analysis.compare import Comparison
@@ -44,7 +44,6 @@ def draw_ranks(comparison: Comparison) -> plt.Figure:
     for place, (first, last) in enumerate(stretches):
         x, ends = 1.02 + 0.025 * place, (first - 0.2, last + 0.2)  # x in widths of the axes
         axis.plot((x, x), ends, transform=axis.get_yaxis_transform(), **bar)
-    figure.tight_layout()
     figures.legend_beside(figure, [axis], loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     return figure
 
@@ -67,7 +66,6 @@ def draw_curves(comparison: Comparison) -> plt.Figure:
     axes[1].set_yscale("log")
     low, high = axes[1].get_ylim()
     plain_ticks(axes[1].yaxis, high / low)
-    figure.tight_layout()
     figures.legend_beside(figure, axes)
     return figure
 
@@ -83,8 +81,8 @@ def plain_ticks(axis, ratio: float) -> None:
     def between(value: float, _: int) -> str:
         return scaled(value) if f"{value:e}"[0] in "25" else ""
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value)))
-    axis.set_minor_formatter(FuncFormatter(between) if ratio < 60 else NullFormatter())
+    axis.set_major_formatter(lambda value, _: scaled(value))
+    axis.set_minor_formatter(between if ratio < 60 else NullFormatter())
     axis.set_tick_params(which="both", labelsize=8)
 
 
@@ -106,7 +104,6 @@ def draw_confusion(comparison: Comparison) -> plt.Figure:
         figures.heat_map(axis, share, write, names, names, cmap="Blues", vmin=0, vmax=1)
         axis.set(xlabel="predicted", ylabel="true")
         axis.set_title(literal(label), fontsize=10)
-    figure.tight_layout()
     return figure
 
 
@@ -121,7 +118,6 @@ def _percent_map(
     figure, axis = plt.subplots(figsize=size)
     image = figures.heat_map(axis, values, write, rows, columns, aspect="auto", vmax=100)
     figure.colorbar(image, ax=axis, label=label)
-    figure.tight_layout()
     return figure
 
 
@@ -176,7 +172,6 @@ def draw_pareto(comparison: Comparison) -> plt.Figure:
         axis.grid()
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy, %")
-    figure.tight_layout()
     figures.legend_beside(figure, axes.flat)
     return figure
 
@@ -197,7 +192,6 @@ def draw_reliability(comparison: Comparison) -> plt.Figure:
         axis.grid()
     figure.supxlabel("confidence in the predicted class", fontsize=10)
     figure.supylabel("accuracy; grey: share of images", fontsize=10)
-    figure.tight_layout()
     return figure
 
 
@@ -219,5 +213,4 @@ def draw_coverage(comparison: Comparison) -> plt.Figure:
     axis.set(xlabel="images answered, %", ylabel="accuracy on them, %", ylim=(lowest - 2, 100.5))
     axis.grid()
     figures.legend_beside(figure, [axis])
-    figure.tight_layout()
     return figure

@@ -9,9 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import report
-from analysis.page.figures import draw_photos, plt
-from analysis.page.section import Details, Picture, Section, Table, remembered
-from analysis.runs import load_runs
+from analysis.page.figures import plt
 from configs import base
 from errors import UserError
 from tests.analysis.fabricate import CLASSES, write_run
@@ -124,17 +122,6 @@ def test_constant_logits_one_class_and_a_class_with_one_image(tmp_path):
     assert "constant never predicts" in page
 
 
-def test_one_photo_is_drawn_no_larger_than_many():
-    photos = [np.zeros((8, 8, 3), np.uint8)] * 7
-    sizes = []
-    for count in (1, 7):
-        figure = draw_photos(photos[:count], ["a"] * count)
-        assert sum(bool(axis.images) for axis in figure.axes) == count
-        sizes.append(figure.get_size_inches()[0])
-        plt.close(figure)
-    assert sizes[0] == sizes[1]
-
-
 def test_one_run_alone(tmp_path):
     write_run(tmp_path, "cnn", 0)
     made = make(tmp_path)
@@ -167,38 +154,6 @@ def test_five_models_of_three_seeds_are_quick_and_small(tmp_path):
     print(f"{time.monotonic() - began:.1f} s")
     assert made.page.stat().st_size < 15e6
     assert len(pd.read_csv(tmp_path / "report" / "pairs.csv")) == 10
-
-
-def test_a_section_is_remembered_until_its_runs_or_options_change(tmp_path):
-    path = write_run(tmp_path, "cnn", 0)
-    calls = []
-
-    def make_section():
-        calls.append(1)
-        (tmp_path / "p.png").write_bytes(b"")
-        picture = Picture("p.png", "caption")
-        return Section(
-            "title", ["text"], [Table(["a"], [["b"]])], [picture], [Details("d", picture=picture)]
-        )
-
-    def ask(count=1):
-        return remembered(
-            tmp_path / "name.json", load_runs(tmp_path), {"count": count}, make_section
-        )
-
-    assert ask() == ask() and len(calls) == 1
-    ask(count=2)
-    assert len(calls) == 2
-    summary = json.loads((path / "summary.json").read_text())
-    (path / "summary.json").write_text(json.dumps(summary | {"trained": "anew"}))
-    ask(count=2)
-    assert len(calls) == 3
-    (tmp_path / "p.png").unlink()
-    ask(count=2)
-    assert len(calls) == 4
-    (tmp_path / "name.json").write_text("{")
-    ask(count=2)
-    assert len(calls) == 5
 
 
 def test_chapters_that_run_the_models(tmp_path, digits_run):
