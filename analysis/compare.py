@@ -208,9 +208,9 @@ def class_scores(runs: list[FinishedRun]) -> pd.DataFrame:
 
 
 def confused_along(groups: Groups, top: int = 2) -> pd.DataFrame:
-    """Returns errors between classes, both ways, mean over seeds: a column per model, best last.
+    """Returns errors between the `top` pairs of classes of any model: a column a model, best last.
 
-    There is a row for each pair of classes that is among the `top` of some model.
+    Errors are counted both ways, and are means over seeds.
     """
     by_model = {label: mean_confusion(groups[label]) for label in reversed(groups)}
     names = next(iter(groups.values()))[0].class_names

@@ -138,16 +138,16 @@ def make_sections(
     comparison: Comparison, slow: bool, progress: Callable[[str], None]
 ) -> dict[str, Section | None]:
     """Returns by title the chapters that run models (`slow`), or all others."""
-    chosen = [chapter for chapter in CHAPTERS if bool(chapter.file) == slow]
-    if not comparison.groups:  # but the images may have been audited
-        chosen = [chapter for chapter in chosen if chapter.make is chapters.data]
-    if not slow:
-        return {chapter.title: chapter.make(comparison) for chapter in chosen}
     sections = {}
-    for chapter in chosen:
-        if comparison.options[chapter.options[0]]:
-            progress(f"report: {chapter.title.lower()}")
-            sections[chapter.title] = make_slowly(chapter, comparison)
+    for chapter in CHAPTERS:
+        wanted = not chapter.options or comparison.options[chapter.options[0]]
+        possible = comparison.groups or chapter.make is chapters.data  # without runs, an audit
+        if bool(chapter.options) == slow and wanted and possible:
+            make = chapter.make
+            if slow:
+                progress(f"report: {chapter.title.lower()}")
+                make = partial(make_slowly, chapter)
+            sections[chapter.title] = make(comparison)
     return sections
 
 

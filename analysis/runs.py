@@ -123,11 +123,7 @@ def chosen_runs(path: Path) -> list[FinishedRun]:
 
 
 def group_runs(runs: list[FinishedRun]) -> Groups:
-    """Returns complete runs by label (model and variant), the highest mean accuracy first.
-
-    Raises:
-      UserError: seeds of one label were tested on different images.
-    """
+    """Returns complete runs by label (model and variant), the highest mean accuracy first."""
     groups: Groups = {}
     for run in runs:
         if run.status == "complete":
@@ -142,11 +138,7 @@ def same_images(first: FinishedRun, second: FinishedRun) -> bool:
 
 
 def correctness(runs: list[FinishedRun]) -> np.ndarray:
-    """Returns which test images each run classifies correctly: bool [S, N].
-
-    Raises:
-      UserError: the runs were not tested on the same images.
-    """
+    """Returns right or wrong, bool [S, N]; raises UserError where the runs' test images differ."""
     for run in runs[1:]:
         if not same_images(run, runs[0]):
             raise UserError(

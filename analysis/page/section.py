@@ -67,15 +67,10 @@ class Section:
 def remembered(
     path: Path, runs: list[FinishedRun], options: dict, make: Callable[[], Section]
 ) -> Section:
-    """Returns the section kept in a JSON file, or makes it and keeps it there.
+    """Returns the section kept in a JSON file of the report's folder, or makes and keeps it.
 
-    It is made anew if a run was trained again, an option changed, or a picture is gone.
-
-    Args:
-      path: of the JSON file, in the report's folder.
-      runs: those the section depends on.
-      options: plain values the section depends on.
-      make: computes the section and writes its pictures into the same folder.
+    It is made anew if one of its runs was trained again, one of its options changed, or a picture
+    is gone.
     """
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for run in runs:

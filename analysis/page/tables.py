@@ -57,10 +57,7 @@ def labels_of(table: pd.DataFrame) -> list[str]:
 
 
 def printed_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table as a reader sees it: percent, rounded, "–" where there is no number.
-
-    The published figures and what leaks change have columns only where there are any.
-    """
+    """Returns the table as a reader sees it, with columns for leaks and others' figures if any."""
     columns = {
         "model": labels_of(table),
         "seeds": table.seeds.astype(str),

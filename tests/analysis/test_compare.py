@@ -169,8 +169,7 @@ def test_images_that_only_one_model_gets_right(tmp_path):
         run.class_names[names[i]] == name
         for i, name in zip(alone["id"], alone["class"], strict=True)
     )
-    one = {"a": groups["a"]}
-    assert compare.only_one_right(one).empty
+    assert compare.only_one_right({"a": groups["a"]}).empty
 
 
 def test_confused_pairs_from_model_to_model(tmp_path):
