@@ -1,11 +1,10 @@
-"""How good is one run? Every number and list that its saved predictions give.
+"""How good is one run? Every figure and table that its saved predictions give.
 
     python -m analysis.evaluate RUN_OR_WORKDIR [--output=DIR]
 
-Prints the numbers of each complete run; with --output, also writes evaluation.json, per_class.csv,
+Prints the figures of each complete run; with --output, also writes evaluation.json, per_class.csv,
 confusion.csv and losses.csv (every test image, highest loss first) into a folder for each.
-Temperature and thresholds are fitted on validation predictions, everything else is measured on test
-predictions.
+Temperature and threshold are fitted on validation predictions; all the rest is of test predictions.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,15 +18,12 @@ from scipy.special import log_softmax
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from analysis.runs import FinishedRun, chosen_runs
-from errors import UserError
-from experiment.command import run_command
+from experiment.command import arguments, output_folder, run_command
 from experiment.files import write_json
 
 BINS = 15  # of confidence, in the calibration error
 TEMPERATURES = (0.05, 20.0)  # the range searched; a perfect validation score would want 0
 TOP_K = (2, 3, 5)
-
-# --- numbers of predictions -----------------------------------------------------------------------
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -43,38 +39,24 @@ def losses(labels: np.ndarray, logits: np.ndarray, temperature: float = 1.0) -> 
 
 def top_k_accuracy(labels: np.ndarray, logits: np.ndarray, k: int) -> float:
     """Returns the share of images whose class is among the k highest logits; ties go by order."""
-    own = logits[np.arange(len(labels)), labels][:, None]
-    before = np.arange(logits.shape[1]) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & before)).sum(axis=1)
-    return float((rank < k).mean())
+    highest = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return float((highest == labels[:, None]).any(axis=1).mean())
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> pd.DataFrame:
-    """Returns, for each bin of the top class's confidence, `images`, `confidence`, `accuracy`.
-
-    Args:
-      probabilities: [N, K], rows that sum to 1.
-      labels: int [N].
-      bins: of equal width; those without images have NaN.
-    """
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
+    """Returns `images`, mean `confidence`, `accuracy` and lower end of each bin of confidence."""
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    images = np.bincount(place, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        return pd.DataFrame(
-            {
-                "low": np.arange(bins) / bins,
-                "images": images,
-                "confidence": np.bincount(place, confidence, bins) / images,
-                "accuracy": np.bincount(place, correct, bins) / images,
-            }
-        )
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    sums = {"images": None, "confidence": confidence, "accuracy": correct}
+    table = pd.DataFrame({name: np.bincount(place, of, BINS) for name, of in sums.items()})
+    table[["confidence", "accuracy"]] = table[["confidence", "accuracy"]].div(table.images, axis=0)
+    return table.assign(low=np.arange(BINS) / BINS)
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error (Naeini et al. 2015) of the top class, bins of equal width."""
-    table = reliability(probabilities, labels, bins).dropna()
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Returns the expected calibration error of the top class (Naeini et al. 2015)."""
+    table = reliability(probabilities, labels).dropna()
     gap = (table.confidence - table.accuracy).abs()
     return float((gap * table.images).sum() / len(labels))
 
@@ -85,26 +67,17 @@ def per_class(labels: np.ndarray, predicted: np.ndarray, class_names: list[str])
     A class never predicted has precision 0; one without test images has recall 0.
     """
     classes = range(len(class_names))
-    precision, recall, f1, support = precision_recall_fscore_support(
-        labels, predicted, labels=classes, zero_division=0
-    )
-    return pd.DataFrame(
-        {
-            "class": class_names,
-            "precision": precision,
-            "recall": recall,
-            "f1": f1,
-            "support": support,
-            "predicted": np.bincount(predicted, minlength=len(class_names)),
-        }
-    )
+    columns = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0)
+    names = ("precision", "recall", "f1", "support")
+    table = pd.DataFrame({"class": class_names} | dict(zip(names, columns, strict=True)))
+    return table.assign(predicted=np.bincount(predicted, minlength=len(class_names)))
 
 
-def measure(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
+def scores(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     """Returns the figures of one set of predictions, shares in 0..1.
 
-    Macro averages are over the classes that have images. The Brier score is the sum over classes
-    of squared errors (0 to 2), as Brier (1950) defined it.
+    Macro averages are over classes with images. The Brier score (1950) is the squared error summed
+    over classes, 0 to 2.
     """
     probabilities, predicted = softmax(logits), logits.argmax(axis=1)
     classes, own = logits.shape[1], probabilities[np.arange(len(labels)), labels]
@@ -112,17 +85,12 @@ def measure(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
     macro = table[table.support > 0][["precision", "recall", "f1"]].mean()
     return {
         "accuracy": float((labels == predicted).mean()),
-        "macro_precision": float(macro.precision),
-        "macro_recall": float(macro.recall),
-        "macro_f1": float(macro.f1),
+        **macro.add_prefix("macro_").to_dict(),
         **{f"top{k}": top_k_accuracy(labels, logits, k) for k in TOP_K if k < classes},
         "nll": float(losses(labels, logits).mean()),
         "brier": float(((probabilities**2).sum(axis=1) - 2 * own + 1).mean()),
         "ece": calibration_error(probabilities, labels),
     }
-
-
-# --- confusion ------------------------------------------------------------------------------------
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -138,8 +106,8 @@ def row_shares(counts: np.ndarray) -> np.ndarray:
 def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     """Returns pairs of classes with errors between them, the most confused first.
 
-    Columns: `first` and `second` (class numbers, the more frequent error is first -> second),
-    `forth` and `back` (errors either way), `errors` (their sum), `share` of all errors.
+    Of class `first`, `forth` images are taken for `second`, and `back` the other way, which are no
+    more; `errors` is their sum, `share` that of all errors.
     """
     i, j = np.triu_indices(len(counts), 1)
     turned = counts[j, i] > counts[i, j]
@@ -147,61 +115,38 @@ def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     table = pd.DataFrame({"first": first, "second": second})
     table["forth"], table["back"] = counts[first, second], counts[second, first]
     table["errors"] = table.forth + table.back
-    table = table[table.errors > 0]
-    table["share"] = table.errors / table.errors.sum()
-    return table.sort_values(
-        ["errors", "first", "second"], ascending=[False, True, True], ignore_index=True
-    )
-
-
-# --- fitted on validation ---------------------------------------------------------------------
+    by = {"errors": False, "first": True, "second": True}
+    table = table[table.errors > 0].sort_values(list(by), ascending=list(by.values()))
+    return table.assign(share=table.errors / table.errors.sum()).reset_index(drop=True)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature that minimises the loss of these logits (Guo et al. 2017).
-
-    Give validation predictions. Where every temperature is as good (constant logits), it is 1.
-    """
-    found = minimize_scalar(
+    """Returns the temperature of least loss (Guo et al. 2017); 1 where all are as good."""
+    best = minimize_scalar(
         lambda log_t: losses(labels, logits, np.exp(log_t)).mean(),
         bounds=np.log(TEMPERATURES),
         method="bounded",
         options={"xatol": 1e-6},
     )
-    better = losses(labels, logits).mean() - found.fun > 1e-9
-    return float(np.exp(found.x)) if better else 1.0
+    better = losses(labels, logits).mean() - best.fun > 1e-9
+    return float(np.exp(best.x)) if better else 1.0
 
 
 def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
-    """Returns what answering only above a confidence gives: `threshold`, `coverage`, `accuracy`.
-
-    One row per distinct confidence, the highest first; images of equal confidence are answered
-    together.
-    """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
-    order = np.argsort(-confidence, kind="stable")
-    answered = np.arange(1, len(labels) + 1)
-    right = np.cumsum(correct[order])
-    confidence = confidence[order]
-    last = np.append(np.diff(confidence) != 0, True)  # of its group of equals
-    return pd.DataFrame(
-        {
-            "threshold": confidence[last],
-            "coverage": answered[last] / len(labels),
-            "accuracy": right[last] / answered[last],
-        }
-    )
+    """Returns `coverage` and `accuracy` at each confidence taken as `threshold`, highest first."""
+    correct = pd.Series(probabilities.argmax(axis=1) == labels)
+    confidence = pd.Series(-probabilities.max(axis=1), name="threshold")  # the highest first
+    answered = correct.groupby(confidence).agg(["size", "sum"]).cumsum().reset_index()
+    coverage, accuracy = answered["size"] / len(labels), answered["sum"] / answered["size"]
+    columns = {"threshold": -answered.threshold, "coverage": coverage, "accuracy": accuracy}
+    return pd.DataFrame(columns)
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A confidence at or above which predictions are trusted, and what that gave on validation.
+    """A confidence from which predictions are trusted, and what it gave on validation."""
 
-    `confidence` is infinite where no threshold reaches the target: then everything is reviewed.
-    """
-
-    confidence: float
+    confidence: float  # infinite where none reaches the target
     accuracy: float
     coverage: float
     target: float
@@ -210,113 +155,107 @@ class Threshold:
 def choose_threshold(
     probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95
 ) -> Threshold:
-    """Returns the threshold that answers most images with at least the target's accuracy.
-
-    Give validation predictions; on other images the accuracy will differ.
-    """
+    """Returns the threshold that answers most validation images at the target accuracy or above."""
     curve = coverage_curve(probabilities, labels)
     enough = curve[curve.accuracy >= target]
     if enough.empty:
         return Threshold(float("inf"), float("nan"), 0.0, target)
-    row = enough.iloc[-1]
-    everything = row.coverage == 1
-    return Threshold(
-        0.0 if everything else float(row.threshold),
-        float(row.accuracy),
-        float(row.coverage),
-        target,
-    )
-
-
-# --- a run ----------------------------------------------------------------------------------------
+    threshold, coverage, accuracy = map(float, enough.iloc[-1])
+    return Threshold(0.0 if coverage == 1 else threshold, accuracy, coverage, target)
 
 
 def evaluate(run: FinishedRun) -> dict[str, float]:
-    """Returns `measure` of a run's test predictions, and what validation predictions add.
+    """Returns `scores` of a run's test predictions, and what validation predictions add.
 
-    `temperature` is fitted on validation; `ece_scaled` and `nll_scaled` are measured on test with
-    it. `answered` and `accuracy_answered` are the coverage and accuracy on test images at the
-    confidence that gives 95 % accuracy on validation images.
+    `temperature` and `threshold` (95 % accuracy) are fitted on validation images; `ece_scaled`,
+    `nll_scaled`, `answered` and `accuracy_answered` are of test images with them.
     """
     labels, logits = run.test["labels"], run.test["logits"]
-    known = run.validation
-    temperature = fit_temperature(known["logits"], known["labels"])
+    known_labels, known_logits = run.validation["labels"], run.validation["logits"]
+    temperature = fit_temperature(known_logits, known_labels)
     scaled = softmax(logits, temperature)
-    threshold = choose_threshold(softmax(known["logits"], temperature), known["labels"])
-    answered = scaled.max(axis=1) >= threshold.confidence
-    correct = run.predicted == labels
-    return measure(labels, logits) | {
-        "validation_accuracy": float((known["logits"].argmax(axis=1) == known["labels"]).mean()),
+    threshold = review_threshold(run, temperature).confidence
+    answered = scaled.max(axis=1) >= threshold
+    accuracy = float(run.correct[answered].mean()) if answered.any() else float("nan")
+    return scores(labels, logits) | {
+        "validation_accuracy": float((known_logits.argmax(axis=1) == known_labels).mean()),
         "temperature": temperature,
         "ece_scaled": calibration_error(scaled, labels),
         "nll_scaled": float(losses(labels, logits, temperature).mean()),
-        "threshold": threshold.confidence,
+        "threshold": threshold,
         "answered": float(answered.mean()),
-        "accuracy_answered": float(correct[answered].mean()) if answered.any() else float("nan"),
+        "accuracy_answered": accuracy,
     }
 
 
-def highest_losses(run: FinishedRun, count: int | None = None) -> pd.DataFrame:
+def review_threshold(run: FinishedRun, temperature: float) -> Threshold:
+    """Returns the threshold of a run's validation predictions, scaled by its temperature."""
+    probabilities = softmax(run.validation["logits"], temperature)
+    return choose_threshold(probabilities, run.validation["labels"])
+
+
+def classes_of(run: FinishedRun) -> pd.DataFrame:
+    """Returns `per_class` of a run's test predictions."""
+    return per_class(run.test["labels"], run.predicted, run.class_names)
+
+
+def confusion_of(run: FinishedRun) -> np.ndarray:
+    """Returns `confusion` of a run's test predictions."""
+    return confusion(run.test["labels"], run.predicted, len(run.class_names))
+
+
+def highest_losses(run: FinishedRun) -> pd.DataFrame:
     """Returns test images by loss, the highest first: id, true and predicted class, confidence."""
     labels, logits = run.test["labels"], run.test["logits"]
-    names, predicted = np.array(run.class_names, object), run.predicted
-    loss = losses(labels, logits)
-    order = np.argsort(-loss, kind="stable")[:count]
-    table = {
-        "row": order,
-        "id": run.test["ids"][order],
-        "true": names[labels[order]],
-        "predicted": names[predicted[order]],
-        "confidence": softmax(logits).max(axis=1)[order],
-        "loss": loss[order],
-    }
-    return pd.DataFrame(table)
+    names = np.array(run.class_names, object)
+    table = pd.DataFrame(
+        {
+            "row": np.arange(len(labels)),
+            "id": run.test["ids"],
+            "true": names[labels],
+            "predicted": names[run.predicted],
+            "confidence": softmax(logits).max(axis=1),
+            "loss": losses(labels, logits),
+        }
+    )
+    return table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
 
 
 def describe(run: FinishedRun) -> str:
     """Returns the figures of a run as text."""
-    names, labels = run.class_names, run.test["labels"]
-    predicted = run.predicted
+    names = run.class_names
     figures = ", ".join(f"{name} {value:.4f}" for name, value in evaluate(run).items())
-    counts = confusion(labels, predicted, len(names))
     pairs = [
         f"  {names[p.first]} taken for {names[p.second]} {p.forth} times, the other way {p.back}"
-        for p in confused_pairs(counts).head(3).itertuples()
+        for p in confused_pairs(confusion_of(run)).head(3).itertuples()
     ]
-    classes = per_class(labels, predicted, names).to_string(index=False, float_format="%.4f")
-    return f"{run.name}: {len(labels)} test images\n{figures}\n{classes}\n" + "\n".join(pairs)
+    classes = classes_of(run).to_string(index=False, float_format="%.4f")
+    lines = [f"{run.name}: {len(run.predicted)} test images", figures, classes, *pairs]
+    return "\n".join(lines)
 
 
 def write(run: FinishedRun, output: Path) -> None:
     """Writes evaluation.json and three tables of a run into a folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    labels, predicted = run.test["labels"], run.predicted
-    counts = confusion(labels, predicted, len(run.class_names))
-    found = evaluate(run)
-    probabilities = softmax(run.validation["logits"], found["temperature"])
-    threshold = choose_threshold(probabilities, run.validation["labels"])
-    write_json(
-        output / "evaluation.json",
-        {"run": str(run.path), "test": found, "review_threshold": asdict(threshold)},
-    )
-    table = per_class(labels, predicted, run.class_names)
-    table.to_csv(output / "per_class.csv", index=False)
-    named = pd.DataFrame(counts, index=run.class_names, columns=run.class_names)
-    named.to_csv(output / "confusion.csv", index_label="true \\ predicted")
+    output_folder(output)
+    figures = evaluate(run)
+    threshold = asdict(review_threshold(run, figures["temperature"]))
+    content = {"run": str(run.path), "test": figures, "review_threshold": threshold}
+    write_json(output / "evaluation.json", content)
+    classes_of(run).to_csv(output / "per_class.csv", index=False)
+    counts = pd.DataFrame(confusion_of(run), run.class_names, run.class_names)
+    counts.to_csv(output / "confusion.csv", index_label="true \\ predicted")
     highest_losses(run).drop(columns="row").to_csv(output / "losses.csv", index=False)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Evaluates a run directory, or every complete run of a workdir."""
-    if len(argv) != 2:
-        raise UserError("usage: python -m analysis.evaluate RUN_OR_WORKDIR [--output=DIR]")
-    for run in chosen_runs(Path(argv[1]).expanduser()):
+    (path,) = arguments(argv, "analysis.evaluate RUN_OR_WORKDIR [--output=DIR]")
+    for run in chosen_runs(Path(path).expanduser()):
         print(describe(run) + "\n")
         if OUTPUT.value:
             folder = Path(OUTPUT.value).expanduser() / run.name
             write(run, folder)
             print(f"written to {folder}\n")
-    return 0
 
 
 if __name__ == "__main__":

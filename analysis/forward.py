@@ -1,4 +1,4 @@
-"""A run's model and images, and compiled calls: for analyses that look through a network."""
+"""Load the model and the images of a run, and call the model in compiled batches."""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,11 +36,7 @@ def cache_dir_of(run: FinishedRun) -> str:
 
 
 def load_classifier(run: FinishedRun) -> Classifier:
-    """Returns the model of a complete run with its best weights, in evaluation mode.
-
-    Raises:
-      UserError: the run has no weights that can be read.
-    """
+    """Returns the model of a complete run with its best weights, in evaluation mode."""
     fields = dict(run.summary["model"])
     return create_model(
         fields.pop("name"),
@@ -53,11 +49,11 @@ def load_classifier(run: FinishedRun) -> Classifier:
 
 
 def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
-    """Returns the images a run was trained and tested on, read again (or from the cache).
+    """Returns the images a run was trained and tested on.
 
     Args:
       run: a complete run.
-      data_path: where the data lies now, "" for where the run found it.
+      data_path: where the data lies now, "" for where it was at training.
 
     Raises:
       UserError: the data is gone, or its images are no longer those of the run.
@@ -83,16 +79,16 @@ def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
 
 
 def compiled(model: Classifier, function: Callable) -> Callable:
-    """Compiles `function(model, *arrays)` and returns it as a function of the arrays alone.
+    """Returns `function(model, *arrays)`, compiled, as a function of the arrays alone.
 
-    The weights are arguments of the program rather than constants in it, so that it compiles
-    quickly and can be cached on disk.
+    The weights are arguments of the program, not constants in it: it compiles faster, and can be
+    cached on disk.
     """
     return partial(jax.jit(function), model)
 
 
 def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
-    """Applies a compiled function to batches of one size, the last padded with its first row.
+    """Applies a compiled function to batches of one size, the last one padded.
 
     Args:
       function: of arrays [size, ...]; returns a tree of arrays [size, ...].
@@ -100,19 +96,12 @@ def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
       size: of a batch; a smaller N is one batch.
 
     Returns:
-      The tree with arrays [N, ...] of NumPy.
+      The tree with NumPy arrays [N, ...].
     """
     count, outputs = len(arrays[0]), []
     size = min(size, count)
     for start in range(0, count, size):
-        parts = [np.asarray(array[start : start + size]) for array in arrays]
-        short = size - len(parts[0])
-        padded = [np.concatenate([part, np.repeat(part[:1], short, axis=0)]) for part in parts]
-        out = function(*(jnp.asarray(part) for part in padded))
-        outputs.append(jax.tree.map(lambda x, n=size - short: np.asarray(x)[:n], out))
+        rows = np.minimum(np.arange(start, start + size), count - 1)  # padded with the last
+        out = function(*(jnp.asarray(array[rows]) for array in arrays))
+        outputs.append(jax.tree.map(lambda x, n=count - start: np.asarray(x)[:n], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
-
-
-def predict_logits(model: Classifier, images: np.ndarray, size: int = 128) -> np.ndarray:
-    """uint8 [N, S, S, 3], or float in 0..255 -> logits float32 [N, K]."""
-    return in_batches(compiled(model, lambda m, x: m(m.preprocess(x))), images, size=size)

@@ -3,37 +3,77 @@
     python -m analysis.report WORKDIR [--data=PATH] [--nomodels]
 
 Writes WORKDIR/report/: index.html, one file that asks no network for anything, and beside it every
-table (CSV, Markdown, LaTeX) and picture (SVG, PNG). All of it comes from run directories, so it can
-be made of whatever is complete. Chapters that run the models (heat maps, robustness, looking
-inside) are kept and made anew only when their runs or options change; --nomodels leaves them out.
+table (CSV, Markdown, LaTeX) and picture (SVG, PNG). It is made of whatever runs are
+complete. Chapters that run the models (heat maps, robustness, looking inside) are kept, and made
+anew only when their runs or options change; --nomodels leaves them out.
 """
 
 import base64
 import re
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jinja2
-import pandas as pd
 from absl import flags
 from ml_collections import ConfigDict
 
-from analysis import compare
+from analysis import gradcam, inside, robustness
+from analysis.compare import Comparison, answer, compare, write_tables
 from analysis.page import chapters
 from analysis.page.section import Section, Table, remembered
 from analysis.page.tables import printed_table
-from analysis.runs import FinishedRun, load_runs, read_audit, read_plan
+from analysis.runs import FinishedRun, load_runs, read_plan
 from errors import UserError
-from experiment.command import run_command
+from experiment.command import arguments, run_command
 
 TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
+class Chapter:
+    """A title, and what makes the chapter; those that run models have a file to be kept in."""
+
+    title: str
+    make: Callable[[Comparison], Section | None]  # None: there is nothing to say
+    file: str = ""
+    options: tuple[str, ...] = ()  # it depends on; left out where the first is 0 or False
+
+
+def _heat_maps(c: Comparison) -> Section:
+    return gradcam.gradcam_section(c.groups, c.output, c.options.gradcam_images, c.data_path)
+
+
+def _robustness(c: Comparison) -> Section:
+    count, baseline = c.options.robustness_images, c.options.baseline
+    return robustness.robustness_section(c.groups, c.output, count, baseline, c.data_path)
+
+
+def _inside(c: Comparison) -> Section:
+    return inside.inspect_section(c.groups, c.output, c.data_path)
+
+
+CHAPTERS = (  # in the order of the page
+    Chapter("Comparison", chapters.overview),
+    Chapter("What accuracy costs", chapters.costs),
+    Chapter("How they learned", chapters.curves),
+    Chapter("From pretrained weights", chapters.transfer),
+    Chapter("Classes and what is taken for what", chapters.classes),
+    Chapter("Which differences are established", chapters.pairs_of_models),
+    Chapter("What the models looked at", _heat_maps, "gradcam.json", ("gradcam_images",)),
+    Chapter("Robustness", _robustness, "robustness.json", ("robustness_images", "baseline")),
+    Chapter("Looking inside", _inside, "inspect.json", ("look_inside",)),
+    Chapter("How far their confidence can be trusted", chapters.calibration),
+    Chapter("Data", chapters.data),
+    Chapter("How to reproduce this", chapters.reproduce),
+)
+
+
+@dataclass(frozen=True)
 class Report:
-    """What `write_report` made: the table as text, the page, and the runs that are not complete."""
+    """The answer as text, the page, and why a run is not complete, by its name."""
 
     text: str
     page: Path
@@ -52,39 +92,28 @@ def write_report(
 
     Args:
       workdir: of an experiment, finished or not.
-      options: `config.compare`; None for what the experiment was started with.
-      data_path: where the data lies now, "" for where the runs found it.
+      options: `config.compare`; None for that of the experiment.
+      data_path: where the data lies now, "" for where it was at training.
       models: whether chapters that run the models are made.
-      progress: told of each chapter that takes long; what it raises ends the work, with a page.
-
-    Raises:
-      UserError: there is no run under the workdir, or the report cannot be written.
+      progress: gets a line before each of these; it may raise, and a page is left.
     """
     runs = load_runs(workdir)
     if not runs:
         raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
-    options = options or compare.read_options(workdir)
     reasons = incomplete(workdir, runs)
     runs = [run for run in runs if run.name not in reasons]
-    groups, audit = compare.group_runs(runs), read_audit(workdir)
-    table, pairs = compare.make_table(groups, options, audit), compare.make_pairs(groups)
-    output = workdir / "report"
+    comparison = compare(workdir, runs, options, data_path)
+    page, sections = comparison.output / "index.html", {chapter.title: None for chapter in CHAPTERS}
     try:
-        output.mkdir(exist_ok=True)
-        compare.write_tables(groups, table, pairs, output)
-        sections = make_sections(workdir, groups, table, pairs, options, audit, data_path)
-        title, page = workdir.resolve().name, output / "index.html"
-        text = render(title, compare.answer(table, pairs), reasons, sections, output)
-        page.write_text(text, encoding="utf-8")  # before what may take minutes
-        if models and groups:
-            sections[-3:-3] = look_through_models(groups, options, output, data_path, progress)
-            text = render(title, compare.answer(table, pairs), reasons, sections, output)
-            page.write_text(text, encoding="utf-8")
+        write_tables(comparison)
+        for slow in (False, True) if models else (False,):  # a page before what may take minutes
+            sections |= make_sections(comparison, slow, progress)
+            page.write_text(render(comparison, reasons, sections), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write the report to {output}: {error}") from error
-    lines = [printed_table(table).to_string(index=False) + "\n"] if len(table) else []
-    lines.append(compare.answer(table, pairs))
-    lines += [warning for section in sections for warning in section.warnings]
+        raise UserError(f"cannot write the report to {comparison.output}: {error}") from error
+    lines = [printed_table(comparison.table).to_string(index=False) + "\n"] if runs else []
+    lines.append(answer(comparison.table, comparison.pairs))
+    lines += [w for section in sections.values() if section for w in section.warnings]
     lines += [f"not complete: {name}: {reason}" for name, reason in reasons.items()]
     return Report("\n".join(lines), page, reasons)
 
@@ -106,93 +135,37 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
 
 
 def make_sections(
-    workdir: Path,
-    groups: compare.Groups,
-    table: pd.DataFrame,
-    pairs: pd.DataFrame,
-    options: ConfigDict,
-    audit: dict | None,
-    data_path: str,
-) -> list[Section]:
-    """Returns the chapters that need no model, of which the last three follow those that do."""
-    output = workdir / "report"
-    sections = []
-    if groups:
-        sections = [
-            chapters.overview(groups, table, options),
-            chapters.costs(groups, table, output),
-            chapters.curves(groups, output),
-            chapters.transfer(groups),
-            chapters.classes(groups, output, data_path),
-            chapters.pairs_of_models(groups, table, pairs, output),
-            chapters.calibration(groups, table, output),
-        ]
-    data = chapters.data(audit, workdir / "audit", groups, output) if audit else Section("Data")
-    runs = [run for group in groups.values() for run in group]
-    end = chapters.reproduce(runs, groups, workdir) if runs else Section("How to reproduce this")
-    return [section for section in [*sections, data, end] if section]
-
-
-def look_through_models(
-    groups: compare.Groups,
-    options: ConfigDict,
-    output: Path,
-    data_path: str,
-    progress: Callable[[str], None],
-) -> list[Section]:
-    """Returns the chapters that load models and images: heat maps, robustness, looking inside.
-
-    One that cannot be made, because the images are gone for instance, says why.
-    """
-    from analysis.gradcam import gradcam_section  # these load JAX, which takes a second
-    from analysis.inside import inspect_section
-    from analysis.robustness import robustness_section
-
-    heat, noise = options.gradcam_images, options.robustness_images
-    planned: dict[str, tuple[str, dict, Callable[[], Section]]] = {}
-    if heat:
-        planned["gradcam"] = (
-            "What the models looked at",
-            {"images": heat},
-            lambda: gradcam_section(groups, output, heat, data_path),
-        )
-    if noise:
-        planned["robustness"] = (
-            "Robustness",
-            {"images": noise, "baseline": options.baseline},
-            lambda: robustness_section(groups, output, noise, options.baseline, data_path),
-        )
-    if options.look_inside:
-        planned["inspect"] = (
-            "Looking inside",
-            {},
-            lambda: inspect_section(groups, output, data_path),
-        )
-    sections, runs = [], [run for group in groups.values() for run in group]
-    for name, (title, settings, make) in planned.items():
-        progress(f"report: {title.lower()}")
-        try:
-            sections.append(remembered(name, output, runs, settings, make))
-        except UserError as error:
-            sections.append(Section(title, [f"Not made: {error}"]))
-        except Exception as error:  # noqa: BLE001 - the rest of the page is worth having
-            traceback.print_exc()
-            sections.append(Section(title, [f"Not made: {type(error).__name__}: {error}"]))
+    comparison: Comparison, slow: bool, progress: Callable[[str], None]
+) -> dict[str, Section | None]:
+    """Returns by title the chapters that run models (`slow`), or all others."""
+    sections = {}
+    for chapter in CHAPTERS:
+        wanted = not chapter.options or comparison.options[chapter.options[0]]
+        possible = comparison.groups or chapter.make is chapters.data  # without runs, an audit
+        if bool(chapter.options) == slow and wanted and possible:
+            make = chapter.make
+            if slow:
+                progress(f"report: {chapter.title.lower()}")
+                make = partial(make_slowly, chapter)
+            sections[chapter.title] = make(comparison)
     return sections
 
 
-def render(
-    title: str, answer: str, reasons: dict[str, str], sections: list[Section], output: Path
-) -> str:
-    """Returns index.html: every picture is inside it, every name is escaped.
+def make_slowly(chapter: Chapter, comparison: Comparison) -> Section:
+    """Returns a chapter that runs models; if it fails, it says why, and the others are made."""
+    path, make = comparison.output / chapter.file, partial(chapter.make, comparison)
+    options = {name: comparison.options[name] for name in chapter.options}
+    try:
+        return remembered(path, comparison.runs, options, make)
+    except UserError as error:
+        return Section(text=[f"Not made: {error}"])
+    except Exception as error:  # noqa: BLE001 - the rest of the page is worth having
+        traceback.print_exc()
+        return Section(text=[f"Not made: {type(error).__name__}: {error}"])
 
-    Args:
-      title: of the page.
-      answer: the comparison in a sentence.
-      reasons: why a run is not complete, by its name.
-      sections: in order.
-      output: folder that the pictures' paths are relative to.
-    """
+
+def render(comparison: Comparison, reasons: dict, sections: dict[str, Section | None]) -> str:
+    """Returns index.html: every picture is inside it, every name is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
         autoescape=True,
@@ -200,14 +173,14 @@ def render(
     )
 
     def source(file: str) -> str:
-        content = base64.b64encode((output / file).read_bytes()).decode()
+        content = base64.b64encode((comparison.output / file).read_bytes()).decode()
         return f"data:{TYPES[Path(file).suffix]};base64,{content}"
 
     return environment.get_template("report.html.j2").render(
-        title=title,
-        answer=answer,
+        title=comparison.workdir.resolve().name,
+        answer=answer(comparison.table, comparison.pairs),
         reasons=reasons,
-        sections=sections,
+        sections=[replace(part, title=title) for title, part in sections.items() if part],
         source=source,
         has_words=has_words,
     )
@@ -220,10 +193,9 @@ def has_words(table: Table, column: int) -> bool:
 
 def main(argv: list[str]) -> int:
     """Writes the report of a workdir; returns 1 if a run in it is not complete."""
-    if len(argv) != 2:
-        raise UserError("usage: python -m analysis.report WORKDIR [--data=PATH] [--nomodels]")
+    (workdir,) = arguments(argv, "analysis.report WORKDIR [--data=PATH] [--nomodels]")
     report = write_report(
-        Path(argv[1]).expanduser(),
+        Path(workdir).expanduser(),
         data_path=DATA.value,
         models=MODELS.value,
         progress=lambda text: print(text, flush=True),

@@ -1,6 +1,7 @@
 """Read run directories: the contract between training and analysis."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +14,21 @@ from experiment.files import read_lines
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One run directory, whatever its status: complete, diverged, failed, or not finished."""
+    """The directory of one trained model; `status` says whether its training is complete."""
 
     path: Path
     name: str  # relative to the workdir
     config: dict
     summary: dict
+    model: str  # name of the architecture
+    variant: str  # swept fields beside the model and the seed, "" for none
+    seed: int
+
+    @classmethod
+    def of(cls, path: Path, name: str, config: dict, summary: dict) -> "FinishedRun":
+        """Returns the run of a directory's config.json and summary.json."""
+        fields = config["model"]["name"], config["variant"], config["seed"]
+        return cls(path, name, config, summary, *fields)
 
     @property
     def status(self) -> str:
@@ -26,34 +36,19 @@ class FinishedRun:
         return self.summary.get("status", "not finished")
 
     @property
-    def model(self) -> str:
-        """Name of the architecture."""
-        return self.config["model"]["name"]
-
-    @property
-    def variant(self) -> str:
-        """Swept fields beside the model and the seed, "" for none."""
-        return self.config["variant"]
-
-    @property
     def label(self) -> str:
         """Model and variant, as a reader sees them."""
         return f"{self.model} ({self.variant})" if self.variant else self.model
 
-    @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return self.config["seed"]
-
     @cached_property
     def dataset(self) -> dict:
         """Content of dataset.json."""
-        return _described(self.path / "dataset.json")
+        return _required(self.path / "dataset.json", _read_json)
 
     @cached_property
     def environment(self) -> dict:
         """Content of environment.json."""
-        return _described(self.path / "environment.json")
+        return _required(self.path / "environment.json", _read_json)
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -63,12 +58,12 @@ class FinishedRun:
     @cached_property
     def test(self) -> dict[str, np.ndarray]:
         """Test predictions: ids [N], labels int32 [N], logits float32 [N, K]."""
-        return _predictions(self.path / "predictions_test.npz")
+        return _required(self.path / "predictions_test.npz", _read_arrays)
 
     @cached_property
     def validation(self) -> dict[str, np.ndarray]:
         """Validation predictions, as `test`."""
-        return _predictions(self.path / "predictions_validation.npz")
+        return _required(self.path / "predictions_validation.npz", _read_arrays)
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -77,7 +72,7 @@ class FinishedRun:
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """Which test images are predicted rightly: bool [N]."""
+        """Which test images are classified correctly: bool [N]."""
         return self.predicted == self.test["labels"]
 
     @property
@@ -89,52 +84,31 @@ class FinishedRun:
 Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accurate first
 
 
-def _described(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train that run again") from error
-
-
-def _predictions(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train that run again") from error
-
-
 def load_run(run_dir: Path) -> FinishedRun:
-    """Returns the complete run of one directory.
-
-    Raises:
-      UserError: it is not the directory of a complete run.
-    """
+    """Returns the complete run of one directory; raises UserError if it is none."""
     try:
         config, summary = (_read(run_dir / f"{name}.json") for name in ("config", "summary"))
     except ValueError as error:
         raise UserError(f"{run_dir} holds unreadable JSON: {error}") from error
     if summary.get("status") != "complete" or not config:
-        found = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
-        raise UserError(f"{run_dir} is not the directory of a complete run ({found})")
-    name = "/".join(run_dir.resolve().parts[-2:])
-    return FinishedRun(run_dir, name, config, summary)
+        status = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
+        raise UserError(f"{run_dir} is not the directory of a complete run ({status})")
+    return FinishedRun.of(run_dir, "/".join(run_dir.resolve().parts[-2:]), config, summary)
 
 
 def load_runs(workdir: Path) -> list[FinishedRun]:
     """Returns every run under a workdir, by model, variant and seed."""
     runs = []
     for file in sorted(workdir.glob("*/seed*/config.json")):
+        run_dir = file.parent
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-            summary = _read(file.parent / "summary.json")
+            config, summary = _read(file), _read(run_dir / "summary.json")
         except ValueError as error:
             config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
-        config.setdefault("model", {"name": file.parent.parent.name})
-        config.setdefault("variant", "")
-        config.setdefault("seed", -1)
-        name = file.parent.relative_to(workdir).as_posix()
-        runs.append(FinishedRun(file.parent, name, config, summary))
+        known = {"model": {"name": run_dir.parent.name}, "variant": "", "seed": -1}
+        config |= {key: value for key, value in known.items() if key not in config}
+        name = run_dir.relative_to(workdir).as_posix()
+        runs.append(FinishedRun.of(run_dir, name, config, summary))
     return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
 
 
@@ -149,11 +123,7 @@ def chosen_runs(path: Path) -> list[FinishedRun]:
 
 
 def group_runs(runs: list[FinishedRun]) -> Groups:
-    """Returns complete runs by label (model and variant), the highest mean accuracy first.
-
-    Raises:
-      UserError: seeds of one label were tested on different images.
-    """
+    """Returns complete runs by label (model and variant), the highest mean accuracy first."""
     groups: Groups = {}
     for run in runs:
         if run.status == "complete":
@@ -168,11 +138,7 @@ def same_images(first: FinishedRun, second: FinishedRun) -> bool:
 
 
 def correctness(runs: list[FinishedRun]) -> np.ndarray:
-    """Returns bool [S, N], which test images each run gets right.
-
-    Raises:
-      UserError: the runs were not tested on the same images.
-    """
+    """Returns right or wrong, bool [S, N]; raises UserError where the runs' test images differ."""
     for run in runs[1:]:
         if not same_images(run, runs[0]):
             raise UserError(
@@ -193,7 +159,7 @@ def read_plan(workdir: Path) -> dict:
 
 
 def read_audit(workdir: Path) -> dict | None:
-    """Returns what the audit of the images found, None where there was none."""
+    """Returns the content of audit.json, None where the images were not audited."""
     return _read(workdir / "audit" / "audit.json") or None
 
 
@@ -205,5 +171,21 @@ def read_status(run_dir: Path) -> str | None:
         return None
 
 
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _read_json(path) if path.exists() else {}
+
+
+def _required(path: Path, read: Callable[[Path], dict]) -> dict:
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error}): train that run again") from error

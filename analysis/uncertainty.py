@@ -1,13 +1,12 @@
-"""How sure can we be? Intervals, paired differences and corrections, on arrays of right and wrong.
+"""How sure can we be? Intervals, paired differences and corrections from bool arrays [S, N].
 
-Two things are drawn at random in a comparison: the seeds of training and the test images. Each
-function says over which of them its interval speaks. Correctness is a bool array [S, N]: seed by
-image.
+Such an array says which of N test images each of S seeds classifies correctly. Two things are drawn
+at random in a comparison, seeds and test images; each function says which of them it covers.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy import stats
@@ -22,37 +21,29 @@ BOOTSTRAP_SEED = 0
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
 
-# --- one model ------------------------------------------------------------------------------------
-
 
 def seed_interval(
     values: np.ndarray, how: str = "t", low: float = 0.0, high: float = 1.0
 ) -> Interval:
-    """Returns the 95 % interval of the mean over seeds: where other seeds would move it.
+    """Returns the 95 % interval of the mean over seeds, NaN where values [S] do not vary.
 
-    Args:
-      values: [S], one per seed; fewer than two, or seeds that agree exactly, give NaN: there is no
-        scatter to estimate it from.
-      how: "t" assumes that seeds scatter normally; "bootstrap" (percentile, seeded) does not, but
-        is too narrow for fewer than about ten seeds.
-      low: the least possible value, where the interval is cut.
-      high: likewise the largest.
+    "t" assumes normal values; "bootstrap" (percentile, seeded) does not, but is too narrow for
+    fewer than about ten seeds. The interval is cut to low..high.
     """
     values = np.asarray(values, float)
     if len(values) < 2 or np.ptp(values) == 0:
         return UNKNOWN
     if how == "t":
-        found = stats.t.interval(LEVEL, len(values) - 1, values.mean(), stats.sem(values))
+        ends = stats.t.interval(LEVEL, len(values) - 1, values.mean(), stats.sem(values))
     else:
-        found = stats.bootstrap(
-            (values,),
-            np.mean,
-            confidence_level=LEVEL,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(BOOTSTRAP_SEED),
-        ).confidence_interval
-    return max(low, float(found[0])), min(high, float(found[1]))
+        options = {"confidence_level": LEVEL, "n_resamples": RESAMPLES, "method": "percentile"}
+        rng = np.random.default_rng(BOOTSTRAP_SEED)
+        ends = stats.bootstrap((values,), np.mean, rng=rng, **options).confidence_interval
+    return _cut(*ends, low, high)
+
+
+def _cut(low: float, high: float, least: float, most: float) -> Interval:
+    return max(least, float(low)), min(most, float(high))
 
 
 def wilson(right: float, count: float) -> Interval:
@@ -64,13 +55,10 @@ def wilson(right: float, count: float) -> Interval:
 
 
 def image_interval(correct: np.ndarray) -> Interval:
-    """Returns the 95 % interval of accuracy over test images, for these very trained models.
+    """Returns the 95 % interval of accuracy over test images, for these trained models (Wilson).
 
-    Wilson's score interval. With several seeds the images are the units: their number is replaced
-    by the effective number, at which a proportion would scatter as the mean over seeds does.
-
-    Args:
-      correct: bool [S, N].
+    Images are the units: the mean over seeds is treated as a share of the number of images at
+    which a share would vary as much as it does.
     """
     images = np.asarray(correct, float).mean(axis=0)  # [N]
     mean, count = images.mean(), len(images)
@@ -79,76 +67,50 @@ def image_interval(correct: np.ndarray) -> Interval:
     return wilson(mean * effective, effective)
 
 
-# --- two models -----------------------------------------------------------------------------------
+def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Compares two models, both bool [S, N], image by image and seed by seed.
 
-
-@dataclass(frozen=True)
-class Difference:
-    """Accuracy of one model minus another's, on the same images and, pairwise, the same seeds.
-
-    Attributes:
-      mean: the difference, -1 to 1.
-      over_images: interval for these trained models on other images.
-      over_seeds: interval for other seeds on these images; NaN for one seed.
-      over_both: interval for other seeds and other images; NaN for one seed.
-      p_both: two-sided p-value of no difference, over seeds and images; NaN for one seed.
-      only_first: images that only the first model gets right, mean over seeds; likewise
-      only_second.
-      p_mcnemar: exact McNemar test for these trained models; see `mcnemar`.
-      seeds: how many pairs.
-    """
-
-    mean: float
-    over_images: Interval
-    over_seeds: Interval
-    over_both: Interval
-    p_both: float
-    only_first: float
-    only_second: float
-    p_mcnemar: float
-    seeds: int
-
-    @property
-    def p(self) -> float:
-        """The p-value that decides: over seeds and images where there are several seeds."""
-        return self.p_mcnemar if math.isnan(self.p_both) else self.p_both
-
-
-def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Compares two models image by image and seed by seed.
-
-    Args:
-      first: bool [S, N], right or wrong.
-      second: likewise, on the same images.
+    Returns:
+      `difference`: accuracy of the first minus that of the second.
+      `both_ci95_*`, `seeds_ci95_*`, `images_ci95_*`: its 95 % interval for other seeds and images,
+      for other seeds on these images, and for these trained models on other images. Over seeds,
+      and over both, it is NaN for one seed.
+      `only_first`, `only_second`: images that one model alone gets right, mean over seeds.
+      `p_mcnemar`: see `mcnemar`; `p_both`: p-value over seeds and images, NaN for one seed.
+      `p`: the one that decides, `p_both` where there is one.
     """
     difference = np.asarray(first, float) - np.asarray(second, float)  # [S, N]
     seeds, images = difference.shape
     mean = float(difference.mean())
     by_image = difference.mean(axis=0)
     half = stats.norm.ppf((1 + LEVEL) / 2) * by_image.std(ddof=1) / math.sqrt(images)
-    over_both, p_both = crossed(difference)
-    return Difference(
-        mean=mean,
-        over_images=(max(-1.0, mean - half), min(1.0, mean + half)),
-        over_seeds=seed_interval(difference.mean(axis=1), low=-1.0),
-        over_both=over_both,
-        p_both=p_both,
-        only_first=float((difference > 0).sum(axis=1).mean()),
-        only_second=float((difference < 0).sum(axis=1).mean()),
-        p_mcnemar=mcnemar(first, second),
-        seeds=seeds,
-    )
+    both, p_both = crossed(difference)
+    p_mcnemar = mcnemar(first, second)
+    return {
+        "seeds": seeds,
+        "difference": mean,
+        **ends("both", both),
+        **ends("seeds", seed_interval(difference.mean(axis=1), low=-1.0)),
+        **ends("images", _cut(mean - half, mean + half, -1.0, 1.0)),
+        "only_first": float((difference > 0).sum(axis=1).mean()),
+        "only_second": float((difference < 0).sum(axis=1).mean()),
+        "p_mcnemar": p_mcnemar,
+        "p_both": p_both,
+        "p": p_mcnemar if math.isnan(p_both) else p_both,
+    }
+
+
+def ends(name: str, interval: Interval) -> dict[str, float]:
+    """Returns an interval as two columns of a table."""
+    return {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
 
 
 def crossed(values: np.ndarray) -> tuple[Interval, float]:
-    """95 % interval and p-value of a mean over seeds and images, both drawn at random.
+    """Returns 95 % interval and p-value of a mean over seeds and images, both drawn at random.
 
-    The two-way random-effects analysis of variance: the variance of the mean is
+    Two-way random-effects analysis of variance of values [S, N]: the variance of the mean is
     (MS_seeds + MS_images - MS_rest) / (S N), never taken below what seeds or images give alone,
-    with the degrees of freedom of Satterthwaite (1946).
-
-    Args:
-      values: [S, N]; one seed gives NaN.
+    with the degrees of freedom of Satterthwaite (1946). One seed gives NaN.
     """
     seeds, images = values.shape
     if seeds < 2 or images < 2:
@@ -157,14 +119,9 @@ def crossed(values: np.ndarray) -> tuple[Interval, float]:
     by_seed, by_image = values.mean(axis=1), values.mean(axis=0)
     rest = values - by_seed[:, None] - by_image[None, :] + mean
     freedom = np.array([seeds - 1, images - 1, (seeds - 1) * (images - 1)])
-    squares = np.array(
-        [
-            images * ((by_seed - mean) ** 2).sum(),
-            seeds * ((by_image - mean) ** 2).sum(),
-            (rest**2).sum(),
-        ]
-    )
-    mean_squares = squares / freedom
+    of_seeds = images * ((by_seed - mean) ** 2).sum()
+    of_images = seeds * ((by_image - mean) ** 2).sum()
+    mean_squares = np.array([of_seeds, of_images, (rest**2).sum()]) / freedom
     combined = mean_squares[0] + mean_squares[1] - mean_squares[2]
     total = max(combined, mean_squares[0], mean_squares[1])
     if total == 0:  # every value is the same
@@ -173,32 +130,20 @@ def crossed(values: np.ndarray) -> tuple[Interval, float]:
     scale = math.sqrt(total / (seeds * images))
     half = stats.t.ppf((1 + LEVEL) / 2, degrees) * scale
     p = 2 * stats.t.sf(abs(mean) / scale, degrees)
-    return (max(-1.0, float(mean - half)), min(1.0, float(mean + half))), float(p)
+    return _cut(mean - half, mean + half, -1.0, 1.0), float(p)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Exact McNemar test of equal accuracy on the same images: two-sided p-value.
+    """Returns the two-sided p-value of the exact McNemar test: equal accuracy on the same images.
 
-    It says nothing of other seeds. Of several seeds, each pair is tested, and twice the median
+    It says nothing about other seeds. Of several seeds, each pair is tested, and twice the median
     p-value is returned, which is valid however the tests depend on each other (Vovk and Wang 2020).
-
-    Args:
-      first: bool [S, N].
-      second: likewise.
     """
-    values = [_mcnemar_of_pair(a, b) for a, b in zip(first, second, strict=True)]
+    values = []
+    for a, b in zip(first, second, strict=True):
+        table = [[0, (a & ~b).sum()], [(~a & b).sum(), 0]]  # the test ignores the diagonal
+        values.append(float(mcnemar_test(table, exact=True).pvalue))
     return values[0] if len(values) == 1 else min(1.0, 2 * float(np.median(values)))
-
-
-def _mcnemar_of_pair(first: np.ndarray, second: np.ndarray) -> float:
-    table = [
-        [(first & second).sum(), (first & ~second).sum()],
-        [(~first & second).sum(), (~first & ~second).sum()],
-    ]
-    return float(mcnemar_test(table, exact=True).pvalue)
-
-
-# --- several models -------------------------------------------------------------------------------
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -211,37 +156,30 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def indistinct(count: int, established: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the longest stretches of a ranking within which no difference is established.
+    """Returns (first, last) of the longest stretches of a ranking without established differences.
 
-    Args:
-      count: of models, numbered by rank.
-      established: pairs (i, j), i < j, whose difference is established.
-
-    Returns:
-      (first, last) of each stretch of two models or more, as bars of a critical-difference diagram
-      (Demsar 2006).
+    They are the bars of a critical-difference diagram (Demsar 2006) of `count` models, numbered by
+    rank; `established` are pairs (i, j), i < j.
     """
     stretches = []
     for first in range(count):
-        last = first
-        while last + 1 < count and not any(
-            (i, last + 1) in established for i in range(first, last + 1)
-        ):
-            last += 1
+        ends = range(first, count)
+        last = max(e for e in ends if established.isdisjoint(combinations(range(first, e + 1), 2)))
         if last > first and not (stretches and stretches[-1][1] >= last):
             stretches.append((first, last))
     return stretches
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Returns which points no other point beats: none is at most as costly and at least as good.
+    """Returns the points that no other beats in cost and value, in the order of cost.
 
-    Of points equal in both, all are returned. In the order of cost; NaN are left out.
+    Of points equal in both, all are returned; NaN are left out.
     """
-    points = [(c, -v, i) for i, (c, v) in enumerate(zip(costs, values, strict=True))]
-    points = sorted(p for p in points if not (math.isnan(p[0]) or math.isnan(p[1])))
-    front: list[tuple] = []
-    for point in points:
-        if not front or point[1] < front[-1][1] or point[:2] == front[-1][:2]:
-            front.append(point)
-    return [i for _, _, i in front]
+    costs, values = np.asarray(costs, float), np.asarray(values, float)
+    front = []
+    for i in np.argsort(costs, kind="stable"):
+        as_good = (costs <= costs[i]) & (values >= values[i])
+        beaten = as_good & ((costs < costs[i]) | (values > values[i]))
+        if as_good[i] and not beaten.any():  # NaN is not as good as itself
+            front.append(int(i))
+    return front

@@ -1,21 +1,25 @@
-"""The chapters of the report that need no model: from saved predictions, metrics and the audit."""
+"""The chapters of the report that need no model: from saved predictions, metrics and the audit.
+
+Each returns a section without its title, or None where it has nothing to say.
+"""
 
 import json
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
-from ml_collections import ConfigDict
 
 from analysis import compare, evaluate
+from analysis.compare import Comparison
 from analysis.diagnosis import diagnosis_table
 from analysis.forward import load_test_images
 from analysis.page import charts
 from analysis.page.figures import draw_photos, save, shortened
 from analysis.page.section import Details, Picture, Section, Table
 from analysis.page.tables import decimal, percent, printed_pairs, printed_table
-from analysis.runs import FinishedRun, Groups, read_plan
+from analysis.runs import FinishedRun, read_plan
 from errors import UserError
 
 PHOTOS = 6  # in a row
@@ -27,19 +31,28 @@ def as_table(frame: pd.DataFrame, caption: str = "") -> Table:
     return Table(list(frame), frame.astype(str).values.tolist(), caption)
 
 
-def overview(groups: Groups, table: pd.DataFrame, options: ConfigDict) -> Section:
+def chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True) -> Picture:
+    """Draws and saves a chart of a comparison."""
+    figure = draw(of)
+    figure.tight_layout()
+    save(figure, of.output / file)
+    return Picture(file, caption, wide)
+
+
+def overview(comparison: Comparison) -> Section:
     """The table: every model with both intervals, and the runs behind each row."""
-    first, device = table.iloc[0], ", ".join(sorted(set(table.device)))
+    table, options = comparison.table, comparison.options
+    interval = "t-interval" if options.seed_interval == "t" else "bootstrap"
     text = [
-        f"Measured on {first.test_images} test images with the weights of lowest validation loss. "
-        "Two sources of chance, kept apart: the interval over seeds says where other seeds would "
-        f"move the mean ({'t-interval' if options.seed_interval == 't' else 'bootstrap'}), the "
-        "interval over images what these very networks would do on other photos of the same kind "
-        "(Wilson's, images as units). F1 is the mean over classes; NLL is the loss in nats; Brier "
-        "is from 0 to 2; ECE is the calibration error of the top class in 15 bins. Accuracies, F1 "
-        "and ECE are in percent. Parameters and FLOPs (matrix products and convolutions of one "
-        "image forward, a multiply-add as two) are counted; seconds and images/s are means over "
-        f"seeds, without compilation, measured on {device}."
+        f"Measured on {table.test_images[0]} test images with the weights of lowest validation "
+        "loss. Two sources of chance, kept apart: the interval over seeds says where other seeds "
+        f"would move the mean ({interval}), the interval over images what these very networks "
+        "would do on other photos of the same kind (Wilson's, images as units). F1 is the mean "
+        "over classes; NLL is the loss in nats; Brier is from 0 to 2; ECE is the calibration error "
+        "of the top class in 15 bins. Accuracies, F1 and ECE are in percent. Parameters and FLOPs "
+        "(matrix products and convolutions of one image forward, a multiply-add as two) are "
+        "counted; seconds and images/s are means over seeds, without compilation, measured on "
+        f"{_devices(table)}."
     ]
     if options.reference:
         source = options.reference_source or "the config's compare.reference"
@@ -53,66 +66,59 @@ def overview(groups: Groups, table: pd.DataFrame, options: ConfigDict) -> Sectio
     if "knn" in set(table.model):
         text.append("Nearest neighbours draw nothing at random: their seeds agree by construction.")
     lines = [
-        f"{label}: "
-        + ", ".join(f"{run.name} {percent(compare.correctness([run]).mean())} %" for run in runs)
-        for label, runs in groups.items()
+        f"{label}: " + ", ".join(f"{run.name} {percent(run.correct.mean())} %" for run in runs)
+        for label, runs in comparison.groups.items()
     ]
     behind = Details("The runs behind each row, with their test accuracy", lines)
-    return Section("Comparison", text, [as_table(printed_table(table))], details=[behind])
+    return Section(text=text, tables=[as_table(printed_table(table))], details=[behind])
 
 
-def costs(groups: Groups, table: pd.DataFrame, output: Path) -> Section:
+def _devices(table: pd.DataFrame) -> str:
+    return ", ".join(sorted(set(table.device)))
+
+
+def costs(comparison: Comparison) -> Section:
     """Accuracy against parameters, FLOPs, training time and speed of prediction."""
-    save(charts.draw_pareto(groups, table), output / "pareto.svg")
     caption = (
         "Test accuracy against cost. Filled: no other model is both cheaper and more accurate (the "
         "Pareto front, joined by the grey line). Bars are 95 % intervals over seeds, over images "
-        f"where there is one seed. Times on {', '.join(sorted(set(table.device)))}."
+        f"where there is one seed. Times on {_devices(comparison.table)}."
     )
-    return Section("What accuracy costs", pictures=[Picture("pareto.svg", caption, wide=True)])
+    return Section(pictures=[chart(comparison, charts.draw_pareto, "pareto.svg", caption)])
 
 
-def curves(groups: Groups, output: Path) -> Section:
-    """Learning curves and what they say of over- and underfitting."""
-    save(charts.draw_curves(groups), output / "learning_curves.svg")
-    caption = (
-        "Learning curves on validation images: thin lines are seeds, dashes are models fitted at "
-        "once."
-    )
-    picture = Picture("learning_curves.svg", caption, wide=True)
-    table = diagnosis_table(groups)
-    return Section("How they learned", tables=[table], pictures=[picture], pictures_first=True)
+def curves(comparison: Comparison) -> Section:
+    """Learning curves and what they say about over- and underfitting."""
+    caption = "Learning curves on validation images: thin lines are seeds, dashes are models fitted"
+    caption += " at once."
+    picture = chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
+    table = diagnosis_table(comparison.groups)
+    return Section(tables=[table], pictures=[picture], pictures_first=True)
 
 
-def classes(groups: Groups, output: Path, data_path: str) -> Section:
+def classes(comparison: Comparison) -> Section:
     """Per-class scores, confusion matrices, and the confused pairs with their photos."""
-    best, runs = next(iter(groups.items()))
-    save(charts.draw_class_scores(groups, "f1"), output / "classes.svg")
-    save(charts.draw_confusion(groups), output / "confusion.svg")
-    scores = charts.class_scores(runs)
-    never = scores[scores.predicted == 0]["class"].tolist()
-    printed = pd.DataFrame(
-        {"class": scores["class"]}
-        | {name: scores[name].map(percent) for name in ("precision", "recall")}
-        | {"F1": scores["f1"].map(percent)}
-        | {name: scores[name].map("{:.4g}".format) for name in ("support", "predicted")}
-    )
+    best, runs = next(iter(comparison.groups.items()))
+    scores = compare.class_scores(runs)
+    printed = scores.rename(columns={"f1": "F1"})
+    for name in ("precision", "recall", "F1"):
+        printed[name] = printed[name].map(percent)
+    for name in ("support", "predicted"):
+        printed[name] = printed[name].map("{:.4g}".format)
+    f1 = "F1 of every class, mean over seeds."
+    confusion = "Confusion on test images: number of images (mean over seeds), and colour and "
+    confusion += "percent by true class."
     section = Section(
-        "Classes and what is taken for what",
         tables=[as_table(printed, f"{best}: percent and numbers of images, means over seeds.")],
         pictures=[
-            Picture("classes.svg", "F1 of every class, mean over seeds.", wide=True),
-            Picture(
-                "confusion.svg",
-                "Confusion on test images: number of images (mean over seeds), and colour and "
-                "percent by true class.",
-                wide=True,
-            ),
+            chart(comparison, charts.draw_class_scores, "classes.svg", f1),
+            chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
         ],
     )
+    never = scores[scores.predicted == 0]["class"].tolist()
     if never:
         section.text.append(f"{best} never predicts {', '.join(never)}: its precision there is 0.")
-    confused = compare.confused_along(groups)
+    confused = compare.confused_along(comparison.groups)
     if len(confused):
         caption = (
             "The most confused pairs of classes from model to model, the least accurate first: "
@@ -120,53 +126,51 @@ def classes(groups: Groups, output: Path, data_path: str) -> Section:
         )
         section.tables.append(as_table(confused.round(1), caption))
     try:
-        section.pictures += mistakes(best, runs[0], output, data_path)
+        section.pictures += mistakes(best, runs[0], comparison)
     except UserError as error:
         section.text.append(f"No photos can be shown: {error}")
     return section
 
 
-def mistakes(label: str, run: FinishedRun, output: Path, data_path: str) -> list[Picture]:
+def mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Picture]:
     """Draws photos of a run's most confused pair of classes, and those of highest loss."""
-    photos, names = load_test_images(run, data_path), run.class_names
-    counts = evaluate.confusion(run.test["labels"], run.predicted, len(run.class_names))
-    losses, pairs = evaluate.highest_losses(run), evaluate.confused_pairs(counts)
+    photos, losses = load_test_images(run, comparison.data_path), evaluate.highest_losses(run)
     wrong = losses[losses.true != losses.predicted]
     if wrong.empty:
         return []
-    pair = [names[i] for i in pairs.iloc[0][["first", "second"]].astype(int)]
+    most = evaluate.confused_pairs(evaluate.confusion_of(run)).iloc[0]
+    pair = [run.class_names[int(i)] for i in most[["first", "second"]]]
     between = wrong[wrong.true.isin(pair) & wrong.predicted.isin(pair)]
-    chosen = {"confused_pair": between.head(2 * PHOTOS), "highest_loss": wrong.head(2 * PHOTOS)}
-    captions = {
-        "confused_pair": f"{label}, seed {run.seed}: {pair[0]} taken for {pair[1]} or the other "
-        "way, its most confused pair; highest loss first. True class → predicted class.",
-        "highest_loss": f"{label}, seed {run.seed}: the test images of highest loss. Wrong labels "
-        "often stand here.",
-    }
+    about_pair = (
+        f"{pair[0]} taken for {pair[1]} or the other way, its most confused pair; highest loss "
+        "first. True class → predicted class."
+    )
+    about_loss = "the test images of highest loss. Wrong labels often stand here."
     pictures = []
-    for name, rows in chosen.items():
+    for file, rows, caption in (
+        ("confused_pair.png", between, about_pair),
+        ("highest_loss.png", wrong, about_loss),
+    ):
+        rows = rows.head(2 * PHOTOS)
         titles = [
             f"{shortened(r.true)} →\n{shortened(r.predicted)} {100 * r.confidence:.0f} %"
             for r in rows.itertuples()
         ]
-        save(draw_photos([photos[i] for i in rows.row], titles, PHOTOS), output / f"{name}.png")
-        files = "; ".join(str(name) for name in rows.id)
-        pictures.append(Picture(f"{name}.png", f"{captions[name]} Files: {files}.", wide=True))
+        save(draw_photos([photos[i] for i in rows.row], titles, PHOTOS), comparison.output / file)
+        caption = f"{label}, seed {run.seed}: {caption} Files: {'; '.join(map(str, rows.id))}."
+        pictures.append(Picture(file, caption, wide=True))
     return pictures
 
 
-def pairs_of_models(
-    groups: Groups, table: pd.DataFrame, pairs: pd.DataFrame, output: Path
-) -> Section:
+def pairs_of_models(comparison: Comparison) -> Section:
     """Ranks, paired differences, agreement, and images that only one model gets right."""
-    section = Section("Which differences are established", pictures_first=True)
-    ranks = charts.draw_ranks(groups, table, compare.established(groups, pairs))
-    save(ranks, output / "ranks.svg")
+    groups, pairs = comparison.groups, comparison.pairs
     caption = (
         "Models by test accuracy. Thick: 95 % interval over seeds; thin: over test images. A black "
         "bar at the right ties models between which no difference is established."
     )
-    section.pictures.append(Picture("ranks.svg", caption, wide=True))
+    ranks = chart(comparison, charts.draw_ranks, "ranks.svg", caption)
+    section = Section(pictures=[ranks], pictures_first=True)
     if pairs.empty:
         return section
     section.text.append(
@@ -178,77 +182,60 @@ def pairs_of_models(
         "McNemar's. Kappa is agreement beyond chance."
     )
     section.tables.append(as_table(printed_pairs(pairs)))
-    save(charts.draw_agreement(groups, pairs), output / "agreement.svg")
-    section.pictures.append(
-        Picture("agreement.svg", "How often two models predict the same class, mean over seeds.")
+    caption = "How often two models predict the same class, mean over seeds."
+    agreement = chart(comparison, charts.draw_agreement, "agreement.svg", caption, wide=False)
+    section.pictures.append(agreement)
+    alone, right = compare.only_one_right(groups), compare.majority_right(groups)
+    every, none = right.all(axis=1).sum(), (~right).all(axis=1).sum()
+    text = (
+        f"By the majority of its seeds, every model gets {every} of {len(right)} test images "
+        f"right, and none gets {none}."
     )
-    section.text.append(_overlap(groups))
-    alone = compare.only_one_right(groups)
     if len(alone):
+        counts = alone["model"].value_counts().items()
+        each = ", ".join(f"{label} {count}" for label, count in counts)
+        text += f" Images that one model alone gets right: {each}."
         lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
         title = f"Test images that only one model gets right ({len(alone)})"
         section.details.append(Details(title, lines))
+    section.text.append(text)
     return section
 
 
-def _overlap(groups: Groups) -> str:
-    right = compare.majority_right(groups)
-    count, alone = len(right), compare.only_one_right(groups)["model"].value_counts()
-    every, none = right.all(axis=1).sum(), (~right).all(axis=1).sum()
-    text = (
-        f"By the majority of its seeds, every model gets {every} of {count} test images right, and "
-        f"none gets {none}."
-    )
-    if len(alone):
-        each = ", ".join(f"{label} {n}" for label, n in alone.items())
-        text += f" Images that one model alone gets right: {each}."
-    return text
-
-
-def calibration(groups: Groups, table: pd.DataFrame, output: Path) -> Section:
+def calibration(comparison: Comparison) -> Section:
     """Reliability, temperature scaling, and accuracy when unsure predictions are left out."""
-    save(charts.draw_reliability(groups), output / "reliability.svg")
-    save(charts.draw_coverage(groups), output / "coverage.svg")
-    rows = [
+    table = comparison.table
+    printed = pd.DataFrame(
         {
-            "model": label,
-            "ECE %": percent(row.ece_mean),
-            "NLL": decimal(row.nll_mean),
-            "temperature": decimal(row.temperature_mean, 2),
-            "ECE % scaled": percent(row.ece_scaled_mean),
-            "NLL scaled": decimal(row.nll_scaled_mean),
-            "answered %": percent(row.answered_mean, 1),
-            "accuracy on these %": percent(row.accuracy_answered_mean),
+            "model": list(comparison.groups),
+            "ECE %": table.ece_mean.map(percent),
+            "NLL": table.nll_mean.map(decimal),
+            "temperature": table.temperature_mean.map("{:.2f}".format),
+            "ECE % scaled": table.ece_scaled_mean.map(percent),
+            "NLL scaled": table.nll_scaled_mean.map(decimal),
+            "answered %": table.answered_mean.map(lambda share: percent(share, 1)),
+            "accuracy on these %": table.accuracy_answered_mean.map(percent),
         }
-        for label, row in zip(groups, table.itertuples(), strict=True)
-    ]
+    )
     text = (
         "The temperature is fitted on validation images and divides the logits: above 1 the model "
         "was too sure, below 1 not sure enough; it changes no prediction. “Answered” are test "
         "images whose scaled confidence reaches the threshold that gave 95 % accuracy on "
         "validation images; the rest would go to a person. Means over seeds."
     )
+    reliability = "Reliability before scaling, seeds pooled. On the dashed line, confidence is "
+    coverage = "Accuracy when only the surest predictions are answered, seeds pooled, before "
     pictures = [
-        Picture(
-            "reliability.svg",
-            "Reliability before scaling, seeds pooled. On the dashed line, confidence is accuracy.",
-            wide=True,
-        ),
-        Picture(
-            "coverage.svg",
-            "Accuracy when only the surest predictions are answered, seeds pooled, before scaling.",
-            wide=True,
-        ),
+        chart(comparison, charts.draw_reliability, "reliability.svg", reliability + "accuracy."),
+        chart(comparison, charts.draw_coverage, "coverage.svg", coverage + "scaling."),
     ]
-    return Section(
-        "How far their confidence can be trusted", [text], [as_table(pd.DataFrame(rows))], pictures
-    )
+    return Section(text=[text], tables=[as_table(printed)], pictures=pictures)
 
 
-def transfer(groups: Groups) -> Section | None:
+def transfer(comparison: Comparison) -> Section | None:
     """What was done with pretrained weights, and whether the pixels matched; None without any."""
     rows, warnings = [], []
-    for label, runs in groups.items():
+    for label, runs in comparison.groups.items():
         summary = runs[0].summary
         if summary.get("weights", "none") == "none":
             continue
@@ -257,45 +244,48 @@ def transfer(groups: Groups) -> Section | None:
             + ", on stored features" * phase["stored_features"]
             for phase in summary["phases"]
         ]
-        found = summary.get("preflight", {"warnings": ["preflight was off"]})["warnings"]
-        warnings += [f"{label}: its pixels do not match its weights. {text}" for text in found]
-        state = "DO NOT MATCH" if found else "match"
+        problems = summary.get("preflight", {"warnings": ["preflight was off"]})["warnings"]
+        warnings += [f"{label}: its pixels do not match its weights. {text}" for text in problems]
+        state = "DO NOT MATCH" if problems else "match"
         rows.append([label, summary["weights"], "; ".join(phases), state])
     if not rows:
         return None
     text = (
         "Before training, a batch went through each network, and what its first layers got was "
-        "held against what the weights saw when they were trained. Each phase goes on from the "
+        "compared with what the weights saw when they were trained. Each phase goes on from the "
         "best weights so far."
     )
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
-    return Section("From pretrained weights", [text], [table], warnings=warnings)
+    return Section(text=[text], tables=[table], warnings=warnings)
 
 
-def data(audit: dict, folder: Path, groups: Groups, output: Path) -> Section:
-    """What the audit of the images found, and what the models were trained on."""
+def data(comparison: Comparison) -> Section | None:
+    """What the audit of the images found, and what the models were trained on; None without one."""
+    audit = comparison.audit
+    if audit is None:
+        return None
     names = audit["class_names"]
     rows = [[name, *(str(counts[name]) for counts in audit["counts"].values())] for name in names]
-    section = Section("Data", tables=[Table(["class", *audit["counts"]], rows)])
+    section = Section(tables=[Table(["class", *audit["counts"]], rows)])
+    count = {key: len(value) for key, value in audit.items() if isinstance(value, list)}
     if audit["leaks"] or audit["label_conflicts"]:
         section.warnings.append(
-            f"{len(audit['leaks'])} groups of identical images lie in several parts and "
-            f"{len(audit['label_conflicts'])} carry contradictory labels. "
-            "--config.data.exclude_leaks leaves the culprits out of training."
+            f"{count['leaks']} groups of identical images lie in several parts and "
+            f"{count['label_conflicts']} carry contradictory labels. "
+            "--config.data.exclude_leaks leaves them out of training."
         )
     sizes = "size" if audit["distinct_sizes"] == 1 else "sizes"
     low, high = audit["value_range"]
     near = "near duplicates were not looked for: too many images"
     if audit["near_duplicates_checked"]:
-        near = f"{len(audit['near_duplicates'])} groups of near duplicates, "
-        near += f"{len(audit['near_leaks'])} across parts"
+        near = f"{count['near_duplicates']} groups of near duplicates, "
+        near += f"{count['near_leaks']} across parts"
     section.text.append(
         f"{audit['images']} images of {audit['distinct_sizes']} {sizes}, modes "
-        f"{', '.join(audit['modes'])}, values {low} to {high}; {len(audit['unreadable'])} "
-        f"unreadable files, {len(audit['not_images'])} files that are no image; "
-        f"{len(audit['exact_duplicates'])} groups of exact duplicates, of which "
-        f"{len(audit['label_conflicts'])} with contradictory labels and {len(audit['leaks'])} "
-        f"across parts; {near}."
+        f"{', '.join(audit['modes'])}, values {low} to {high}; {count['unreadable']} unreadable "
+        f"files, {count['not_images']} files that are no image; {count['exact_duplicates']} groups "
+        f"of exact duplicates, of which {count['label_conflicts']} with contradictory labels and "
+        f"{count['leaks']} across parts; {near}."
     )
     for title, key in (
         ("Leaks", "leaks"),
@@ -303,32 +293,30 @@ def data(audit: dict, folder: Path, groups: Groups, output: Path) -> Section:
         ("Unreadable files", "unreadable"),
         ("Near duplicates across parts", "near_leaks"),
     ):
-        groups_found = audit[key]
-        if groups_found:
-            lines = [g if isinstance(g, str) else " = ".join(g) for g in groups_found[:LISTED]]
-            section.details.append(Details(f"{title} ({len(groups_found)})", lines))
-    sheet = folder / "contact_sheet.png"
+        if entries := audit[key]:
+            lines = [e if isinstance(e, str) else " = ".join(e) for e in entries[:LISTED]]
+            section.details.append(Details(f"{title} ({len(entries)})", lines))
+
+    def relative(path: Path) -> str:
+        return os.path.relpath(path.resolve(), comparison.output.resolve())
+
+    sheet = comparison.workdir / "audit" / "contact_sheet.png"
     if sheet.exists():
-        section.pictures.append(Picture(_relative(sheet, output), "Samples of every class."))
-    for label, runs in groups.items():
+        section.pictures.append(Picture(relative(sheet), "Samples of every class."))
+    for label, runs in comparison.groups.items():
         path = runs[0].path / "augmented_batch.png"
         if path.exists():
-            caption = f"Augmented images for {label}"
-            picture = Picture(_relative(path, output), caption, pixelated=True)
+            picture = Picture(relative(path), f"Augmented images for {label}", pixelated=True)
             title = f"{label}: images of the first batch, augmented"
             section.details.append(Details(title, picture=picture))
     return section
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return os.path.relpath(path.resolve(), folder.resolve())
-
-
-def reproduce(runs: list[FinishedRun], groups: Groups, workdir: Path) -> Section:
+def reproduce(comparison: Comparison) -> Section:
     """The command, versions, devices, seeds and every model's config."""
+    workdir, runs = comparison.workdir, comparison.runs
     command = ["python", *read_plan(workdir).get("command", ["main.py"])]
-    first = runs[0]
-    about, found = first.environment, first.dataset
+    about, dataset = runs[0].environment, runs[0].dataset
     commits = sorted({str(run.environment["git_commit"]) for run in runs})
     dirty = any(run.environment["git_dirty"] for run in runs)
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
@@ -337,13 +325,13 @@ def reproduce(runs: list[FinishedRun], groups: Groups, workdir: Path) -> Section
         f"Commit {', '.join(commits)}{', with uncommitted changes' if dirty else ''}; Python "
         f"{about['python']}; {packages}; devices: {', '.join(about['devices'])} "
         f"({about['device_kind']}).",
-        f"Images' fingerprint {found['fingerprint'][:16]}, split seed {found['split_seed']}; "
+        f"Images' fingerprint {dataset['fingerprint'][:16]}, split seed {dataset['split_seed']}; "
         f"seeds {', '.join(map(str, sorted({run.seed for run in runs})))}.",
         "The command again skips finished runs; --dry_run prints every config. Every figure here "
         f"comes from the run directories alone: python -m analysis.report {workdir.name}.",
     ]
     details = []
-    for label, members in groups.items():
+    for label, members in comparison.groups.items():
         config = json.dumps(members[0].config, indent=2, ensure_ascii=False)
         details.append(Details(f"Config of {label}, seed {members[0].seed}", code=config))
-    return Section("How to reproduce this", text, details=details)
+    return Section(text=text, details=details)

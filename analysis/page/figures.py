@@ -12,6 +12,8 @@ import matplotlib.pyplot as plt
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"svg.hashsalt": "archcompare", "grid.alpha": 0.3})
 
+NAMED = 40  # rows or columns of a matrix; the names of more are too small to read
+
 
 def colours(groups: dict) -> dict:
     """Returns a colour for each label, the same in every picture."""
@@ -40,14 +42,13 @@ def small_multiples(count: int, columns: int, size: tuple[float, float]) -> tupl
     return figure, list(axes.flat[:count])
 
 
-def legend_beside(figure: plt.Figure, axes: list) -> None:
-    """Puts one legend for all axes to the right of the figure."""
+def legend_beside(figure: plt.Figure, axes: Sequence[plt.Axes], **place) -> None:
+    """Puts one legend for all axes to the right of the figure, or at another place."""
     handles = {}
     for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(), handles, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
-    )
+    place = place or {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    figure.legend(handles.values(), handles, frameon=False, **place)
 
 
 def heat_map(
@@ -64,29 +65,27 @@ def heat_map(
       axis: to draw on.
       values: [R, C]; NaN stays white.
       write: text of cell (i, j), "" for none.
-      rows, columns: names; [] for none.
+      rows, columns: names; [] for none, and none are shown where there are more than 40.
       **options: of `imshow`, such as `cmap`, `vmin`, `vmax`.
     """
     image = axis.imshow(values, **options)
     for i, j in np.ndindex(values.shape):
-        red, green, blue, _ = image.cmap(image.norm(values[i, j]))
-        dark = not np.isnan(values[i, j]) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-        ink = "white" if dark else "black"
-        axis.text(j, i, write(i, j), ha="center", va="center", fontsize=8, color=ink)
-    short = [literal(shortened(name)) for name in columns]
-    axis.set_xticks(range(len(columns)), short, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(rows)), [literal(name) for name in rows], fontsize=8)
+        if text := write(i, j):
+            red, green, blue, _ = image.cmap(image.norm(values[i, j]))
+            dark = not np.isnan(values[i, j]) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+            ink = "white" if dark else "black"
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
+    across = [literal(shortened(name)) for name in columns]
+    down = [literal(name) for name in rows]
+    if len(across) <= NAMED:
+        axis.set_xticks(range(len(across)), across, rotation=45, ha="right", fontsize=8)
+    if len(down) <= NAMED:
+        axis.set_yticks(range(len(down)), down, fontsize=8)
     return image
 
 
 def draw_photos(images: list[np.ndarray], titles: list[str], columns: int = 6) -> plt.Figure:
-    """Photos in rows with a title of one or two lines above each.
-
-    Args:
-      images: each uint8 [S, S, 3].
-      titles: one per image.
-      columns: of the grid.
-    """
+    """Draws photos, each uint8 [S, S, 3], in rows with a title of one or two lines above each."""
     # At least a whole row, so that few photos are shown no larger than many.
     figure, axes = small_multiples(max(len(images), columns), columns, (1.9, 2.25))
     for axis in axes:

@@ -1,4 +1,4 @@
-"""A part of the report: words, tables and pictures, kept as JSON beside the pictures' files."""
+"""A chapter of the report: words, tables and pictures, kept as JSON beside the pictures' files."""
 
 import hashlib
 import json
@@ -38,12 +38,16 @@ class Details:
     code: str = ""
     picture: Picture | None = None
 
+    def __post_init__(self):
+        if isinstance(self.picture, dict):  # read from JSON
+            self.picture = Picture(**self.picture)
+
 
 @dataclass
 class Section:
     """One chapter of the report, plain text throughout: the page escapes all of it."""
 
-    title: str
+    title: str = ""  # the page has its own titles
     text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -55,44 +59,28 @@ class Section:
     @classmethod
     def from_dict(cls, content: dict) -> "Section":
         """Returns the section that `asdict` turned into `content`."""
-        tables = [Table(**table) for table in content["tables"]]
-        pictures = [Picture(**picture) for picture in content["pictures"]]
-        details = [
-            Details(**item | {"picture": item["picture"] and Picture(**item["picture"])})
-            for item in content["details"]
-        ]
-        parts = {"tables": tables, "pictures": pictures, "details": details}
+        kinds = {"tables": Table, "pictures": Picture, "details": Details}
+        parts = {name: [kind(**item) for item in content[name]] for name, kind in kinds.items()}
         return cls(**content | parts)
 
 
 def remembered(
-    name: str,
-    output: Path,
-    runs: list[FinishedRun],
-    options: dict,
-    make: Callable[[], Section],
+    path: Path, runs: list[FinishedRun], options: dict, make: Callable[[], Section]
 ) -> Section:
-    """Returns what `make` returned for the same runs and options before, or calls it.
+    """Returns the section kept in a JSON file of the report's folder, or makes and keeps it.
 
-    Sections that run models take minutes; this keeps them in `output/<name>.json`. A run that was
-    trained anew, another option, or a picture that is gone makes the section anew.
-
-    Args:
-      name: of the JSON file.
-      output: the report's folder.
-      runs: those the section depends on.
-      options: plain values the section depends on.
-      make: computes the section and writes its pictures into `output`.
+    It is made anew if one of its runs was trained again, one of its options changed, or a picture
+    is gone.
     """
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for run in runs:
         digest.update(run.name.encode() + (run.path / "summary.json").read_bytes())
-    key, path = digest.hexdigest(), output / f"{name}.json"
+    key = digest.hexdigest()
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         section = Section.from_dict(stored["section"])
         pictures = [*section.pictures, *(d.picture for d in section.details if d.picture)]
-        if stored["key"] == key and all((output / p.file).exists() for p in pictures):
+        if stored["key"] == key and all((path.parent / p.file).exists() for p in pictures):
             return section
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never made, or by another version

@@ -1,6 +1,6 @@
-"""The comparison's tables as a reader wants them, in Markdown, LaTeX (booktabs) and CSV."""
+"""The comparison's tables as a reader sees them, in Markdown, LaTeX (booktabs) and CSV."""
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -25,7 +25,7 @@ def points(value: float, digits: int = 2) -> str:
 
 def scaled(value: float) -> str:
     """Returns three digits with k, M or G."""
-    if value is None or pd.isna(value):
+    if pd.isna(value):
         return NONE
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
@@ -42,7 +42,13 @@ def p_value(value: float) -> str:
 
 def decimal(value: float, digits: int = 3) -> str:
     """Returns a number with fixed digits."""
-    return NONE if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    return NONE if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> list[str]:
+    """Returns the 95 % interval called `name` in each row, both ends written by `write`."""
+    ends = zip(table[f"{name}_ci95_low"], table[f"{name}_ci95_high"], strict=True)
+    return [NONE if pd.isna(low) else f"{write(low)} to {write(high)}" for low, high in ends]
 
 
 def labels_of(table: pd.DataFrame) -> list[str]:
@@ -51,68 +57,56 @@ def labels_of(table: pd.DataFrame) -> list[str]:
 
 
 def printed_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table as a reader wants it: percent, rounded, "–" where there is no number.
-
-    The published figures and what leaks change have columns only where there are any.
-    """
-    rows = []
-    for label, row in zip(labels_of(table), table.itertuples(), strict=True):
-        cells = {
-            "model": label,
-            "seeds": str(row.seeds),
-            "test acc. %": percent(row.test_accuracy_mean),
-            "std": percent(row.test_accuracy_std),
-            "95 % over seeds": percents(row.seeds_ci95_low, row.seeds_ci95_high),
-            "95 % over images": percents(row.images_ci95_low, row.images_ci95_high),
-        }
-        if table.published.notna().any():
-            cells["published %"] = percent(row.published)
-        if table.leaks.any():
-            cells["without leaks %"] = percent(row.without_leaks)
-        if table.near_leaks.any():
-            cells["without near leaks %"] = percent(row.without_near_leaks)
-        cells |= {
-            "F1": percent(row.macro_f1_mean),
-            "NLL": decimal(row.nll_mean),
-            "Brier": decimal(row.brier_mean),
-            "ECE": percent(row.ece_mean),
-            "params": scaled(row.parameters),
-            "FLOPs/image": scaled(row.flops_per_image),
-            "train s": scaled(row.seconds),
-            "train images/s": scaled(row.train_images_per_second),
-            "predict images/s": scaled(row.inference_images_per_second),
-        }
-        rows.append(cells)
-    return pd.DataFrame(rows)
+    """Returns the table as a reader sees it, with columns for leaks and others' figures if any."""
+    columns = {
+        "model": labels_of(table),
+        "seeds": table.seeds.astype(str),
+        "test acc. %": table.test_accuracy_mean.map(percent),
+        "std": table.test_accuracy_std.map(percent),
+        "95 % over seeds": intervals(table, "seeds", percent),
+        "95 % over images": intervals(table, "images", percent),
+        "published %": table.published.map(percent),
+        "without leaks %": table.without_leaks.map(percent),
+        "without near leaks %": table.without_near_leaks.map(percent),
+        "F1": table.macro_f1_mean.map(percent),
+        "NLL": table.nll_mean.map(decimal),
+        "Brier": table.brier_mean.map(decimal),
+        "ECE": table.ece_mean.map(percent),
+        "params": table.parameters.map(scaled),
+        "FLOPs/image": table.flops_per_image.map(scaled),
+        "train s": table.seconds.map(scaled),
+        "train images/s": table.train_images_per_second.map(scaled),
+        "predict images/s": table.inference_images_per_second.map(scaled),
+    }
+    used = {
+        "published %": table.published.notna(),
+        "without leaks %": table.leaks,
+        "without near leaks %": table.near_leaks,
+    }
+    return pd.DataFrame(columns).drop(columns=[name for name in used if not used[name].any()])
 
 
 def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Returns the pairs as a reader wants them; differences in percentage points."""
-
-    def interval(row, name: str) -> str:
-        low, high = getattr(row, f"{name}_ci95_low"), getattr(row, f"{name}_ci95_high")
-        return "–" if math.isnan(low) else f"{points(low)} to {points(high)}"
-
+    """Returns the pairs as a reader sees them; differences in percentage points."""
+    if pairs.empty:
+        return pairs
     return pd.DataFrame(
-        [
-            {
-                "models": f"{row.first} − {row.second}",
-                "seeds": str(row.seeds),
-                "difference": points(row.difference),
-                "95 % over seeds and images": interval(row, "both"),
-                "p Holm": p_value(row.p_holm),
-                "established": "yes" if row.established else "no",
-                "95 % over images": interval(row, "images"),
-                "95 % over seeds": interval(row, "seeds"),
-                "only first right": f"{row.only_first:.0f}",
-                "only second right": f"{row.only_second:.0f}",
-                "p": p_value(row.p_both),
-                "p McNemar": p_value(row.p_mcnemar),
-                "agreement %": percent(row.agreement, 1),
-                "kappa": f"{row.kappa:.2f}",
-            }
-            for row in pairs.itertuples()
-        ]
+        {
+            "models": pairs["first"] + " − " + pairs["second"],
+            "seeds": pairs.seeds.astype(str),
+            "difference": pairs.difference.map(points),
+            "95 % over seeds and images": intervals(pairs, "both", points),
+            "p Holm": pairs.p_holm.map(p_value),
+            "established": pairs.established.map({True: "yes", False: "no"}),
+            "95 % over images": intervals(pairs, "images", points),
+            "95 % over seeds": intervals(pairs, "seeds", points),
+            "only first right": pairs.only_first.map("{:.0f}".format),
+            "only second right": pairs.only_second.map("{:.0f}".format),
+            "p": pairs.p_both.map(p_value),
+            "p McNemar": pairs.p_mcnemar.map(p_value),
+            "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),
+            "kappa": pairs.kappa.map("{:.2f}".format),
+        }
     )
 
 

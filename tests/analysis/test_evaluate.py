@@ -15,13 +15,13 @@ from tests.analysis.fabricate import CLASSES, predictions, write_run
 
 @pytest.fixture
 def made():
-    found = predictions(0, 0.7, 500)
-    return found["labels"], found["logits"]
+    arrays = predictions(0, 0.7, 500)
+    return arrays["labels"], arrays["logits"]
 
 
-def test_measures_equal_scikit_learns(made):
+def test_scores_equal_scikit_learns(made):
     labels, logits = made
-    ours, predicted = evaluate.measure(labels, logits), logits.argmax(axis=1)
+    ours, predicted = evaluate.scores(labels, logits), logits.argmax(axis=1)
     probabilities = evaluate.softmax(logits)
     theirs = {
         "accuracy": metrics.accuracy_score(labels, predicted),
@@ -60,16 +60,16 @@ def test_a_class_never_predicted_and_one_without_images():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = evaluate.per_class(labels, logits.argmax(axis=1), list("abcd"))
-        found = evaluate.measure(labels, logits)
+        figures = evaluate.scores(labels, logits)
     assert table.precision.tolist() == [0.4, 0, 0, 0] and table.predicted.tolist() == [5, 0, 0, 0]
-    assert found["macro_recall"] == pytest.approx(1 / 3)  # of the three classes with images
+    assert figures["macro_recall"] == pytest.approx(1 / 3)  # of the three classes with images
 
 
 def test_top_k_breaks_ties_as_the_prediction_does():
     labels, logits = np.array([0, 1, 2]), np.zeros((3, 3))
     assert evaluate.top_k_accuracy(labels, logits, 1) == pytest.approx(1 / 3)
     assert evaluate.top_k_accuracy(labels, logits, 2) == pytest.approx(2 / 3)
-    assert evaluate.measure(labels, logits)["accuracy"] == pytest.approx(1 / 3)
+    assert evaluate.scores(labels, logits)["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_calibration_error_against_a_plain_loop():
@@ -131,18 +131,18 @@ def test_coverage_and_threshold_by_hand():
 def test_a_run_is_scaled_by_its_validation_images_alone(tmp_path):
     path = write_run(tmp_path, "cnn", 0, count=400)
     run = load_run(path)
-    found = evaluate.evaluate(run)
+    figures = evaluate.evaluate(run)
     temperature = evaluate.fit_temperature(run.validation["logits"], run.validation["labels"])
-    assert found["temperature"] == temperature != 1
+    assert figures["temperature"] == temperature != 1
     scaled = evaluate.softmax(run.test["logits"] / temperature)
-    assert found["nll_scaled"] == pytest.approx(metrics.log_loss(run.test["labels"], scaled))
+    assert figures["nll_scaled"] == pytest.approx(metrics.log_loss(run.test["labels"], scaled))
     threshold = evaluate.choose_threshold(
         evaluate.softmax(run.validation["logits"], temperature), run.validation["labels"]
     )
     kept = scaled.max(axis=1) >= threshold.confidence
-    assert found["answered"] == kept.mean() and 0 < kept.mean() < 1
+    assert figures["answered"] == kept.mean() and 0 < kept.mean() < 1
     right = scaled.argmax(axis=1) == run.test["labels"]
-    assert found["accuracy_answered"] == right[kept].mean()
+    assert figures["accuracy_answered"] == right[kept].mean()
 
 
 def test_the_command_writes_what_it_says(tmp_path, monkeypatch, capsys):

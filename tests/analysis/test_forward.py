@@ -7,7 +7,7 @@ from analysis import forward
 from analysis.runs import load_run
 from configs import base
 from errors import UserError
-from tests.analysis.fabricate import write_run
+from tests.analysis.fabricate import predict_logits, write_run
 from tests.conftest import paint
 from train import train_and_evaluate
 
@@ -23,7 +23,7 @@ def test_a_run_gives_its_saved_logits_again(runs, digits_run, model):
     run = load_run(runs / model)
     images = forward.load_test_images(run)
     assert images.dtype == np.uint8 and len(images) == len(run.test["labels"])
-    logits = forward.predict_logits(forward.load_classifier(run), images, size=100)
+    logits = predict_logits(forward.load_classifier(run), images, size=100)
     np.testing.assert_allclose(logits, run.test["logits"], atol=1e-4)
     assert run.summary["cost"]["inference_images_per_second"] > 0
 

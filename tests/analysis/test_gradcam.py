@@ -12,11 +12,12 @@ from analysis import gradcam
 from analysis.explain import methods as saliency
 from analysis.explain.heatmaps import View, draw_views, overlay
 from analysis.explain.methods import METHODS, default_stage, explain
-from analysis.forward import load_classifier, load_test_images, predict_logits
+from analysis.forward import load_classifier, load_test_images
 from analysis.runs import group_runs, load_run, load_runs
 from errors import UserError
 from models import MODELS, create_model
 from models.vit import VisionTransformer
+from tests.analysis.fabricate import predict_logits
 from tests.conftest import ROOT
 from tests.models.filled import filled
 

@@ -9,9 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import report
-from analysis.page.figures import draw_photos, plt
-from analysis.page.section import Details, Picture, Section, Table, remembered
-from analysis.runs import load_runs
+from analysis.page.figures import plt
 from configs import base
 from errors import UserError
 from tests.analysis.fabricate import CLASSES, write_run
@@ -28,12 +26,12 @@ def test_page_is_self_contained_and_escapes_names(tmp_path):
     audit = tmp_path / "audit"
     audit.mkdir()
     path = "train/o'brien <img src=x onerror=alert(1)>.png"
-    found = {
+    findings = {
         "images": 4, "class_names": CLASSES, "counts": {"train": dict.fromkeys(CLASSES, 1)}, "leaks": [[path, path]],
         "label_conflicts": [], "unreadable": [path], "near_leaks": [], "not_images": [], "exact_duplicates": [],
         "near_duplicates": [], "near_duplicates_checked": True, "distinct_sizes": 1, "modes": {}, "value_range": [0, 1],
     }  # fmt: skip
-    (audit / "audit.json").write_text(json.dumps(found))
+    (audit / "audit.json").write_text(json.dumps(findings))
     plt.figure().savefig(audit / "contact_sheet.png")
     page = make(tmp_path).page.read_text(encoding="utf-8")
     assert page.count("<script>") == 1  # our own
@@ -73,7 +71,7 @@ def test_a_damaged_run_and_a_failing_chapter_spoil_nothing_else(tmp_path, monkey
     def fail(*arguments):
         raise MemoryError("too <large>")
 
-    monkeypatch.setattr("analysis.inspect.inspect_section", fail)
+    monkeypatch.setattr("analysis.inside.inspect_section", fail)
     made = report.write_report(tmp_path)
     assert "damaged" in made.not_complete["mlp/seed0"]
     page = made.page.read_text()
@@ -105,13 +103,13 @@ def test_constant_logits_one_class_and_a_class_with_one_image(tmp_path):
     for part in ("test", "validation"):
         for run_dir in (constant, tmp_path / "good" / "seed0"):
             path = run_dir / f"predictions_{part}.npz"
-            found = dict(np.load(path))
-            found["labels"] = np.where(np.arange(count) == 7, 3, 0).astype(
+            arrays = dict(np.load(path))
+            arrays["labels"] = np.where(np.arange(count) == 7, 3, 0).astype(
                 np.int32
             )  # one image of class 3
             if run_dir is constant:
-                found["logits"] = np.zeros((count, 4), np.float32)
-            np.savez(path, **found)
+                arrays["logits"] = np.zeros((count, 4), np.float32)
+            np.savez(path, **arrays)
     made = make(tmp_path)
     table = pd.read_csv(tmp_path / "report" / "table.csv").set_index("model")
     assert (
@@ -122,17 +120,6 @@ def test_constant_logits_one_class_and_a_class_with_one_image(tmp_path):
     )
     page = made.page.read_text()
     assert "constant never predicts" in page
-
-
-def test_one_photo_is_drawn_no_larger_than_many():
-    photos = [np.zeros((8, 8, 3), np.uint8)] * 7
-    sizes = []
-    for count in (1, 7):
-        figure = draw_photos(photos[:count], ["a"] * count)
-        assert sum(bool(axis.images) for axis in figure.axes) == count
-        sizes.append(figure.get_size_inches()[0])
-        plt.close(figure)
-    assert sizes[0] == sizes[1]
 
 
 def test_one_run_alone(tmp_path):
@@ -167,36 +154,6 @@ def test_five_models_of_three_seeds_are_quick_and_small(tmp_path):
     print(f"{time.monotonic() - began:.1f} s")
     assert made.page.stat().st_size < 15e6
     assert len(pd.read_csv(tmp_path / "report" / "pairs.csv")) == 10
-
-
-def test_a_section_is_remembered_until_its_runs_or_options_change(tmp_path):
-    path = write_run(tmp_path, "cnn", 0)
-    calls = []
-
-    def make_section():
-        calls.append(1)
-        (tmp_path / "p.png").write_bytes(b"")
-        picture = Picture("p.png", "caption")
-        return Section(
-            "title", ["text"], [Table(["a"], [["b"]])], [picture], [Details("d", picture=picture)]
-        )
-
-    def ask(count=1):
-        return remembered("name", tmp_path, load_runs(tmp_path), {"count": count}, make_section)
-
-    assert ask() == ask() and len(calls) == 1
-    ask(count=2)
-    assert len(calls) == 2
-    summary = json.loads((path / "summary.json").read_text())
-    (path / "summary.json").write_text(json.dumps(summary | {"trained": "anew"}))
-    ask(count=2)
-    assert len(calls) == 3
-    (tmp_path / "p.png").unlink()
-    ask(count=2)
-    assert len(calls) == 4
-    (tmp_path / "name.json").write_text("{")
-    ask(count=2)
-    assert len(calls) == 5
 
 
 def test_chapters_that_run_the_models(tmp_path, digits_run):
