@@ -19,25 +19,19 @@ from ml_collections import ConfigDict
 from data.decoding import Decoded, decode_all
 from data.randomness import Purpose
 from data.sources import PARTS, Listing, list_source
-from data.splits import culprits, exact_duplicates, missing_parts, split_parts
+from data.splits import exact_duplicates, leaks, missing_parts, split_parts
 from errors import UserError
 
 
 @dataclass
 class Dataset:
-    """Decoded images and which rows belong to which part.
-
-    Attributes:
-      rows: row numbers, ascending, for each of train, validation and test.
-      excluded: ids left out, with the reason.
-      split_by_us: whether any part was drawn here rather than given by the source.
-    """
+    """Decoded images and which rows belong to which part."""
 
     listing: Listing
     decoded: Decoded
-    rows: dict[str, np.ndarray]
-    excluded: dict[str, str]
-    split_by_us: bool
+    rows: dict[str, np.ndarray]  # ascending row numbers of each part
+    excluded: dict[str, str]  # ids left out, with the reason
+    split_by_us: bool  # whether any part was drawn here rather than given by the source
 
     @property
     def class_names(self) -> list[str]:
@@ -63,16 +57,10 @@ class Dataset:
 
     def to_dict(self, config: ConfigDict) -> dict:
         """Returns what `dataset.json` holds."""
-        counts = {
-            part: dict(
-                zip(
-                    self.class_names,
-                    np.bincount(self.labels(part), minlength=self.num_classes).tolist(),
-                    strict=True,
-                )
-            )
-            for part in PARTS
-        }
+        counts = {}
+        for part in PARTS:
+            numbers = np.bincount(self.labels(part), minlength=self.num_classes).tolist()
+            counts[part] = dict(zip(self.class_names, numbers, strict=True))
         return {
             "source": config.source,
             "path": config.path,
@@ -117,7 +105,7 @@ def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     groups = exact_duplicates(decoded)
     parts = split_parts(listing, usable, groups, tuple(config.split), config.split_seed)
     if config.exclude_leaks:
-        for row, reason in culprits(listing.labels, parts, groups).items():
+        for row, reason in leaks(listing.labels, parts, groups).items():
             excluded[listing.ids[row]] = reason
             parts[row] = -1
     rows = {name: np.flatnonzero(parts == i) for i, name in enumerate(PARTS)}

@@ -20,12 +20,9 @@ def augment(
 
     Args:
       key: decides every draw.
-      images: [B, H, W, 3] uint8.
-      targets: [B, K] float32, rows that sum to 1.
+      images: [B, H, W, 3] in 0..255.
+      targets: [B, K] float32, mixed where mixup or cutmix is on.
       config: `config.augment`.
-
-    Returns:
-      Images [B, H, W, 3] float32 in 0..255, and targets [B, K], mixed where mixup or cutmix is on.
     """
     geometry, colour, mix = jax.random.split(key, 3)
     images = images.astype(jnp.float32)
@@ -60,12 +57,9 @@ def _resamples(config: ConfigDict) -> bool:
 def random_affine(
     key: jax.Array, batch: int, height: int, width: int, config: ConfigDict
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws where each output pixel is taken from: input = matrix @ output + offset.
+    """Draws matrices [B, 2, 2] and offsets [B, 2]: input = matrix @ output + offset.
 
     Coordinates are (y, x) in pixels from the image's centre.
-
-    Returns:
-      Matrices [B, 2, 2] and offsets [B, 2].
     """
     keys = jax.random.split(key, 8)
 
@@ -97,15 +91,7 @@ def random_affine(
 
 
 def resample(images: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
-    """Samples images bilinearly at matrix @ output + offset; the outside mirrors the inside.
-
-    Args:
-      images: [B, H, W, C] float32.
-      matrix, offset: [B, 2, 2] and [B, 2], as `random_affine` returns them.
-
-    Returns:
-      [B, H, W, C].
-    """
+    """Samples images bilinearly at matrix @ output + offset; the outside mirrors the inside."""
     _, height, width, channels = images.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
     rows, columns = jnp.mgrid[:height, :width]

@@ -142,15 +142,10 @@ def _decode_one(data: bytes | np.ndarray, config: ConfigDict) -> tuple[np.ndarra
 
 
 def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
-    """Decodes all images of a listing, or maps them from the cache.
+    """Decodes all images of a listing as `config.data` says, or maps them from the cache.
 
     The cache is keyed by the content of every image and by how it is decoded, so a changed file or
     another size makes a new entry, and a second start decodes nothing.
-
-    Args:
-      listing: N images.
-      config: `config.data`; read are image_size, resize, interpolation and background.
-      cache_dir: the folder that holds one folder an entry.
 
     Raises:
       UserError: the cache cannot be written.

@@ -23,11 +23,11 @@ def exact_duplicates(decoded: Decoded) -> list[np.ndarray]:
     return [group for group in groups if len(group) > 1]
 
 
-def culprits(labels: np.ndarray, parts: np.ndarray, groups: list[np.ndarray]) -> dict[int, str]:
-    """Returns the rows that `exclude_leaks` leaves out, with the reason.
+def leaks(labels: np.ndarray, parts: np.ndarray, groups: list[np.ndarray]) -> dict[int, str]:
+    """Returns the rows that `exclude_leaks` leaves out of training and validation, and why.
 
-    Of images that lie in several parts, the copies outside the last of those parts; of images with
-    contradictory labels, all outside the test part.
+    Of images in several parts, the copies outside the last of them; of images with contradictory
+    labels, all outside the test part.
     """
     test = PARTS.index("test")
     found = {}

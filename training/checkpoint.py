@@ -37,13 +37,7 @@ class Checkpoints:
             self.managers[kind] = ocp.CheckpointManager(self.directory / kind, options=options)
 
     def save(self, kind: str, step: int, tree: Any, record: dict) -> None:
-        """Saves arrays and returns when they are safe; a step that is there already is kept.
-
-        Args:
-          kind: "latest" or "best".
-          step: of training.
-          tree: nested dictionaries, tuples and dataclasses of arrays.
-          record: plain values, stored as JSON beside them.
+        """Saves a tree of arrays and a record of plain values; a step already there is kept.
 
         Raises:
           CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -85,11 +79,7 @@ class Checkpoints:
 
 
 def restore(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """Reads a checkpoint: {"params/stages.0.kernel": array, ...}, and its record.
-
-    Raises:
-      CheckpointError: it is damaged.
-    """
+    """Returns {"params/stages.0.kernel": array, ...} and the record; raises CheckpointError."""
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

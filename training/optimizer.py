@@ -9,13 +9,7 @@ from models.classifier import stage_of
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step; `plateau` is constant here.
-
-    Args:
-      config: one run's config.
-      steps_per_epoch: batches an epoch.
-      total_steps: of the phase, warmup included.
-    """
+    """Returns the learning rate as a function of the step; `plateau` is constant here."""
     rate, schedule = config.optimizer.learning_rate, config.schedule
     warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps)
     if schedule.name == "cosine":
@@ -54,13 +48,7 @@ def scale_by_stage(decay: float, stages: int) -> optax.GradientTransformation:
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, stages: int
 ) -> optax.GradientTransformation:
-    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain.
-
-    Args:
-      config: of one phase of a run.
-      schedule: as `make_schedule` returns it.
-      stages: of the model, for `config.layer_decay`.
-    """
+    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain."""
     optimizer = config.optimizer
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_kernel)
     parts = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
@@ -76,9 +64,6 @@ def make_optimizer(
 
 
 def make_plateau(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """Returns the rule that lowers the rate when the validation loss stands still.
-
-    It is asked once an evaluation; its state's `scale` then multiplies every update.
-    """
+    """Returns the rule whose state's `scale` falls when the validation loss stands still."""
     schedule = config.schedule
     return optax.contrib.reduce_on_plateau(schedule.factor, schedule.patience)

@@ -50,14 +50,10 @@ def inspect_pixels(
       model: with its weights, and the preprocessing to be judged.
       images: uint8 [B, S, S, 3], of the data to train on; 64 are plenty.
       weights: their name, as `create_model` takes it.
-      strict: whether to stop instead of warning.
+      strict: whether to raise a UserError instead of warning.
 
     Returns:
-      What `preflight.json` holds: "warnings", "layers" with their distances, "first_abnormal" and
-      "channel_order".
-
-    Raises:
-      UserError: the pixels do not match and `strict` is set.
+      What `preflight.json` holds.
     """
     published, has_classifier = _published(model, images.shape[1], weights)
     layers = _layers(model, published, images)

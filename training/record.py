@@ -54,11 +54,8 @@ class RunRecord:
     """One run under way, new or where an interrupted one stopped.
 
     Attributes:
-      progress: see `Progress`.
       best: the weights of lowest validation loss, {"params", "stats"}; {} before there are any.
       stored: arrays of the state to go on from, None for a new run.
-      metrics: the log of the run.
-      compile_seconds: of this process.
     """
 
     def __init__(

@@ -30,13 +30,9 @@ class Metrics(metrics.Collection):
 def initial_state(
     config: ConfigDict, weights: dict, optimizer: optax.GradientTransformation, first: int
 ) -> dict:
-    """Returns everything that a phase of training changes, as one tree of arrays.
+    """Returns everything that a phase changes, as one tree of arrays.
 
-    Args:
-      config: of the phase.
-      weights: {"params", "stats"} that the phase starts from.
-      optimizer: as `make_optimizer` returns it.
-      first: the first stage that trains; nothing is kept for the parameters before it.
+    It starts from `weights`, {"params", "stats"}; the optimizer knows stage `first` and later ones.
     """
     moving = {kind: trained(arrays, first) for kind, arrays in weights.items()}
     return {
@@ -72,18 +68,7 @@ def step_keys(key: jax.Array, step: int | jax.Array) -> jax.Array:
 def augment_views(
     key: jax.Array, images: jax.Array, rows: jax.Array, views: jax.Array, config: ConfigDict
 ) -> jax.Array:
-    """Augments each image as its row and the number of the view decide, whatever the batch.
-
-    Args:
-      key: of the run.
-      images: [B, H, W, 3] uint8.
-      rows: int [B], the images' places in the training part.
-      views: int [B].
-      config: `config.augment`, without mixing.
-
-    Returns:
-      [B, H, W, 3] float32 in 0..255.
-    """
+    """Augments images [B, H, W, 3] as their rows and views, int [B], decide, whatever the batch."""
     key = view_key(key)
 
     def one(image: jax.Array, row: jax.Array, view: jax.Array) -> jax.Array:
@@ -110,7 +95,7 @@ def make_train_step(
     Args:
       config: of one phase of a run.
       model: gives structure; its parameters are not read.
-      optimizer: as `make_optimizer` returns it.
+      optimizer: of the parameters that train.
       weights: [K] of the classes in the loss.
       first: the first stage that trains; the arrays before it pass through untouched.
       cached: whether a batch's "image" is what stage `first` takes instead of an image.
@@ -130,7 +115,9 @@ def make_train_step(
             logits = forward(merged, inputs, first if cached else 0)  # [B, K]
             losses = criterion(config, logits, targets)  # [B]
             weight = targets @ weights
-            loss = (losses * weight).sum() / weight.sum() + _penalty(config, params)
+            loss = (losses * weight).sum() / weight.sum()
+            if config.optimizer.l1:
+                loss += config.optimizer.l1 * l1_penalty(params)
             return loss, (losses, logits, split_model(merged)[2])
 
         old = trained(state["params"], first)
@@ -153,10 +140,6 @@ def make_train_step(
         return _unless_broken(state, changed, finite)
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def _penalty(config: ConfigDict, params: dict) -> jax.Array | float:
-    return config.optimizer.l1 * l1_penalty(params) if config.optimizer.l1 else 0.0
 
 
 def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:
@@ -188,10 +171,7 @@ def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:
 def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Callable:
     """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics).
 
-    Args:
-      config: one run's config.
-      model: gives structure.
-      start: the stage that takes a batch's "image"; 0 for images.
+    A batch's "image" is what stage `start` takes; 0 for images.
     """
     structure = in_mode(model, training=False)
 
@@ -236,11 +216,7 @@ def criterion(
 
 
 def class_weights(config: ConfigDict, dataset: Dataset) -> jax.Array:
-    """Returns the weight of each class in the loss: float32 [K].
-
-    Raises:
-      UserError: another number of weights than classes, or one that is not positive.
-    """
+    """Returns the weight of each class in the loss, float32 [K]; raises UserError if unusable."""
     rule, num_classes = config.loss.class_weights, dataset.num_classes
     if rule == "none":
         return jnp.ones(num_classes)

@@ -64,16 +64,9 @@ def cache_features(
     views: int,
     after_batch: Callable[[], None] = lambda: None,
 ) -> FeatureFeed:
-    """Runs the frozen stages over every view of every image of a feed, in evaluation mode.
+    """Runs the stages before `first` over every view of every image of a feed.
 
-    Args:
-      config: of the phase.
-      model: gives structure.
-      weights: {"params", "stats"}.
-      feed: of images.
-      first: the first stage that trains.
-      views: of each image, augmented as `steps.augment_views` does; 0 for images as they are.
-      after_batch: called after each batch.
+    With 0 `views`, over the images as they are. `after_batch` is called after each batch.
     """
     model = merge_model(model, weights["params"], weights["stats"])
     key = jax.random.key(config.seed)

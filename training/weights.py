@@ -18,12 +18,7 @@ def save_weights(
 ) -> None:
     """Writes `weights.safetensors`: a run's best weights, and all that using them takes.
 
-    Args:
-      run_dir: the run directory.
-      arrays: parameters and statistics by path.
-      config: content of `config.json`.
-      class_names: in the order of the logits.
-      summary: content of `summary.json`; read are model, image_size and preprocessing.
+    `config` and `summary` are contents of the JSON files of these names.
     """
     fields = dict(summary["model"])
     facts = {
@@ -42,11 +37,7 @@ def save_weights(
 
 
 def find_weights(run_dir: Path) -> Path:
-    """Returns the weights file of a complete run; one of an older version gets it now.
-
-    Raises:
-      UserError: it is no complete run, or its checkpoint cannot be read.
-    """
+    """Returns the weights file of a complete run; one of an older version gets it now."""
     path = run_dir / WEIGHTS
     if path.exists():
         return path
