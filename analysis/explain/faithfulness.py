@@ -2,26 +2,23 @@
 
 * Deletion and insertion (Petsiuk et al. 2018, arXiv:1806.07421): pixels are blurred, or returned to
   a blurred image, in the order of the map; the probability of the class should fall, or rise, fast.
+  A random order is the baseline: an area under a curve means something only against it.
 * Focus: how small a part of the image the map points at. A focused map need not be right.
 * Sanity check (Adebayo et al. 2018, arXiv:1810.03292): the map of a network whose weights mean
   nothing should differ. Where it does not, the map shows the image rather than what was learned.
-
-A map that knows nothing of the model, random or of the middle of the image, is measured beside it:
-an area under a curve means something only against theirs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from matplotlib.figure import Figure
 from scipy import ndimage, stats
 
 from analysis.forward import compiled, in_batches
-from analysis.page import figures
-from analysis.page.figures import plt
+from analysis.page.figures import legend_beside, literal, plt
 from analysis.page.section import Table
 from analysis.page.tables import decimal, percent
 from models import Classifier
@@ -29,55 +26,12 @@ from models.classifier import merge_model, split_model
 
 STEPS = 16  # of deletion and insertion, each an equal share of the pixels
 BLUR = 1 / 8  # standard deviation of the blur that takes information away, in image sides
-BASELINES = ("random", "centre")  # maps that know nothing of the model
-ORDERS = ("map", *BASELINES)  # in which pixels are deleted and inserted
+Scores = dict[str, np.ndarray]  # what `score_maps` returns
 
 
-# --- focus ----------------------------------------------------------------------------------------
-
-
-def entropy(maps: np.ndarray) -> np.ndarray:
-    """Returns [N], the entropy of each map [N, S, S] as a share of the largest possible.
-
-    0 is a single pixel, 1 the same value everywhere; NaN for a map of zeros.
-    """
-    shares = _shares(maps)
-    logs = np.log(np.where(shares > 0, shares, 1))
-    return -(shares * logs).sum(axis=1) / math.log(shares.shape[1])
-
-
-def half_area(maps: np.ndarray) -> np.ndarray:
-    """Returns [N], the smallest share of the pixels that holds half of a map; NaN for zeros."""
-    largest_first = -np.sort(-_shares(maps), axis=1)
-    held = largest_first.cumsum(axis=1)
-    area = ((held < 0.5).sum(axis=1) + 1) / held.shape[1]
-    return np.where(np.isnan(held[:, -1]), np.nan, area)
-
-
-def _shares(maps: np.ndarray) -> np.ndarray:
-    """[N, S, S] -> float64 [N, S * S] that sum to 1, or are NaN for a map of zeros."""
-    flat = maps.reshape(len(maps), -1).astype(np.float64)
-    total = flat.sum(axis=1, keepdims=True)
-    return flat / np.where(total > 0, total, np.nan)
-
-
-# --- deletion and insertion -----------------------------------------------------------------------
-
-
-def uninformed_maps(name: str, count: int, size: int, seed: int = 0) -> np.ndarray:
-    """Returns float64 [count, size, size] that know nothing of images and models.
-
-    Args:
-      name: "random", uniform and another for every image, or "centre", a Gaussian of a quarter of
-        the side in the middle of each.
-      count: of maps.
-      size: height and width in pixels.
-      seed: of the random ones.
-    """
-    if name == "random":
-        return np.random.default_rng(seed).random((count, size, size))
-    line = np.exp(-0.5 * ((np.arange(size) - (size - 1) / 2) / (size / 4)) ** 2)
-    return np.broadcast_to(np.outer(line, line), (count, size, size))
+def random_maps(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """Returns [count, size, size], uniform noise that knows neither image nor model."""
+    return np.random.default_rng(seed).random((count, size, size))
 
 
 def blurred(images: np.ndarray) -> np.ndarray:
@@ -100,297 +54,151 @@ def ranks(maps: np.ndarray, seed: int = 0) -> np.ndarray:
     return np.argsort(order, axis=1).reshape(maps.shape)
 
 
-def probabilities_of(model: Classifier) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a compiled function: [N, S, S, 3] in 0..255 -> probabilities float32 [N, K]."""
-    program = compiled(model, lambda m, x: jax.nn.softmax(m(m.preprocess(x))))
-    return lambda images: in_batches(program, images.astype(np.float32))
-
-
 def deletion_and_insertion(
     predict: Callable[[np.ndarray], np.ndarray],
     images: np.ndarray,
     maps: np.ndarray,
     targets: np.ndarray,
-    steps: int = STEPS,
-    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the probability of the target while pixels go, and while they come back.
+    """Returns the probability of the target [N] while pixels go, and while they come back.
 
-    Args:
-      predict: images [N, S, S, 3] in 0..255 -> probabilities [N, K].
-      images: uint8 [N, S, S, 3].
-      maps: [N, S, S], the pixels of the highest values go and come first.
-      targets: int [N].
-      steps: of equal numbers of pixels.
-      seed: of the order of equal values.
-
-    Returns:
-      Two curves, each [N, steps + 1]: from the whole image to the blurred one, and back.
+    Two curves [N, STEPS + 1], in the order of maps [N, S, S], the highest values first: from the
+    whole image to the blurred one, and back. `predict` gives probabilities [N, K] of images.
     """
-    rank, blur = ranks(maps, seed)[..., None], blurred(images)
-    rows, curves = np.arange(len(images)), ([], [])
-    for step in range(steps + 1):
-        chosen = rank < round(step / steps * rank[0].size)
-        for curve, mixed in zip(
-            curves, (np.where(chosen, blur, images), np.where(chosen, images, blur)), strict=True
-        ):
-            curve.append(predict(mixed)[rows, targets])
-    return np.stack(curves[0], axis=1), np.stack(curves[1], axis=1)
+    rank, blur = ranks(maps)[..., None], blurred(images)
+    rows, deletion, insertion = np.arange(len(images)), [], []
+    for step in range(STEPS + 1):
+        chosen = rank < round(step / STEPS * rank[0].size)
+        deletion.append(predict(np.where(chosen, blur, images))[rows, targets])
+        insertion.append(predict(np.where(chosen, images, blur))[rows, targets])
+    return np.stack(deletion, axis=1), np.stack(insertion, axis=1)
 
 
 def area_under(curves: np.ndarray) -> np.ndarray:
-    """Returns [N], the areas under curves [N, steps + 1] over 0..1, by trapezoids."""
+    """Returns [N], the areas under curves [N, STEPS + 1] over 0..1, by trapezoids."""
     return np.trapezoid(curves, dx=1 / (curves.shape[1] - 1), axis=1)
 
 
-# --- sanity check ---------------------------------------------------------------------------------
+def half_area(maps: np.ndarray) -> np.ndarray:
+    """Returns [N], the smallest share of the pixels that holds half of a map; NaN for zeros."""
+    flat = maps.reshape(len(maps), -1).astype(np.float64)
+    total = flat.sum(axis=1, keepdims=True)
+    shares = -np.sort(-flat / np.where(total > 0, total, np.nan), axis=1)  # the largest first
+    area = ((shares.cumsum(axis=1) < 0.5).sum(axis=1) + 1) / flat.shape[1]
+    return np.where(total[:, 0] > 0, area, np.nan)
 
 
 def shuffled_model(model: Classifier, seed: int = 0) -> Classifier:
     """Returns the model with the values of each parameter array in random order.
 
-    The weights mean nothing any more, but keep their distribution, so that the answers of a network
+    The weights mean nothing any more, but keep their distribution, so that the outputs of a network
     with stored BatchNorm statistics stay of a size that has gradients.
     """
-    _, params, stats = split_model(model)
+    _, params, statistics = split_model(model)
     draw = np.random.default_rng(seed)
     shuffled = {
-        path: jnp.asarray(draw.permutation(np.asarray(params[path]).ravel()).reshape(array.shape))
+        path: jnp.asarray(draw.permutation(np.asarray(array).ravel()).reshape(array.shape))
         for path, array in sorted(params.items())
     }
-    return merge_model(model, shuffled, stats)
+    return merge_model(model, shuffled, statistics)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns [N], Spearman's correlation over the pixels of each pair of maps [N, S, S].
-
-    NaN where a map is the same everywhere.
-    """
-    values = []
-    for pair in zip(first, second, strict=True):
-        ranked = [stats.rankdata(one) - (one.size + 1) / 2 for one in pair]
-        scale = math.sqrt((ranked[0] ** 2).sum() * (ranked[1] ** 2).sum())
-        values.append((ranked[0] * ranked[1]).sum() / scale if scale else math.nan)
-    return np.array(values)
+    """Returns [N], Spearman's correlation of maps [N, S, S]; NaN for a map of one value."""
+    ranked = [stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (first, second)]
+    x, y = (values - values.mean(axis=1, keepdims=True) for values in ranked)
+    scale = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+    return (x * y).sum(axis=1) / np.where(scale > 0, scale, np.nan)
 
 
-# --- together -------------------------------------------------------------------------------------
+def score_maps(
+    model: Classifier, explain: Callable[..., np.ndarray], images: np.ndarray, targets: np.ndarray
+) -> Scores:
+    """Returns the scores of one model's maps of images uint8 [N, S, S, 3] and their targets [N].
 
-
-def measure(
-    model: Classifier,
-    explain: Callable[..., np.ndarray],
-    images: np.ndarray,
-    targets: np.ndarray,
-    steps: int = STEPS,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """Returns every measure of the maps of one model, per image.
-
-    Args:
-      model: in evaluation mode.
-      explain: of this model, as `saliency.explainer` returns it.
-      images: uint8 [N, S, S, 3].
-      targets: int [N], the classes that are explained.
-      steps: of deletion and insertion.
-      seed: of everything that is random.
-
-    Returns:
-      `entropy`, `half_area`, `similarity` to the map of shuffled weights, each [N] with NaN for
-      maps of zeros; `zero` bool [N]; and for "map", "random" and "centre" the curves
-      `deletion_<name>`, `insertion_<name>` [N, steps + 1].
+    `explain` is from `methods.explainer`. Scores are `half_area` and `similarity` to the map of
+    shuffled weights, [N] with NaN for maps of zeros; `zero` bool [N]; and the curves
+    `deletion_map`, `insertion_map`, `deletion_random` and `insertion_random`, [N, STEPS + 1].
     """
     maps = explain(images, targets)
-    meaningless = explain(images, targets, shuffled_model(model, seed))
-    measured = {
+    shuffled = explain(images, targets, shuffled_model(model))
+    scores = {
         "zero": maps.max(axis=(1, 2)) == 0,
-        "entropy": entropy(maps),
         "half_area": half_area(maps),
-        "similarity": rank_correlation(maps, meaningless),
+        "similarity": rank_correlation(maps, shuffled),
     }
-    predict, shape = probabilities_of(model), images.shape[:2]
-    uninformed = {name: uninformed_maps(name, *shape, seed) for name in BASELINES}
-    for name, one in {"map": maps, **uninformed}.items():
-        curves = deletion_and_insertion(predict, images, one, targets, steps, seed)
-        measured[f"deletion_{name}"], measured[f"insertion_{name}"] = curves
-    return measured
+    program = compiled(model, lambda m, x: jax.nn.softmax(m(m.preprocess(x))))
+    predict = partial(in_batches, program)
+    for name, order in (("map", maps), ("random", random_maps(*images.shape[:2]))):
+        curves = deletion_and_insertion(predict, images, order, targets)
+        scores[f"deletion_{name}"], scores[f"insertion_{name}"] = curves
+    return scores
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean over images and half the width of its 95 % t-interval.
-
-    NaN values are left out; the width is NaN for fewer than two others, the mean for none.
-    """
+    """Returns the mean of all but NaN, and the half-width of its 95 % t-interval, NaN for one."""
     values = values[~np.isnan(values)]
     if len(values) < 2:
         return (float(values[0]) if len(values) else math.nan), math.nan
     return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def summarise(measured: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """Returns one row of a model: mean and half-width of the 95 % interval of every measure.
+def summarise(scores: Scores) -> dict[str, tuple[float, float]]:
+    """Returns mean and half-width of the 95 % interval of every score; curves become areas.
 
-    Curves become their areas. `gain` is by how much insertion lies above deletion, less what a
-    random map reaches on the same image: 0 is a map that knows nothing, higher is better.
-
-    Args:
-      measured: what `measure` returned.
+    `gain` is by how much insertion lies above deletion, less what a random map reaches on the same
+    image: 0 is a map that knows nothing, higher is better.
     """
-    values = {key: measured[key] for key in ("entropy", "half_area", "similarity")}
-    for key, curves in measured.items():
-        if curves.ndim == 2:
-            values[key] = area_under(curves)
-    above = {
-        name: values[f"insertion_{name}"] - values[f"deletion_{name}"] for name in ("map", "random")
-    }
-    values["gain"] = above["map"] - above["random"]
+    values = {key: scores[key] for key in ("half_area", "similarity")}
+    values |= {key: area_under(curves) for key, curves in scores.items() if curves.ndim == 2}
+    random_order = values["insertion_random"] - values["deletion_random"]
+    values["gain"] = values["insertion_map"] - values["deletion_map"] - random_order
     return {key: mean_and_interval(value) for key, value in values.items()}
 
 
-def rank_test(x: Sequence[float], y: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Returns Spearman's correlation and its two-sided p-value by permutation, exact for few.
-
-    NaN for fewer than three pairs, and where one of both is the same throughout.
-    """
-    x, y = (stats.rankdata(one) - (len(one) + 1) / 2 for one in (x, y))
-    scale = math.sqrt((x**2).sum() * (y**2).sum())
-    if len(x) < 3 or not scale > 0:
-        return math.nan, math.nan
-    found = stats.permutation_test(
-        (x,),
-        lambda x, axis=-1: (x * y).sum(axis=axis) / scale,
-        permutation_type="pairings",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
+def score_table(
+    scores: dict[str, Scores], accuracies: list[float], resolutions: list[str]
+) -> Table:
+    """Returns a row per label; accuracies are in 0..1, resolutions as a reader sees them."""
+    columns = {"deletion_map": "deletion", "insertion_map": "insertion", "gain": "gain over random"}
+    columns |= {"half_area": "area of half", "similarity": "similarity"}
+    rows = []
+    for label, accuracy, resolution in zip(scores, accuracies, resolutions, strict=True):
+        summary, zero = summarise(scores[label]), scores[label]["zero"]
+        cells = [*(_plus_minus(*summary[key]) for key in columns), f"{zero.sum()} of {len(zero)}"]
+        rows.append([label, percent(accuracy), resolution, *cells])
+    caption = (
+        "Areas under deletion (lower is better) and insertion (higher is better); pixels are "
+        "replaced by a blur of an eighth of the image's side. The gain is insertion less deletion, "
+        "compared with a random order on the same image. Area of half: the smallest share of the "
+        "image that holds half of the map; coarse maps cannot be as focused as fine ones. "
+        "Similarity: rank correlation with the map of the same network with shuffled weights, "
+        "which should be near 0. Mean ± half of the 95 % t-interval over images."
     )
-    return float(found.statistic), float(found.pvalue)
-
-
-def answer(accuracies: Sequence[float], rows: Sequence[dict]) -> str:
-    """Returns whether the more accurate models have the less focused or less faithful maps.
-
-    Args:
-      accuracies: of each model.
-      rows: what `summarise` returned for each.
-    """
-    found = {
-        name: rank_test(accuracies, [sign * row[key][0] for row in rows])
-        for name, key, sign in (("focused", "half_area", -1), ("faithful", "gain", 1))
-    }
-    if any(math.isnan(correlation) for correlation, _ in found.values()):
-        return (
-            f"Whether more accurate models have more focused or more faithful maps cannot be said "
-            f"of {len(rows)}: three or more with maps are needed."
-        )
-    words, numbers = [], []
-    for name, (correlation, p) in found.items():
-        tends = "more" if correlation > 0 else "less"
-        words.append(f"{tends} {name}" if p < 0.05 else f"neither clearly more nor less {name}")
-        numbers.append(f"{correlation:+.2f} with how {name} they are (p = {p:.2g})")
-    return (
-        f"Of these {len(rows)} models, the more accurate have maps that are {words[0]}, and "
-        f"{words[1]}: the rank correlation of accuracy is {' and '.join(numbers)}. "
-        "Focused means that half of the map lies on little of the image, faithful that it beats a "
-        "random map in deletion and insertion. Models differ in more than accuracy, the resolution "
-        "of their maps among others, so this describes these models and establishes no cause."
-    )
-
-
-def against_centre(rows: Sequence[dict]) -> str:
-    """Returns how often a Gaussian in the centre, which knows no model, does as well as the maps.
-
-    Args:
-      rows: what `summarise` returned for each model.
-    """
-    better = [
-        row["deletion_map"][0] < row["deletion_centre"][0]
-        and row["insertion_map"][0] > row["insertion_centre"][0]
-        for row in rows
-    ]
-    return (
-        f"The maps of {sum(better)} of {len(rows)} models beat, on average, a Gaussian in the "
-        "centre of the image in both deletion and insertion; that Gaussian knows no model."
-    )
-
-
-def tables(
-    measured: dict[str, dict[str, np.ndarray]],
-    accuracies: Sequence[float],
-    maps: Sequence[str],
-    title: str,
-) -> list[Table]:
-    """Returns two tables with a row per model: deletion and insertion; focus and sanity.
-
-    Args:
-      measured: what `measure` returned, by label.
-      accuracies: on all test images, in 0..1.
-      maps: resolution and stage of each model's maps.
-      title: of the method.
-    """
-    curves = [f"{kind}_{name}" for kind in ("deletion", "insertion") for name in ORDERS]
-    known, faithful, focused = {"map": title} | {name: name for name in BASELINES}, [], []
-    for (label, values), accuracy, name in zip(measured.items(), accuracies, maps, strict=True):
-        row = {key: _plus_minus(*pair) for key, pair in summarise(values).items()}
-        start = [label, percent(accuracy)]
-        faithful.append([*start, *(row[key] for key in curves), row["gain"]])
-        rest = [row[key] for key in ("half_area", "entropy", "similarity")]
-        focused.append([*start, name, *rest, f"{values['zero'].sum()} of {len(values['zero'])}"])
-    first = ["model", "test acc. %"]
-    headings = [f"{key.split('_')[0]}: {known[key.split('_')[1]]}" for key in curves]
-    mean = "Mean ± half of the 95 % t-interval over images."
-    return [
-        Table(
-            [*first, *headings, "gain over random"],
-            faithful,
-            "Areas under deletion (lower is better) and insertion (higher is better), by the order "
-            "of the map, a random one, and a Gaussian in the centre; pixels are replaced by a blur "
-            "of an eighth of the image's side. The gain is insertion less deletion, compared with "
-            f"the random order on the same image. {mean}",
-        ),
-        Table(
-            [*first, "map", "area of half", "entropy", "similarity", "zero maps"],
-            focused,
-            "Focus and sanity: the smallest share of the image that holds half of the map; entropy "
-            "as a share of the largest possible; rank correlation with the map of the same network "
-            "with shuffled weights, which should be near 0. Coarse maps cannot be as focused as "
-            f"fine ones. {mean}",
-        ),
-    ]
+    return Table(["model", "test acc. %", "map", *columns.values(), "zero maps"], rows, caption)
 
 
 def _plus_minus(mean: float, half: float) -> str:
     return decimal(mean) if math.isnan(half) else f"{decimal(mean)} ± {decimal(half)}"
 
 
-def draw_faithfulness(
-    measured: dict[str, dict[str, np.ndarray]], title: str, colours: dict
-) -> Figure:
-    """Deletion and insertion by model: the mean over images, dotted for a random map.
-
-    Args:
-      measured: what `measure` returned, by label.
-      colours: of each label, as in the other pictures.
-      title: of the method.
-    """
+def draw_faithfulness(scores: dict[str, Scores], title: str, colours: dict) -> plt.Figure:
+    """Draws the mean curves of each label's maps by a method, dotted those of random maps."""
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
     axes[0].plot([], [], "-", color="0.3", label=f"by {title}")
     axes[0].plot([], [], ":", color="0.3", label="in random order")
-    for axis, kind, verb in zip(
-        axes, ("deletion", "insertion"), ("blurred", "shown sharp"), strict=True
-    ):
-        for label, values in measured.items():
-            for name, style in (("map", "-"), ("random", ":")):
-                curve = 100 * values[f"{kind}_{name}"].mean(axis=0)
-                axis.plot(
-                    np.linspace(0, 100, len(curve)),
-                    curve,
-                    style,
-                    color=colours[label],
-                    label=figures.literal(label) if name == "map" else None,
-                )
+    share = np.linspace(0, 100, STEPS + 1)
+    verbs = {"deletion": "blurred", "insertion": "shown sharp"}
+    for axis, (kind, verb) in zip(axes, verbs.items(), strict=True):
+        for label, values in scores.items():
+            by_map, at_random = (
+                100 * values[f"{kind}_{x}"].mean(axis=0) for x in ("map", "random")
+            )
+            axis.plot(share, by_map, "-", color=colours[label], label=literal(label))
+            axis.plot(share, at_random, ":", color=colours[label])
         axis.set(xlabel=f"pixels {verb}, % of the image", title=kind)
         axis.grid()
     axes[0].set_ylabel("mean probability of the class, %")
     figure.tight_layout()
-    figures.legend_beside(figure, axes)
+    legend_beside(figure, axes)
     return figure

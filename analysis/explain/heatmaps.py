@@ -27,12 +27,7 @@ class View:
 
 
 def overlay(photo: np.ndarray | None, heat: np.ndarray | None) -> np.ndarray:
-    """Returns [S, S, 3] in 0..1: a heat map, divided by its maximum, over a pale grey photo.
-
-    Args:
-      photo: uint8 [S, S, 3], or None for the heat map alone.
-      heat: [S, S], not negative, or None for the photo alone.
-    """
+    """Returns [S, S, 3] in 0..1: a heat map by its maximum over a pale grey photo, or one alone."""
     if heat is None:
         return photo / 255
     share = heat / (heat.max() or 1)
@@ -45,12 +40,7 @@ def overlay(photo: np.ndarray | None, heat: np.ndarray | None) -> np.ndarray:
 
 
 def draw_views(rows: list[list[View | None]], names: list[str]) -> plt.Figure:
-    """Draws views on a grid, with a name beside each row and one colour bar for all.
-
-    Args:
-      rows: of one length; None stays empty.
-      names: one per row, up to three short lines.
-    """
+    """Draws rows of views, None for an empty cell, with a name of up to three lines beside each."""
     shape, side, gap = (len(rows), len(rows[0])), 1.3, 0.42  # inches
     left, right = 0.75, 0.9
     width, height = left + shape[1] * (side + 0.12) + right, shape[0] * (side + gap)
@@ -59,7 +49,7 @@ def draw_views(rows: list[list[View | None]], names: list[str]) -> plt.Figure:
         left=left / width, right=1 - right / width, bottom=0.02, top=1 - gap / height,
         wspace=0.12 / side, hspace=gap / side,
     )  # fmt: skip
-    for axis, view in zip(axes.flat, (view for row in rows for view in row), strict=True):
+    for axis, view in zip(axes.flat, sum(rows, []), strict=True):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.grid(False)
@@ -83,63 +73,40 @@ def _draw(axis: plt.Axes, view: View) -> None:
         axis.text(0.5, 0.5, ZERO, fontsize=8, bbox=box, **place)
 
 
-class Lens:
-    """A run's model and test images, and what a method says of them.
-
-    Raises:
-      UserError: what `saliency.explainer` refuses, or the data is not that of the run.
-    """
+class ExplainedRun:
+    """A run's model and test images, and their maps by one method."""
 
     def __init__(
         self, run: FinishedRun, method: str, stage: int | None = None, data_path: str = ""
     ):
-        self.run, self.model, self.method = run, load_classifier(run), METHODS[method]
-        self.photos = load_test_images(run, data_path)
-        self.labels, logits = run.test["labels"], run.test["logits"]
-        self.predicted, self.probabilities = logits.argmax(axis=1), softmax(logits, axis=1)
+        self.run, self.model, kind = run, load_classifier(run), METHODS[method].kind
+        self.photos, self.labels = load_test_images(run, data_path), run.test["labels"]
+        self.probabilities = softmax(run.test["logits"], axis=1)
         size = self.photos.shape[1]
         self.explain = explainer(self.model, size, method, stage)
         self.stage = default_stage(self.model, size) if stage is None else stage
-        self.side = map_side(self.model, size, self.stage)
-
-    @property
-    def only_pixels(self) -> bool:
-        """Whether a CAM method would have nothing to weigh but the colours of pixels."""
-        return self.method.kind == "map" and self.stage == 0
-
-    @property
-    def map_name(self) -> str:
-        """Resolution and stage of the map, as a reader sees them."""
-        if self.method.kind != "map":
-            return "pixels"
-        return f"{self.side}x{self.side}, stage {self.stage} of {len(self.model.stages)}"
+        self.only_pixels = kind == "map" and self.stage == 0  # a CAM that weighs colours alone
+        side = map_side(self.model, size, self.stage)
+        of_stage = f"{side}x{side}, stage {self.stage} of {len(self.model.stages)}"
+        self.resolution = of_stage if kind == "map" else "pixels"  # as a reader sees it
 
     def photo(self, row: int) -> View:
         """Returns the photo of a test image under its true class."""
         return View(f"true:\n{self.name(self.labels[row])}", self.photos[row])
 
     def views(self, rows: Sequence[int], targets: np.ndarray) -> list[View]:
-        """Returns the maps of test images over their photos, under class and confidence.
-
-        Right and wrong predictions have a mark and a colour; a class that was not predicted has
-        neither.
-        """
-        rows = list(rows)
-        views = []
-        for row, target, heat in zip(
-            rows, targets, self.explain(self.photos[rows], targets), strict=True
-        ):
+        """Returns maps over photos, under class and confidence, coloured where it was predicted."""
+        views, heats = [], self.explain(self.photos[rows], targets)
+        for row, target, heat in zip(rows, targets, heats, strict=True):
             mark, colour = "for", "black"
-            if target == self.predicted[row]:
-                right = target == self.labels[row]
-                mark, colour = ("✓", RIGHT) if right else ("✗", WRONG)
-            share = f"{100 * self.probabilities[row, target]:.0f} %"
-            title = f"{mark} {self.name(target)}\n{share}"
+            if target == self.run.predicted[row]:
+                mark, colour = ("✓", RIGHT) if self.run.correct[row] else ("✗", WRONG)
+            title = f"{mark} {self.name(target)}\n{100 * self.probabilities[row, target]:.0f} %"
             views.append(View(title, self.photos[row], heat, colour))
         return views
 
     def surest(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the rows in order of the confidence of their prediction, the highest first."""
+        """Returns the rows by the confidence of their prediction, the highest first."""
         return rows[np.argsort(-self.probabilities.max(axis=1)[rows], kind="stable")]
 
     def name(self, number: int) -> str:
