@@ -25,7 +25,7 @@ from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
 from experiment.files import write_json
 from experiment.grid import Run, check_run_dir, expand, shard
-from experiment.queue import STOPPED, Signals, prepare_workdir, train_one
+from experiment.runner import STOPPED, Signals, prepare_workdir, train_one
 from input_pipeline import load_dataset
 from train import check_run, train_and_evaluate
 

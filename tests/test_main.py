@@ -14,7 +14,7 @@ import pytest
 import main
 from errors import UserError
 from experiment.grid import Run
-from experiment.queue import prepare_workdir
+from experiment.runner import prepare_workdir
 from tests.conftest import ROOT, paint
 
 DIGITS = (

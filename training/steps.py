@@ -93,8 +93,7 @@ def make_train_step(
     steps after it: so the first bad step is known exactly without waiting for the device at each.
 
     Args:
-      config: of one phase of a run.
-      model: gives structure; its parameters are not read.
+      config, model: of one phase of a run; the model gives structure, its parameters are not read.
       optimizer: of the parameters that train.
       weights: [K] of the classes in the loss.
       first: the first stage that trains; the arrays before it pass through untouched.
@@ -121,8 +120,7 @@ def make_train_step(
             return loss, (losses, logits, split_model(merged)[2])
 
         old = trained(state["params"], first)
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (losses, logits, stats)), gradient = value_and_grad(old)
+        (loss, (losses, logits, stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(old)
         updates, optimizer_state = optimizer.update(gradient, state["optimizer"], old)
         updates = jax.tree.map(lambda u: u * state["rate_scale"].scale, updates)
         params = state["params"] | optax.apply_updates(old, updates)
