@@ -56,6 +56,8 @@ class Classifier(nnx.Module):
     min_image_size = 1
     preprocessing = Preprocessing()  # of the class; loading weights gives a model its own
     trained_by_gradient = True  # False: the model has `fit` instead
+    names = {}  # {publisher: what its files call our layers}, see weights/names.py
+    flattened = {}  # {kernel: (h, w, C)} of a linear layer that takes a flattened map
     name: str  # in `models.MODELS`
     num_classes: int
     fields: tuple[tuple, ...]  # what `create_model` was given beside the common arguments

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import Conv, flatten, he_normal, max_pool_2x2
+from models.layers import Conv, flatten, he_normal
+from models.lowering import max_pool_2x2
 
 
 class Cnn(Classifier):

@@ -111,10 +111,78 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
+def _timm_name(model: Classifier, stage: str, block: str, part: str) -> str:
+    """timm numbers convolutions through; the first stage has no expanding layer."""
+    parts = TIMM_PARTS if stage == "1" else TIMM_PARTS | TIMM_EXPANDING
+    return f"blocks.{int(stage) - 1}.{block}.{parts[part]}"
+
+
+TIMM_PARTS = {
+    "depthwise.conv": "conv_dw",
+    "depthwise.norm": "bn1",
+    "gate.reduce": "se.conv_reduce",
+    "gate.expand": "se.conv_expand",
+    "project.conv": "conv_pw",
+    "project.norm": "bn2",
+}
+TIMM_EXPANDING = {
+    "expand.conv": "conv_pw",
+    "expand.norm": "bn1",
+    "depthwise.norm": "bn2",
+    "project.conv": "conv_pwl",
+    "project.norm": "bn3",
+}
+TIMM_NAMES = {
+    "0.conv": "conv_stem",
+    "0.norm": "bn1",
+    r"(\d).layers.(\d+).(\w+.\w+)": _timm_name,
+    "8.conv": "conv_head",
+    "8.norm": "bn2",
+    "9.linear": "classifier",
+}
+
+
+def _torchvision_name(model: Classifier, stage: str, block: str, part: str, layer: str) -> str:
+    order = ["expand", "depthwise", "gate", "project"][stage == "1" :]
+    number = {"conv": "0", "norm": "1", "reduce": "fc1", "expand": "fc2"}[layer]
+    return f"features.{stage}.{block}.block.{order.index(part)}.{number}"
+
+
+KERAS_PARTS = {
+    "expand.conv": "expand_conv",
+    "expand.norm": "expand_bn",
+    "depthwise.conv": "dwconv",
+    "depthwise.norm": "bn",
+    "gate.reduce": "se_reduce",
+    "gate.expand": "se_expand",
+    "project.conv": "project_conv",
+    "project.norm": "project_bn",
+}
+
+
 class EfficientNet(Classifier):
     """Stem, seven stages of inverted residuals, 1x1 convolution, pooled linear head."""
 
     min_image_size = 32
+    names = {
+        "timm": TIMM_NAMES,
+        "torchvision": {
+            "(0|8).conv": r"features.\1.0",
+            "(0|8).norm": r"features.\1.1",
+            r"(\d).layers.(\d+).(\w+).(\w+)": _torchvision_name,
+            "9.linear": "classifier.1",
+        },
+        "keras": {
+            "0.conv": "stem_conv",
+            "0.norm": "stem_bn",
+            r"(\d).layers.(\d+).(\w+.\w+)": lambda model, stage, block, part: (
+                f"block{stage}{'abcdefgh'[int(block)]}_{KERAS_PARTS[part]}"
+            ),
+            "8.conv": "top_conv",
+            "8.norm": "top_bn",
+            "9.linear": "predictions",
+        },
+    }
     width, depth = 1.0, 1.0
     # expansion, channels, blocks, stride, kernel side: of B0
     plan = (

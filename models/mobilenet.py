@@ -5,8 +5,27 @@ from flax import nnx
 
 from errors import choose
 from models.classifier import Classifier
-from models.efficientnet import ConvNormAct, inverted_residual_stages
+from models.efficientnet import TIMM_NAMES, ConvNormAct, inverted_residual_stages
 from models.layers import PooledLinear
+
+
+def _number(model: Classifier, stage: str, block: str) -> int:
+    """Returns how many inverted residuals come before this one."""
+    return sum(len(s.layers) for s in model.stages[1 : int(stage)]) + int(block)
+
+
+def _torchvision_name(model: Classifier, stage: str, block: str, part: str, layer: str) -> str:
+    number = _number(model, stage, block)
+    order = ["expand", "depthwise", "project"][number == 0 :]
+    place, kind = order.index(part), {"conv": 0, "norm": 1}[layer]
+    last = f"{place + kind}" if part == "project" else f"{place}.{kind}"
+    return f"features.{number + 1}.conv.{last}"
+
+
+def _keras_name(model: Classifier, stage: str, block: str, part: str, layer: str) -> str:
+    number = _number(model, stage, block)
+    prefix = f"block_{number}" if number else "expanded_conv"
+    return f"{prefix}_{part}" + ("_BN" if layer == "norm" else "")
 
 
 class MobileNetV2(Classifier):
@@ -17,6 +36,25 @@ class MobileNetV2(Classifier):
 
     default_image_size = 224
     min_image_size = 32
+    names = {
+        "timm": TIMM_NAMES,
+        "torchvision": {
+            "0.conv": "features.0.0",
+            "0.norm": "features.0.1",
+            r"(\d).layers.(\d+).(\w+).(\w+)": _torchvision_name,
+            "8.conv": "features.18.0",
+            "8.norm": "features.18.1",
+            "9.linear": "classifier.1",
+        },
+        "keras": {
+            "0.conv": "Conv1",
+            "0.norm": "bn_Conv1",
+            r"(\d).layers.(\d+).(\w+).(\w+)": _keras_name,
+            "8.conv": "Conv_1",
+            "8.norm": "Conv_1_bn",
+            "9.linear": "predictions",
+        },
+    }
     # expansion, channels, blocks, stride, kernel side
     plan = (
         (1, 16, 1, 1, 3),

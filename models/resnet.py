@@ -6,7 +6,8 @@ from flax import nnx
 
 from errors import choose
 from models.classifier import Classifier
-from models.layers import BatchNorm, PooledLinear, conv, max_pool_3x3
+from models.layers import BatchNorm, PooledLinear, conv
+from models.lowering import max_pool_3x3
 
 
 class ConvNorm(nnx.Module):
@@ -66,11 +67,39 @@ class Block(nnx.Module):
         return nnx.relu(self.convs[-1](x) + shortcut)
 
 
+def _keras_name(model: Classifier, stage: str, block: str, place: str, part: str) -> str:
+    number = 0 if place == "shortcut" else int(place[-1]) + 1
+    return f"conv{int(stage) + 1}_block{int(block) + 1}_{number}_{PARTS[part]}"
+
+
+PARTS = {"conv": "conv", "norm": "bn"}
+TORCH_NAMES = {
+    "0.conv.conv": "conv1",
+    "0.conv.norm": "bn1",
+    r"(\d).layers.(\d+).convs.(\d).(\w+)": lambda model, stage, block, place, part: (
+        f"layer{stage}.{block}.{PARTS[part]}{int(place) + 1}"
+    ),
+    r"(\d).layers.(\d+).shortcut.conv": r"layer\1.\2.downsample.0",
+    r"(\d).layers.(\d+).shortcut.norm": r"layer\1.\2.downsample.1",
+    "5.linear": "fc",
+}
+
+
 class ResNet(Classifier):
     """Stem, four stages of residual blocks, pooled linear head."""
 
     default_image_size = 224
     min_image_size = 32
+    names = {
+        "timm": TORCH_NAMES,
+        "torchvision": TORCH_NAMES,
+        "keras": {
+            "0.conv.conv": "conv1_conv",
+            "0.conv.norm": "conv1_bn",
+            r"(\d).layers.(\d+).(convs.\d|shortcut).(\w+)": _keras_name,
+            "5.linear": "predictions",
+        },
+    }
     blocks: tuple[int, int, int, int]
     bottleneck = True
 

@@ -74,6 +74,14 @@ class Head(nnx.Module):
         return self.linear(self.norm(x)[:, 0])
 
 
+def _blocks(prefix: str, **parts: str) -> dict:
+    """Names of the parts of every block; publishers count blocks from 0."""
+    return {
+        rf"(\d+).{ours}": lambda model, stage, theirs=theirs: f"{prefix}{int(stage) - 1}.{theirs}"
+        for ours, theirs in parts.items()
+    }
+
+
 class VisionTransformer(Classifier):
     """Embedding, twelve blocks, head; stages hand on tokens [B, 1 + N, C], the class token first.
 
@@ -83,6 +91,33 @@ class VisionTransformer(Classifier):
 
     default_image_size = 224
     min_image_size = 16
+    names = {
+        "timm": {
+            "0.class_token": "cls_token",
+            "0.positions": "pos_embed",
+            "0.patches": "patch_embed.proj",
+            **_blocks("blocks.", norm1="norm1", norm2="norm2", qkv="attn.qkv", out="attn.proj"),
+            **_blocks("blocks.", fc1="mlp.fc1", fc2="mlp.fc2"),
+            "13.norm": "norm",
+            "13.linear": "head",
+        },
+        "torchvision": {
+            "0.class_token": "class_token",
+            "0.positions": "encoder.pos_embedding",
+            "0.patches": "conv_proj",
+            **_blocks(
+                "encoder.layers.encoder_layer_",
+                norm1="ln_1",
+                norm2="ln_2",
+                qkv="self_attention.in_proj",
+                out="self_attention.out_proj",
+                fc1="mlp.0",
+                fc2="mlp.3",
+            ),
+            "13.norm": "encoder.ln",
+            "13.linear": "heads.head",
+        },
+    }
     width: int
     heads: int
     depth, patch = 12, 16

@@ -17,6 +17,7 @@ from models.pretrained import main
 from models.weights import loading
 from models.weights.download import digest
 from models.weights.formats import read_weights, write_safetensors
+from models.weights.names import source_names
 from models.weights.published import PUBLISHED
 from tests.models.filled import unfilled
 from tests.models.synthetic import random_array, random_weights, write_h5
@@ -30,7 +31,7 @@ NEW_HEAD = "the classifier is new (stages.5.linear.bias, stages.5.linear.kernel)
 def shapes_of(model, family: str) -> dict[str, tuple[int, ...]]:
     """{published name: published shape} of a network, for files written without the publisher."""
     ours = {path: a.shape for part in split_model(model)[1:] for path, a in part.items()}
-    names = loading.conversion.source_names(model, family, list(ours))
+    names = source_names(model, family, list(ours))
 
     def theirs(shape):
         if family == "keras" or len(shape) == 1:
