@@ -68,7 +68,7 @@ class Classifier(nnx.Module):
         return self.preprocessing(images)
 
     def run(self, x: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
-        """Applies `stages[start:stop]` to what the stage before them hands on."""
+        """Applies `stages[start:stop]` to the output of the stage before them."""
         for stage in self.stages[start:stop]:
             x = stage(x)
         return x
@@ -99,7 +99,7 @@ def in_mode(
     Args:
       model: stays in its own mode.
       training: False for evaluation, where the rest does not matter.
-      first: the first stage that trains; those before it are frozen, their dropout is off.
+      first: the first stage that trains; those before it are frozen, without dropout.
       batch_norm: of stages that train: "batch" normalises by the batch and moves the running
         statistics, "running" normalises by those and keeps them.
       frozen_batch_norm: likewise of frozen stages, where "batch" is a mistake.

@@ -62,16 +62,7 @@ class Knn(Classifier):
     preprocessing = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     trained_by_gradient = False
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        metric: str = "l2",
-        max_k: int = 15,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, num_classes: int, image_size: int, *, metric="l2", max_k=15, dtype, rngs):
         del dtype, rngs  # distances are always float32
         if max_k < 1:
             raise UserError(f"knn: max_k={max_k} must be at least 1")
@@ -85,15 +76,10 @@ class Knn(Classifier):
         return head.images[...].size * (3 if head.metric == "l1" else 2)
 
     def fit(self, train: tuple, validation: tuple, batch_size: int) -> dict[int, float]:
-        """Remembers the training images and chooses k.
+        """Remembers the training images and keeps the smallest k of best validation accuracy.
 
-        Args:
-          train: images [N, H, W, 3] uint8 and labels [N].
-          validation: likewise.
-          batch_size: validation images looked up at once.
-
-        Returns:
-          The validation accuracy of every k; the smallest of the best is kept.
+        `train` and `validation` are images [N, H, W, 3] uint8 and labels [N]; `batch_size`
+        validation images are looked up at once. Returns the accuracy of every k.
         """
         head = self.stages[-1]
         images, labels = train

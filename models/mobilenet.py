@@ -1,6 +1,5 @@
 """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381): inverted residuals with ReLU6."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from errors import choose
@@ -67,23 +66,15 @@ class MobileNetV2(Classifier):
     )
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        form: str = "torch",
-        dropout: float = 0.2,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, form="torch", dropout=0.2, dtype, rngs
     ):
         del image_size  # any: the head averages over places
         tf = choose("mobilenet_v2: form", form, ("torch", "tf")) == "tf"
         settings = {"tf": tf, "act": nnx.relu6, "dtype": dtype, "rngs": rngs}
-        self.stages = nnx.List(
-            [
-                ConvNormAct(3, 32, 3, 2, **settings),
-                *inverted_residual_stages(32, self.plan, 0.0, squeeze_excite=False, **settings),
-                ConvNormAct(320, 1280, 1, **settings),
-                PooledLinear(1280, num_classes, dropout, dtype=dtype, rngs=rngs),
-            ]
-        )
+        stages = [
+            ConvNormAct(3, 32, 3, 2, **settings),
+            *inverted_residual_stages(32, self.plan, 0.0, squeeze_excite=False, **settings),
+            ConvNormAct(320, 1280, 1, **settings),
+            PooledLinear(1280, num_classes, dropout, dtype=dtype, rngs=rngs),
+        ]
+        self.stages = nnx.List(stages)

@@ -1,7 +1,6 @@
 """ResNet (He et al. 2015, arXiv:1512.03385) as published weights need it: v1.5 and Keras' v1."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from errors import choose
@@ -44,17 +43,12 @@ class Block(nnx.Module):
     def __init__(
         self, inputs: int, width: int, stride: int, bottleneck: bool, form: str, **settings
     ):
-        early = form == "keras"
+        outputs = 4 * width if bottleneck else width
+        first, second = (stride, 1) if form == "keras" or not bottleneck else (1, stride)
         if bottleneck:
-            outputs = 4 * width
-            plan = [
-                (inputs, width, 1, stride if early else 1),
-                (width, width, 3, 1 if early else stride),
-                (width, outputs, 1, 1),
-            ]
+            plan = [(inputs, width, 1, first), (width, width, 3, second), (width, outputs, 1, 1)]
         else:
-            outputs = width
-            plan = [(inputs, width, 3, stride), (width, width, 3, 1)]
+            plan = [(inputs, width, 3, first), (width, width, 3, second)]
         self.convs = nnx.List([ConvNorm(*shape, form, **settings) for shape in plan])
         changes = stride != 1 or inputs != outputs
         self.shortcut = ConvNorm(inputs, outputs, 1, stride, form, **settings) if changes else None
@@ -104,14 +98,7 @@ class ResNet(Classifier):
     bottleneck = True
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        form: str = "torch",
-        dropout: float = 0.0,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, form="torch", dropout=0.0, dtype, rngs
     ):
         del image_size  # any: the head averages over places
         choose("resnet: form", form, ("torch", "keras"))

@@ -1,7 +1,6 @@
 """VGG (Simonyan and Zisserman 2014, arXiv:1409.1556), plain and with BatchNorm."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
@@ -44,9 +43,8 @@ def _keras_name(model: Classifier, stage: str, layer: str) -> str:
 class Vgg(Classifier):
     """Five stages of 3x3 convolutions, each ended by 2x2 max pooling, and a dense head.
 
-    Args of the architecture:
-      hidden: width of the head's two hidden layers; 0 for global average pooling and one linear
-        layer, which leaves out 124 of 138 M parameters.
+    `hidden` is the width of the head's two hidden layers; 0 gives global average pooling and one
+    linear layer instead, which leaves out 124 of 138 M parameters.
     """
 
     default_image_size = 224
@@ -75,16 +73,7 @@ class Vgg(Classifier):
     blocks: tuple[int, int, int, int, int] = (2, 2, 3, 3, 3)
     batch_norm = False
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        hidden: int = 4096,
-        dropout: float = 0.5,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, num_classes: int, image_size: int, *, hidden=4096, dropout=0.5, dtype, rngs):
         del image_size  # any: the head pools
         settings = {"dtype": dtype, "rngs": rngs}
         stages, channels = [], 3

@@ -28,9 +28,8 @@ class Embed(nnx.Module):
         x = self.patches(images)
         x = x.reshape(len(x), -1, x.shape[-1])  # [B, N, C]
         token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
-        return self.dropout(
-            jnp.concatenate([token.astype(x.dtype), x], axis=1) + self.positions[...]
-        )
+        tokens = jnp.concatenate([token.astype(x.dtype), x], axis=1)
+        return self.dropout(tokens + self.positions[...])
 
 
 class Block(nnx.Module):
@@ -123,13 +122,7 @@ class VisionTransformer(Classifier):
     depth, patch = 12, 16
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        dropout: float = 0.0,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, dropout: float = 0.0, dtype, rngs: nnx.Rngs
     ):
         if image_size % self.patch:
             raise UserError(
@@ -137,13 +130,12 @@ class VisionTransformer(Classifier):
                 f"that is a multiple of it, got {image_size}: set data.image_size"
             )
         settings = {"dtype": dtype, "rngs": rngs}
-        self.stages = nnx.List(
-            [
-                Embed(image_size // self.patch, self.patch, self.width, dropout, **settings),
-                *(Block(self.width, self.heads, dropout, **settings) for _ in range(self.depth)),
-                Head(self.width, num_classes, **settings),
-            ]
-        )
+        stages = [
+            Embed(image_size // self.patch, self.patch, self.width, dropout, **settings),
+            *(Block(self.width, self.heads, dropout, **settings) for _ in range(self.depth)),
+            Head(self.width, num_classes, **settings),
+        ]
+        self.stages = nnx.List(stages)
 
     def features(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] float32 -> [B, h, w, 2 C] before the last block."""
