@@ -252,7 +252,7 @@ def test_knn_agrees_with_scikit_learn(metric, theirs):
         ("cnn", {"dropout": 2.0}, "dropout=2.0 is out of range"),
         ("efficientnet_b0", {"stochastic_depth": 1.0}, "stochastic_depth=1.0 is out of range"),
         ("resnet18", {"form": "tf"}, "choose one of torch, keras"),
-        ("mobilenet_v2", {"form": "keras"}, "choose one of torch, tf"),
+        ("efficientnet_b0", {"form": "keras"}, "choose one of torch, tf"),
         ("mlp", {"hidden": (0,)}, "widths of at least 1"),
         ("knn", {"metric": "l3"}, "l1, l2"),
         ("knn", {"max_k": 0}, "max_k"),

@@ -171,7 +171,7 @@ def test_mistakes_in_names(model, name, fields, message):
         loading.load(unfilled(model, 10, SIZE, **fields), loading.find(name, model, fields))
 
 
-@pytest.mark.parametrize("name", ["timm/resnet18.tv_in1k", "keras/mobilenetv2.imagenet"])
+@pytest.mark.parametrize("name", ["timm/resnet18.tv_in1k", "keras/vgg16.imagenet"])
 def test_without_a_network_the_message_says_what_to_do(monkeypatch, tmp_path, name):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("ARCHCOMPARE_WEIGHTS", str(tmp_path))
