@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "list":
-            print(_as_json() if options.json else _as_table(), flush=True)
+            entries = [{"family": e.family, **asdict(e)} for e in PUBLISHED.values()]
+            print(json.dumps(entries, indent=1) if options.json else _as_table(), flush=True)
             return 0
         model = options.model and choose("--model", options.model, MODELS)
         fields = {"form": options.form} if options.form else {}
@@ -66,27 +67,16 @@ def main(argv: list[str] | None = None) -> int:
 # --- list ---------------------------------------------------------------------------------------
 
 
-def _as_json() -> str:
-    entries = [{"family": entry.family, **asdict(entry)} for entry in PUBLISHED.values()]
-    return json.dumps(entries, indent=1)
-
-
 def _as_table() -> str:
     recipes = list(dict.fromkeys(entry.recipe for entry in PUBLISHED.values()))
     rows = [("name", "model", "form", "top-1", "licence", "size", "commit", "digest", "by")]
-    for entry in PUBLISHED.values():
+    for e in PUBLISHED.values():
+        digest = "sha256" if e.sha256 else "md5" if e.md5 else "none"
+        licence = "-" if e.licence.startswith("not") else e.licence
+        top1, form = f"{e.top1:.1f}" if e.top1 else "-", e.form or "-"
+        size, by = str(e.preprocessing.size), str(recipes.index(e.recipe) + 1)
         rows.append(
-            (
-                entry.name,
-                entry.model,
-                entry.form or "-",
-                f"{entry.top1:.1f}" if entry.top1 else "-",
-                "-" if entry.licence.startswith("not") else entry.licence,
-                str(entry.preprocessing.size),
-                entry.revision[:7] or "URL",
-                "sha256" if entry.sha256 else "md5" if entry.md5 else "none",
-                str(recipes.index(entry.recipe) + 1),
-            )
+            (e.name, e.model, form, top1, licence, size, e.revision[:7] or "URL", digest, by)
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -107,16 +97,8 @@ def _as_table() -> str:
 def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
     """Writes weights as our own file, which `archcompare:FILE` reads; returns a line about it.
 
-    A file without classifier stays without: whoever loads it gets a new one.
-
-    Args:
-      name: of the weights.
-      model: key of `MODELS`; "" where the weights know it themselves.
-      fields: of the architecture.
-      output: a .safetensors file.
-
-    Raises:
-      UserError: the weights are not found or do not fit, or the file cannot be written.
+    `model` may be "" where the weights know their architecture. A file without classifier stays
+    without: whoever loads it gets a new one.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"--output={output}: give a name that ends in .safetensors")
@@ -125,7 +107,7 @@ def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
     if not MODELS[model].trained_by_gradient:
         raise UserError(
             f"{model} remembers its training images and has no weights to convert: python -m "
-            "analysis.export hands on a whole run"
+            "analysis.export packs a whole run"
         )
     num_classes, image_size = shape_of(source, model, fields)
     fields = source.facts.get("fields", {}) | fields

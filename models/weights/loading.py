@@ -26,29 +26,17 @@ SHOWN = 12  # mismatches of one kind in an error
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that a name stands for, before they are read.
+    """Weights that a name stands for, before they are read."""
 
-    Attributes:
-      name: as the user gave it.
-      model: key of `MODELS`.
-      family: publisher whose names the file uses, or one of OURS for our own paths.
-      fields: of the architecture, that these weights need.
-      preprocessing: what they were trained on.
-      read: returns {name: array}.
-      facts: what is known of their origin, as `convert` stores it.
-      top: whether there is a classifier in the file; None if only the file can tell.
-      reference: mean and variance of each stage's output on the images they were trained on,
-        {} where unknown; see `training/preflight.py`.
-    """
-
-    name: str
-    model: str
-    family: str
-    fields: dict
-    preprocessing: Preprocessing
+    name: str  # as the user gave it
+    model: str  # key of `MODELS`
+    family: str  # publisher whose names the file uses, or one of OURS for our own paths
+    fields: dict  # of the architecture, that these weights need
+    preprocessing: Preprocessing  # what they were trained on
     read: Callable[[], dict[str, np.ndarray]]
-    facts: dict = field(default_factory=dict)
-    top: bool | None = None
+    facts: dict = field(default_factory=dict)  # of their origin, as `convert` stores them
+    top: bool | None = None  # whether there is a classifier; None if only the file can tell
+    # {stage: mean and variance of its output on the training images}, see training/preflight.py
     reference: dict = field(default_factory=dict)
 
 
@@ -62,10 +50,6 @@ def find(name: str, model: str, fields: dict) -> Source:
       name: see `models/pretrained.py`.
       model: key of `MODELS`; "" for the architecture that the weights are of.
       fields: of the architecture, given by the user; they may name the form of a local file.
-
-    Raises:
-      UserError: an unknown name (the nearest is suggested), weights of another architecture, or
-        a file of ours that is missing or damaged.
     """
     family, colon, path = name.partition(":")
     if colon:
@@ -100,7 +84,7 @@ def _published(name: str, model: str) -> Source:
         entry.preprocessing,
         lambda: _read(fetch(entry), entry.family),
         {"source": name} | {key: getattr(entry, key) for key in stated},
-        entry.top,
+        top=entry.top,
     )
 
 
@@ -143,8 +127,8 @@ def _own(name: str, family: str, path: Path, model: str, fields: dict) -> Source
         Preprocessing(**_with_tuples(facts["preprocessing"])),
         lambda: arrays,
         facts,
-        facts["num_classes"] != 0,
-        facts.get("reference") or {},
+        top=facts["num_classes"] != 0,
+        reference=facts.get("reference") or {},
     )
 
 
@@ -160,10 +144,7 @@ def load(model: Classifier, source: Source) -> Classifier:
     """Returns the model with the weights of `source`, strictly: all of the file, all of the model.
 
     Only the classifier may differ: one of another width, or one that the file lacks, keeps its
-    fresh initialisation, and a line says so.
-
-    Raises:
-      UserError: lists every array that is missing, left over, of another shape or not finite.
+    fresh initialisation, and a line says so. An error lists all that is wrong with the file.
     """
     _, params, stats = split_model(model)
     if not model.trained_by_gradient:

@@ -31,32 +31,21 @@ AUGREG = "How to train your ViT (arXiv:2106.10270): ImageNet-21k, then ImageNet-
 
 @dataclass(frozen=True)
 class Published:
-    """One published file of weights.
+    """One published file of weights."""
 
-    Attributes:
-      name: "family/model.tag", as `create_model(weights=...)` takes it.
-      model: key of `models.MODELS`.
-      form: of the architecture, "" where it has one only.
-      repository, revision: on the Hugging Face hub, or both "".
-      url: elsewhere.
-      sha256, md5: of the file, "" where the publisher states none.
-      top: whether the file holds the classifier of the 1,000 ImageNet classes.
-      top1: published accuracy on ImageNet-1k in percent, at the preprocessing's size; 0 for none.
-    """
-
-    name: str
-    model: str
-    form: str
+    name: str  # "family/model.tag", as `create_model(weights=...)` takes it
+    model: str  # key of `models.MODELS`
+    form: str  # of the architecture, "" where it has one only
     preprocessing: Preprocessing
     licence: str
-    recipe: str
-    top1: float
-    repository: str = ""
+    recipe: str  # how the weights were trained
+    top1: float  # accuracy on ImageNet-1k in percent, at the preprocessing's size; 0 for none
+    repository: str = ""  # on the Hugging Face hub, with a commit
     revision: str = ""
-    url: str = ""
-    sha256: str = ""
+    url: str = ""  # of a file elsewhere
+    sha256: str = ""  # "" where the publisher states none
     md5: str = ""
-    top: bool = True
+    top: bool = True  # whether the file holds the classifier of the 1,000 ImageNet classes
 
     @property
     def family(self) -> str:
