@@ -119,7 +119,7 @@ def split_model(model: Classifier) -> tuple[nnx.GraphDef, dict, dict]:
     """Returns (structure, parameters, statistics); the two last as {"stages.0.kernel": array}.
 
     Statistics are everything an evaluation needs beside the parameters, such as BatchNorm's means.
-    Keys of random streams are left out: `merge_model` supplies them.
+    Keys of random streams are left out: `merge_model` adds them.
     """
     graphdef, params, _, stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
     return graphdef, _flat(params), _flat(stats)

@@ -82,7 +82,7 @@ def _blocks(prefix: str, **parts: str) -> dict:
 
 
 class VisionTransformer(Classifier):
-    """Embedding, twelve blocks, head; stages hand on tokens [B, 1 + N, C], the class token first.
+    """Embedding, twelve blocks, head; stages give tokens [B, 1 + N, C], the class token first.
 
     `features` stops before the last block, the last place where patches still reach the logits. Its
     map has 2 C channels: the patches' C, then the class token's C, repeated at every place.

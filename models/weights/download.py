@@ -105,20 +105,27 @@ def _verified(path: Path, url: str, **expected: str) -> Path:
     for algorithm, value in expected.items():
         actual = value and _digest_of(path, algorithm, facts.st_size, facts.st_mtime_ns)
         if actual != value.lower():
-            aside = path.with_name(f"{path.name}.damaged")
-            os.replace(path.resolve(), aside)  # the hub's cache holds links to its files
-            path.unlink(missing_ok=True)
             raise UserError(
                 f"weights: {path} is not what was published: {algorithm} {value} was expected, it"
-                f" has {actual}.\nIt was moved to {aside}; the next run fetches it anew from\n"
-                f"  {url}\nIf that fails alike, the publisher's file has changed."
+                f" has {actual}.\n{_move_aside(path)}; the next run fetches it anew from\n  {url}\n"
+                "If that fails alike, the publisher's file has changed."
             )
     return path
 
 
+def _move_aside(path: Path) -> str:
+    aside = path.with_name(f"{path.name}.damaged")
+    try:
+        os.replace(path.resolve(), aside)  # the hub's cache holds links to its files
+        path.unlink(missing_ok=True)
+    except OSError:
+        return "Delete that file"
+    return f"It was moved to {aside}"
+
+
 def _failure(url: str, path: Path, error: Exception) -> UserError:
     """Returns what to tell of a failed transfer: `errno` says that the disk failed, not the net."""
-    if getattr(error, "errno", None):
+    if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
         return UserError(
             f"weights: cannot write to {weights_folder()}: {error}\n"
             "Make room there, or name another folder in ARCHCOMPARE_WEIGHTS."

@@ -1,7 +1,7 @@
 """Finds pretrained weights by name (see `models/pretrained.py`) and loads them strictly."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -166,7 +166,9 @@ def load(model: Classifier, source: Source) -> Classifier:
     replaced = source.family not in OURS and dict(model.fields).get("hidden") == 0
     fresh = {path for path in ours if path.startswith(f"stages.{len(model.stages) - 1}.")}
     if has_classifier and not replaced:
-        fresh = {p for p in fresh & set(given) if _is_wider(given[p], ours[p], model.num_classes)}
+        fresh = {
+            p for p in fresh & set(given) if _other_width(given[p], ours[p], model.num_classes)
+        }
     else:
         extra -= theirs
     missing = [f"{names[p]} (for {p})" for p in ours if p not in given and p not in fresh]
@@ -185,7 +187,7 @@ def load(model: Classifier, source: Source) -> Classifier:
     return loaded
 
 
-def names_in(source: Source, model: Classifier, paths: Iterable[str]) -> dict[str, str]:
+def names_in(source: Source, model: Classifier, paths: Collection[str]) -> dict[str, str]:
     """Returns {our path: name in the file of `source`}; refuses a publisher without names."""
     if source.family in OURS:
         return {path: path for path in paths}
@@ -197,7 +199,7 @@ def names_in(source: Source, model: Classifier, paths: Iterable[str]) -> dict[st
     return source_names(model, source.family, paths)
 
 
-def _is_wider(theirs: np.ndarray, ours, num_classes: int) -> bool:
+def _other_width(theirs: np.ndarray, ours, num_classes: int) -> bool:
     """Whether an array of a classifier differs from ours in the number of classes alone."""
     same = theirs.ndim == ours.ndim and theirs.shape[:-1] == ours.shape[:-1]
     return same and ours.shape[-1] == num_classes != theirs.shape[-1]

@@ -6,11 +6,11 @@ Each architecture holds, in `names`, a table for every publisher: timm (safetens
 * a key is a regular expression in which a dot stands for a dot; the first that matches decides;
 * a value is a template of `re`, or a function of the model and the groups that were matched;
 * a key of a whole path ("0.positions") gives the name of one array;
-* layers of the last stage are written out, so that a file's own classifier can be told.
+* layers of the last stage are written out, which tells a file's own classifier.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ TORCH_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "
 KERAS_LEAVES = {"scale": "gamma", "mean": "moving_mean", "var": "moving_variance"}
 
 
-def source_names(model: Classifier, publisher: str, paths: Iterable[str]) -> dict[str, str]:
+def source_names(model: Classifier, publisher: str, paths: Collection[str]) -> dict[str, str]:
     """Returns {our path: the publisher's name} for parameters and statistics of a model."""
     norms = {path.rpartition(".")[0] for path in paths if path.endswith(".scale")}
     table = {key.replace(".", r"\."): name for key, name in model.names[publisher].items()}
@@ -33,9 +33,8 @@ def source_names(model: Classifier, publisher: str, paths: Iterable[str]) -> dic
             whole = re.fullmatch(key, f"{layer}.{leaf}")
             if match := whole or re.fullmatch(key, layer):
                 name = name(model, *match.groups()) if callable(name) else match.expand(name)
-                return (
-                    name if whole else _leaf_name(publisher, name, leaf, f"stages.{layer}" in norms)
-                )
+                is_norm = f"stages.{layer}" in norms
+                return name if whole else _leaf_name(publisher, name, leaf, is_norm)
         raise KeyError(f"no name of {publisher} for {path}")
 
     return {path: name_of(path) for path in paths}
