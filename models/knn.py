@@ -85,17 +85,14 @@ class Knn(Classifier):
         images, labels = train
         head.images.set_value(jnp.asarray(images).reshape(len(images), -1))
         head.labels.set_value(jnp.asarray(labels, jnp.int32))
-        graphdef, state = nnx.split(head)
-        look_up = jax.jit(
-            lambda state, x: nnx.merge(graphdef, state).nearest_labels(flatten(self.preprocess(x)))
-        )
+        look_up = jax.jit(lambda head, x: head.nearest_labels(flatten(self.preprocess(x))))
         images, labels = validation
         nearest = []
         for start in range(0, len(images), batch_size):
             batch = np.zeros((batch_size, *images.shape[1:]), np.uint8)
             part = images[start : start + batch_size]
             batch[: len(part)] = part
-            nearest.append(np.asarray(look_up(state, batch))[: len(part)])
+            nearest.append(np.asarray(look_up(head, batch))[: len(part)])
         votes = np.eye(head.num_classes)[np.concatenate(nearest)].cumsum(axis=1)  # [V, max_k, K]
         accuracy = (votes.argmax(axis=2) == np.asarray(labels)[:, None]).mean(axis=0)
         head.k.set_value(jnp.asarray(accuracy.argmax() + 1, jnp.int32))
