@@ -65,21 +65,17 @@ def create_model(
     dtype: str = "float32",
     **fields,
 ) -> Classifier:
-    """Builds an architecture, freshly initialised or with pretrained weights, for evaluation.
+    """Builds an architecture in evaluation mode, freshly initialised or with pretrained weights.
 
     Args:
       name: a key of `MODELS`.
       num_classes: length of a row of logits.
       weights: name of pretrained weights (see `models/pretrained.py`); None or "none" for none.
-        They bring their preprocessing, and a new classifier unless the number of classes is theirs.
+        Their preprocessing is used, and their classifier if it has as many classes.
       seed: of the initialisation and of dropout.
       image_size: height and width in pixels; None is the architecture's own.
       dtype: of the computation, float32 or bfloat16; parameters and logits are float32.
       **fields: the architecture's own, such as `dropout`.
-
-    Raises:
-      UserError: an unknown name or field, an image too small for the architecture, or weights that
-        are not found or do not fit.
     """
     architecture = MODELS[choose("model", name, MODELS)]
     if num_classes < 2:
@@ -108,19 +104,16 @@ def create_model(
     model = nnx.eval_shape(build, key) if source else nnx.jit(build)(key)
     model.name, model.num_classes, model.fields = name, num_classes, tuple(sorted(fields.items()))
     if source:
-        model = complete(loading.load(model, source), build, key)
+        model = _complete(loading.load(model, source), build, key)
     return in_mode(model, training=False)
 
 
-def complete(
+def _complete(
     model: Classifier, build: Callable[[jax.Array], Classifier], key: jax.Array
 ) -> Classifier:
     """Returns the model with initial values where it holds only the shape of an array.
 
-    Args:
-      model: as `build` makes it, with some arrays given.
-      build: returns the model, initialised from a key; what is not needed of it is not computed.
-      key: of the initialisation.
+    `build` returns the model, initialised from a key; what is not needed of it is not computed.
     """
     graphdef, _, variables = nnx.split(model, nnx.RngState, ...)
     leaves, structure = jax.tree.flatten(variables)
@@ -133,6 +126,5 @@ def complete(
         return [fresh[i] for i in missing], rng_state
 
     values, rng_state = initial(key)
-    for i, value in zip(missing, values, strict=True):
-        leaves[i] = value
-    return nnx.merge(graphdef, rng_state, jax.tree.unflatten(structure, leaves))
+    filled = dict(enumerate(leaves)) | dict(zip(missing, values, strict=True))
+    return nnx.merge(graphdef, rng_state, jax.tree.unflatten(structure, filled.values()))

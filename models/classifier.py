@@ -56,6 +56,8 @@ class Classifier(nnx.Module):
     min_image_size = 1
     preprocessing = Preprocessing()  # of the class; loading weights gives a model its own
     trained_by_gradient = True  # False: the model has `fit` instead
+    names = {}  # {publisher: what its files call our layers}, see weights/names.py
+    flattened = {}  # {kernel: (h, w, C)} of a linear layer that takes a flattened map
     name: str  # in `models.MODELS`
     num_classes: int
     fields: tuple[tuple, ...]  # what `create_model` was given beside the common arguments
@@ -66,7 +68,7 @@ class Classifier(nnx.Module):
         return self.preprocessing(images)
 
     def run(self, x: jax.Array, start: int = 0, stop: int | None = None) -> jax.Array:
-        """Applies `stages[start:stop]` to what the stage before them hands on."""
+        """Applies `stages[start:stop]` to the output of the stage before them."""
         for stage in self.stages[start:stop]:
             x = stage(x)
         return x
@@ -97,7 +99,7 @@ def in_mode(
     Args:
       model: stays in its own mode.
       training: False for evaluation, where the rest does not matter.
-      first: the first stage that trains; those before it are frozen, their dropout is off.
+      first: the first stage that trains; those before it are frozen, without dropout.
       batch_norm: of stages that train: "batch" normalises by the batch and moves the running
         statistics, "running" normalises by those and keeps them.
       frozen_batch_norm: likewise of frozen stages, where "batch" is a mistake.
@@ -117,7 +119,7 @@ def split_model(model: Classifier) -> tuple[nnx.GraphDef, dict, dict]:
     """Returns (structure, parameters, statistics); the two last as {"stages.0.kernel": array}.
 
     Statistics are everything an evaluation needs beside the parameters, such as BatchNorm's means.
-    Keys of random streams are left out: `merge_model` supplies them.
+    Keys of random streams are left out: `merge_model` adds them.
     """
     graphdef, params, _, stats = nnx.split(model, nnx.Param, nnx.RngState, ...)
     return graphdef, _flat(params), _flat(stats)

@@ -1,10 +1,10 @@
 """Two convolutional blocks and a dense layer: the network everybody writes first."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import Conv, flatten, he_normal, max_pool_2x2
+from models.layers import Conv, flatten, he_normal
+from models.lowering import max_pool_2x2
 
 
 class Cnn(Classifier):
@@ -13,13 +13,7 @@ class Cnn(Classifier):
     min_image_size = 4
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        dropout: float = 0.0,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, dropout: float = 0.0, dtype, rngs: nnx.Rngs
     ):
         settings = {"kernel_init": he_normal, "dtype": dtype, "rngs": rngs}
 

@@ -1,10 +1,10 @@
 """Four convolutional blocks with BatchNorm and dropout: the same idea, deeper and regularised."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import BatchNorm, Conv, global_average_pool, he_normal, max_pool_2x2
+from models.layers import BatchNorm, Conv, global_average_pool, he_normal
+from models.lowering import max_pool_2x2
 
 
 class CnnDeep(Classifier):
@@ -16,14 +16,7 @@ class CnnDeep(Classifier):
     min_image_size = 16
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        dropout: float = 0.1,
-        head_dropout: float = 0.5,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, dropout=0.1, head_dropout=0.5, dtype, rngs
     ):
         del image_size  # any size from min_image_size on: the head averages over places
         settings = {"dtype": dtype, "rngs": rngs}

@@ -7,7 +7,6 @@ weights, also Keras'): `SAME` padding, epsilon 1e-3.
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from errors import choose
@@ -36,40 +35,30 @@ class ConvNormAct(nnx.Module):
 class InvertedResidual(nnx.Module):
     """Expand 1x1, depthwise, squeeze-excite, project 1x1; a shortcut where shapes agree.
 
-    Args:
-      inputs, outputs: channels.
-      side, stride: of the depthwise convolution.
-      expansion: of channels inside; with 1 there is no expanding layer.
-      act: the activation.
-      squeeze_excite: whether channels are gated, by a layer of inputs / 4 channels.
-      drop: rate of stochastic depth.
-      tf: the form of the weights.
+    With an expansion of 1 there is no expanding layer; `drop` is the rate of stochastic depth.
     """
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
+        *,
         side: int,
         stride: int,
         expansion: int,
-        *,
-        act,
         squeeze_excite: bool,
         drop: float,
+        act,
         tf: bool,
-        dtype,
-        rngs: nnx.Rngs,
+        **settings,
     ):
-        settings = {"dtype": dtype, "rngs": rngs}
-        form = {"tf": tf, **settings}
-        inner, reduced = inputs * expansion, inputs // 4
-        expands = expansion > 1
-        self.expand = ConvNormAct(inputs, inner, 1, act=act, **form) if expands else None
+        inner, form = inputs * expansion, {"tf": tf, **settings}
+        self.expand = ConvNormAct(inputs, inner, 1, act=act, **form) if expansion > 1 else None
         self.depthwise = ConvNormAct(inner, inner, side, stride, act=act, groups=inner, **form)
-        self.gate = SqueezeExcite(inner, reduced, act=act, **settings) if squeeze_excite else None
+        reduced = inputs // 4 if squeeze_excite else 0
+        self.gate = SqueezeExcite(inner, reduced, act=act, **settings) if reduced else None
         self.project = ConvNormAct(inner, outputs, 1, act=None, **form)
-        self.drop = stochastic_depth(drop, rngs)
+        self.drop = stochastic_depth(drop, settings["rngs"])
         self.has_shortcut = stride == 1 and inputs == outputs
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,17 +78,9 @@ def inverted_residual_stages(channels: int, plan: list[tuple], drop_rate: float,
     for expansion, outputs, count, stride, side in plan:
         blocks = []
         for i in range(count):
-            blocks.append(
-                InvertedResidual(
-                    channels,
-                    outputs,
-                    side,
-                    stride if i == 0 else 1,
-                    expansion,
-                    drop=drop_rate * done / total,
-                    **options,
-                )
-            )
+            options |= {"side": side, "stride": stride if i == 0 else 1, "expansion": expansion}
+            drop = drop_rate * done / total
+            blocks.append(InvertedResidual(channels, outputs, drop=drop, **options))
             channels, done = outputs, done + 1
         stages.append(nnx.Sequential(*blocks))
     return stages
@@ -111,10 +92,78 @@ def round_channels(channels: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * channels else rounded
 
 
+def _timm_name(model: Classifier, stage: str, block: str, part: str) -> str:
+    """timm numbers convolutions through; the first stage has no expanding layer."""
+    parts = TIMM_PARTS if stage == "1" else TIMM_PARTS | TIMM_EXPANDING
+    return f"blocks.{int(stage) - 1}.{block}.{parts[part]}"
+
+
+TIMM_PARTS = {
+    "depthwise.conv": "conv_dw",
+    "depthwise.norm": "bn1",
+    "gate.reduce": "se.conv_reduce",
+    "gate.expand": "se.conv_expand",
+    "project.conv": "conv_pw",
+    "project.norm": "bn2",
+}
+TIMM_EXPANDING = {
+    "expand.conv": "conv_pw",
+    "expand.norm": "bn1",
+    "depthwise.norm": "bn2",
+    "project.conv": "conv_pwl",
+    "project.norm": "bn3",
+}
+TIMM_NAMES = {
+    "0.conv": "conv_stem",
+    "0.norm": "bn1",
+    r"(\d).layers.(\d+).(\w+.\w+)": _timm_name,
+    "8.conv": "conv_head",
+    "8.norm": "bn2",
+    "9.linear": "classifier",
+}
+
+
+def _torchvision_name(model: Classifier, stage: str, block: str, part: str, layer: str) -> str:
+    order = ["expand", "depthwise", "gate", "project"][stage == "1" :]
+    number = {"conv": "0", "norm": "1", "reduce": "fc1", "expand": "fc2"}[layer]
+    return f"features.{stage}.{block}.block.{order.index(part)}.{number}"
+
+
+KERAS_PARTS = {
+    "expand.conv": "expand_conv",
+    "expand.norm": "expand_bn",
+    "depthwise.conv": "dwconv",
+    "depthwise.norm": "bn",
+    "gate.reduce": "se_reduce",
+    "gate.expand": "se_expand",
+    "project.conv": "project_conv",
+    "project.norm": "project_bn",
+}
+
+
 class EfficientNet(Classifier):
     """Stem, seven stages of inverted residuals, 1x1 convolution, pooled linear head."""
 
     min_image_size = 32
+    names = {
+        "timm": TIMM_NAMES,
+        "torchvision": {
+            "(0|8).conv": r"features.\1.0",
+            "(0|8).norm": r"features.\1.1",
+            r"(\d).layers.(\d+).(\w+).(\w+)": _torchvision_name,
+            "9.linear": "classifier.1",
+        },
+        "keras": {
+            "0.conv": "stem_conv",
+            "0.norm": "stem_bn",
+            r"(\d).layers.(\d+).(\w+.\w+)": lambda model, stage, block, part: (
+                f"block{stage}{'abcdefgh'[int(block)]}_{KERAS_PARTS[part]}"
+            ),
+            "8.conv": "top_conv",
+            "8.norm": "top_bn",
+            "9.linear": "predictions",
+        },
+    }
     width, depth = 1.0, 1.0
     # expansion, channels, blocks, stride, kernel side: of B0
     plan = (
@@ -135,7 +184,7 @@ class EfficientNet(Classifier):
         form: str = "torch",
         dropout: float = 0.2,
         stochastic_depth: float = 0.2,
-        dtype=jnp.float32,
+        dtype,
         rngs: nnx.Rngs,
     ):
         del image_size  # any: the head averages over places
@@ -145,19 +194,16 @@ class EfficientNet(Classifier):
             (expansion, round_channels(channels * self.width), math.ceil(count * self.depth), s, k)
             for expansion, channels, count, s, k in self.plan
         ]
-        stem = round_channels(32 * self.width)
-        blocks = inverted_residual_stages(
-            stem, plan, stochastic_depth, squeeze_excite=True, **settings
-        )
-        last, top = plan[-1][1], round_channels(1280 * self.width)
-        self.stages = nnx.List(
-            [
-                ConvNormAct(3, stem, 3, 2, **settings),
-                *blocks,
-                ConvNormAct(last, top, 1, **settings),
-                PooledLinear(top, num_classes, dropout, dtype=dtype, rngs=rngs),
-            ]
-        )
+        stem, last, top = (round_channels(n * self.width) for n in (32, self.plan[-1][1], 1280))
+        options = {"squeeze_excite": True, **settings}
+        blocks = inverted_residual_stages(stem, plan, stochastic_depth, **options)
+        stages = [
+            ConvNormAct(3, stem, 3, 2, **settings),
+            *blocks,
+            ConvNormAct(last, top, 1, **settings),
+            PooledLinear(top, num_classes, dropout, dtype=dtype, rngs=rngs),
+        ]
+        self.stages = nnx.List(stages)
 
 
 class EfficientNetB0(EfficientNet):

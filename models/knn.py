@@ -62,16 +62,7 @@ class Knn(Classifier):
     preprocessing = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     trained_by_gradient = False
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        metric: str = "l2",
-        max_k: int = 15,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, num_classes: int, image_size: int, *, metric="l2", max_k=15, dtype, rngs):
         del dtype, rngs  # distances are always float32
         if max_k < 1:
             raise UserError(f"knn: max_k={max_k} must be at least 1")
@@ -85,31 +76,23 @@ class Knn(Classifier):
         return head.images[...].size * (3 if head.metric == "l1" else 2)
 
     def fit(self, train: tuple, validation: tuple, batch_size: int) -> dict[int, float]:
-        """Remembers the training images and chooses k.
+        """Remembers the training images and keeps the smallest k of best validation accuracy.
 
-        Args:
-          train: images [N, H, W, 3] uint8 and labels [N].
-          validation: likewise.
-          batch_size: validation images looked up at once.
-
-        Returns:
-          The validation accuracy of every k; the smallest of the best is kept.
+        `train` and `validation` are images [N, H, W, 3] uint8 and labels [N]; `batch_size`
+        validation images are looked up at once. Returns the accuracy of every k.
         """
         head = self.stages[-1]
         images, labels = train
         head.images.set_value(jnp.asarray(images).reshape(len(images), -1))
         head.labels.set_value(jnp.asarray(labels, jnp.int32))
-        graphdef, state = nnx.split(head)
-        look_up = jax.jit(
-            lambda state, x: nnx.merge(graphdef, state).nearest_labels(flatten(self.preprocess(x)))
-        )
+        look_up = jax.jit(lambda head, x: head.nearest_labels(flatten(self.preprocess(x))))
         images, labels = validation
         nearest = []
         for start in range(0, len(images), batch_size):
             batch = np.zeros((batch_size, *images.shape[1:]), np.uint8)
             part = images[start : start + batch_size]
             batch[: len(part)] = part
-            nearest.append(np.asarray(look_up(state, batch))[: len(part)])
+            nearest.append(np.asarray(look_up(head, batch))[: len(part)])
         votes = np.eye(head.num_classes)[np.concatenate(nearest)].cumsum(axis=1)  # [V, max_k, K]
         accuracy = (votes.argmax(axis=2) == np.asarray(labels)[:, None]).mean(axis=0)
         head.k.set_value(jnp.asarray(accuracy.argmax() + 1, jnp.int32))

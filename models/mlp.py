@@ -1,6 +1,5 @@
 """Multilayer perceptron on the pixels: what depth gives without any notion of place."""
 
-import jax.numpy as jnp
 from flax import nnx
 
 from errors import UserError
@@ -18,7 +17,7 @@ class Mlp(Classifier):
         *,
         hidden: tuple[int, ...] = (256,),
         dropout: float = 0.0,
-        dtype=jnp.float32,
+        dtype,
         rngs: nnx.Rngs,
     ):
         if any(width < 1 for width in hidden):

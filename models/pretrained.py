@@ -11,8 +11,8 @@ A name is one of
     python -m models.pretrained list
     python -m models.pretrained convert timm/resnet50.tv_in1k --output=resnet50.safetensors
 
-Names become models in
-`models/weights/loading.py`; the published ones are listed in `models/weights/published.py`.
+`models/weights/loading.py` turns names into models; `models/weights/published.py` is the table of
+published files.
 """
 
 import argparse
@@ -28,9 +28,8 @@ from flax import nnx
 from errors import UserError, choose
 from models import MODELS, create_model
 from models.classifier import split_model
-from models.weights import names as conversion
-from models.weights.loading import FORMATS, OURS, Source, find
-from models.weights.own import arrays_of, read_own, write_own
+from models.weights.loading import OURS, Source, find, names_in
+from models.weights.own import arrays_of, write_own
 from models.weights.published import PUBLISHED
 
 MARK = 7919  # a number of classes that no other axis of a parameter has
@@ -50,9 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         if options.command == "list":
-            print(_as_json() if options.json else _as_table(), flush=True)
+            entries = [{"family": e.family, **asdict(e)} for e in PUBLISHED.values()]
+            print(json.dumps(entries, indent=1) if options.json else _as_table(), flush=True)
             return 0
-        model = _model_of(options.name, options.model)
+        model = options.model and choose("--model", options.model, MODELS)
         fields = {"form": options.form} if options.form else {}
         print(convert_weights(options.name, model, fields, options.output))
         return 0
@@ -67,27 +67,16 @@ def main(argv: list[str] | None = None) -> int:
 # --- list ---------------------------------------------------------------------------------------
 
 
-def _as_json() -> str:
-    entries = [{"family": entry.family, **asdict(entry)} for entry in PUBLISHED.values()]
-    return json.dumps(entries, indent=1)
-
-
 def _as_table() -> str:
     recipes = list(dict.fromkeys(entry.recipe for entry in PUBLISHED.values()))
     rows = [("name", "model", "form", "top-1", "licence", "size", "commit", "digest", "by")]
-    for entry in PUBLISHED.values():
+    for e in PUBLISHED.values():
+        digest = "sha256" if e.sha256 else "md5" if e.md5 else "none"
+        licence = "-" if e.licence.startswith("not") else e.licence
+        top1, form = f"{e.top1:.1f}" if e.top1 else "-", e.form or "-"
+        size, by = str(e.preprocessing.size), str(recipes.index(e.recipe) + 1)
         rows.append(
-            (
-                entry.name,
-                entry.model,
-                entry.form or "-",
-                f"{entry.top1:.1f}" if entry.top1 else "-",
-                "-" if entry.licence.startswith("not") else entry.licence,
-                str(entry.preprocessing.size),
-                entry.revision[:7] or "URL",
-                "sha256" if entry.sha256 else "md5" if entry.md5 else "none",
-                str(recipes.index(entry.recipe) + 1),
-            )
+            (e.name, e.model, form, top1, licence, size, e.revision[:7] or "URL", digest, by)
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -102,101 +91,63 @@ def _as_table() -> str:
     return "\n".join([*lines, "", "by: the training", *notes, "", *told])
 
 
-# --- what a name stands for ---------------------------------------------------------------------
-
-
-def _model_of(name: str, given: str) -> str:
-    """Returns the architecture: the one given, or the one that the weights know themselves."""
-    family, colon, path = name.partition(":")
-    if given:
-        return choose("--model", given, MODELS)
-    if not colon:
-        return PUBLISHED[choose("weights", name, PUBLISHED)].model
-    if choose(f"weights {name!r}: family", family, (*FORMATS, *OURS)) in OURS:
-        return read_own(Path(path))["model"]
-    raise UserError(f"weights {name!r} do not say of which architecture they are: give --model")
-
-
-def shape_of(source: Source, name: str, fields: dict) -> tuple[int, int]:
-    """Returns the number of classes of the file's own head, 0 for none, and its image size."""
-    arrays = conversion.normalise_names(source.read(), source.family)
-    architecture, size = MODELS[name], source.preprocessing.size
-    size = size or architecture.default_image_size
-    fields = fields | source.fields
-
-    def build() -> nnx.Module:
-        return architecture(MARK, size, dtype=jnp.float32, rngs=nnx.Rngs(0), **fields)
-
-    skeleton = nnx.eval_shape(build)
-    params = split_model(skeleton)[1]
-    names = {path: path for path in params}
-    if source.family not in OURS:
-        if source.family not in conversion.published_by(skeleton):
-            return 2, size  # loading says what is wrong
-        names = conversion.source_names(skeleton, source.family, list(params))
-    head = [names[path] for path, param in params.items() if param.shape == (MARK,)]
-    positions = [arrays[n] for p, n in names.items() if p.endswith(".positions") and n in arrays]
-    if positions and positions[0].ndim == 3:
-        size = round(max(positions[0].shape[1] - 1, 1) ** 0.5) * architecture.patch
-    width = len(arrays[head[0]]) if head[0] in arrays and arrays[head[0]].ndim else 0
-    return width, size
-
-
 # --- convert ------------------------------------------------------------------------------------
 
 
 def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
     """Writes weights as our own file, which `archcompare:FILE` reads; returns a line about it.
 
-    A file without classifier stays without: whoever loads it gets a new one.
-
-    Raises:
-      UserError: the weights are not found or do not fit, or the file cannot be written.
+    `model` may be "" where the weights know their architecture. A file without classifier stays
+    without: whoever loads it gets a new one.
     """
     if output.suffix != ".safetensors":
         raise UserError(f"--output={output}: give a name that ends in .safetensors")
+    source = find(name, model, fields)
+    model = source.model
     if not MODELS[model].trained_by_gradient:
         raise UserError(
             f"{model} remembers its training images and has no weights to convert: python -m "
             "analysis.export hands on a whole run"
         )
-    source, facts = find(name, model, fields), _facts(name)
     num_classes, image_size = shape_of(source, model, fields)
-    image_size = facts.pop("image_size", image_size)
-    loaded = create_model(
-        model, num_classes or 2, weights=name, image_size=image_size, **facts["fields"], **fields
-    )
+    fields = source.facts.get("fields", {}) | fields
+    loaded = create_model(model, num_classes or 2, weights=name, image_size=image_size, **fields)
     arrays = arrays_of(loaded)
     if not num_classes:
         head = f"stages.{len(loaded.stages) - 1}."
         arrays = {path: array for path, array in arrays.items() if not path.startswith(head)}
+    facts = {"licence": "", "recipe": "", "top1": 0.0} | source.facts
     facts |= {
         "model": model,
         "fields": dict(loaded.fields),
         "preprocessing": loaded.preprocessing.to_dict(),
         "num_classes": num_classes,
         "image_size": image_size,
-        "reference": source.reference,
     }
     write_own(output, arrays, facts)
     classes = f"{num_classes} classes" if num_classes else "no classifier"
     return f"{output}: {len(arrays)} arrays of {model}, {classes}, read as archcompare:{output}"
 
 
-def _facts(name: str) -> dict:
-    """Returns what is known of weights beside their numbers."""
-    family, colon, path = name.partition(":")
-    facts = {"source": name, "licence": "", "recipe": "", "top1": 0.0, "fields": {}}
-    if not colon:
-        entry = PUBLISHED[name]
-        stated = {"licence": entry.licence, "recipe": entry.recipe, "top1": entry.top1}
-        return facts | stated | {"revision": entry.revision, "url": entry.url}
-    if family in OURS:
-        stored = read_own(Path(path))
-        facts |= {key: value for key, value in stored.items() if key != "arrays"}
-    if family != "archcompare":  # of a path, only the last name says anything elsewhere
-        facts["source"] = f"{family}:{Path(path).name}"
-    return facts
+def shape_of(source: Source, name: str, fields: dict) -> tuple[int, int]:
+    """Returns the number of classes of the file's own head, 0 for none, and its image size."""
+    architecture, facts = MODELS[name], source.facts
+    size = facts.get("image_size") or source.preprocessing.size or architecture.default_image_size
+    if source.family in OURS:
+        return facts["num_classes"], size
+
+    def build() -> nnx.Module:
+        options = fields | source.fields
+        return architecture(MARK, size, dtype=jnp.float32, rngs=nnx.Rngs(0), **options)
+
+    skeleton = nnx.eval_shape(build)
+    params = split_model(skeleton)[1]
+    names, arrays = names_in(source, skeleton, params), source.read()
+    bias = next(names[path] for path, param in params.items() if param.shape == (MARK,))
+    positions = [arrays[n] for p, n in names.items() if p.endswith(".positions") and n in arrays]
+    if positions and positions[0].ndim == 3:
+        size = round(max(positions[0].shape[1] - 1, 1) ** 0.5) * architecture.patch
+    return len(arrays[bias]) if bias in arrays and arrays[bias].ndim else 0, size
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """ResNet (He et al. 2015, arXiv:1512.03385) as published weights need it: v1.5 and Keras' v1."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from errors import choose
 from models.classifier import Classifier
-from models.layers import BatchNorm, PooledLinear, conv, max_pool_3x3
+from models.layers import BatchNorm, PooledLinear, conv
+from models.lowering import max_pool_3x3
 
 
 class ConvNorm(nnx.Module):
@@ -43,17 +43,12 @@ class Block(nnx.Module):
     def __init__(
         self, inputs: int, width: int, stride: int, bottleneck: bool, form: str, **settings
     ):
-        early = form == "keras"
+        outputs = 4 * width if bottleneck else width
+        first, second = (stride, 1) if form == "keras" or not bottleneck else (1, stride)
         if bottleneck:
-            outputs = 4 * width
-            plan = [
-                (inputs, width, 1, stride if early else 1),
-                (width, width, 3, 1 if early else stride),
-                (width, outputs, 1, 1),
-            ]
+            plan = [(inputs, width, 1, first), (width, width, 3, second), (width, outputs, 1, 1)]
         else:
-            outputs = width
-            plan = [(inputs, width, 3, stride), (width, width, 3, 1)]
+            plan = [(inputs, width, 3, first), (width, width, 3, second)]
         self.convs = nnx.List([ConvNorm(*shape, form, **settings) for shape in plan])
         changes = stride != 1 or inputs != outputs
         self.shortcut = ConvNorm(inputs, outputs, 1, stride, form, **settings) if changes else None
@@ -66,23 +61,44 @@ class Block(nnx.Module):
         return nnx.relu(self.convs[-1](x) + shortcut)
 
 
+def _keras_name(model: Classifier, stage: str, block: str, place: str, part: str) -> str:
+    number = 0 if place == "shortcut" else int(place[-1]) + 1
+    return f"conv{int(stage) + 1}_block{int(block) + 1}_{number}_{PARTS[part]}"
+
+
+PARTS = {"conv": "conv", "norm": "bn"}
+TORCH_NAMES = {
+    "0.conv.conv": "conv1",
+    "0.conv.norm": "bn1",
+    r"(\d).layers.(\d+).convs.(\d).(\w+)": lambda model, stage, block, place, part: (
+        f"layer{stage}.{block}.{PARTS[part]}{int(place) + 1}"
+    ),
+    r"(\d).layers.(\d+).shortcut.conv": r"layer\1.\2.downsample.0",
+    r"(\d).layers.(\d+).shortcut.norm": r"layer\1.\2.downsample.1",
+    "5.linear": "fc",
+}
+
+
 class ResNet(Classifier):
     """Stem, four stages of residual blocks, pooled linear head."""
 
     default_image_size = 224
     min_image_size = 32
+    names = {
+        "timm": TORCH_NAMES,
+        "torchvision": TORCH_NAMES,
+        "keras": {
+            "0.conv.conv": "conv1_conv",
+            "0.conv.norm": "conv1_bn",
+            r"(\d).layers.(\d+).(convs.\d|shortcut).(\w+)": _keras_name,
+            "5.linear": "predictions",
+        },
+    }
     blocks: tuple[int, int, int, int]
     bottleneck = True
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        form: str = "torch",
-        dropout: float = 0.0,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, form="torch", dropout=0.0, dtype, rngs
     ):
         del image_size  # any: the head averages over places
         choose("resnet: form", form, ("torch", "keras"))

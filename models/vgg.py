@@ -1,18 +1,11 @@
 """VGG (Simonyan and Zisserman 2014, arXiv:1409.1556), plain and with BatchNorm."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import (
-    BatchNorm,
-    PooledLinear,
-    adaptive_average_pool,
-    conv,
-    flatten,
-    max_pool_2x2,
-)
+from models.layers import BatchNorm, PooledLinear, adaptive_average_pool, conv, flatten
+from models.lowering import max_pool_2x2
 
 
 class Head(nnx.Module):
@@ -37,29 +30,50 @@ class Head(nnx.Module):
         return self.linear(x)
 
 
+def _torch_name(model: Classifier, stage: str, layer: str) -> str:
+    """PyTorch numbers all layers through, ReLU and pooling too."""
+    before = sum(len(stage.layers) for stage in model.stages[: int(stage)])
+    return f"features.{before + int(layer)}"
+
+
+def _keras_name(model: Classifier, stage: str, layer: str) -> str:
+    return f"block{int(stage) + 1}_conv{int(layer) // 2 + 1}"
+
+
 class Vgg(Classifier):
     """Five stages of 3x3 convolutions, each ended by 2x2 max pooling, and a dense head.
 
-    Args of the architecture:
-      hidden: width of the head's two hidden layers; 0 for global average pooling and one linear
-        layer, which leaves out 124 of 138 M parameters.
+    `hidden` is the width of the head's two hidden layers; 0 gives global average pooling and one
+    linear layer instead, which leaves out 124 of 138 M parameters.
     """
 
     default_image_size = 224
     min_image_size = 32
+    names = {
+        "timm": {
+            r"(\d).layers.(\d+)": _torch_name,
+            "5.fc1": "pre_logits.fc1",
+            "5.fc2": "pre_logits.fc2",
+            "5.linear": "head.fc",
+        },
+        "torchvision": {
+            r"(\d).layers.(\d+)": _torch_name,
+            "5.fc1": "classifier.0",
+            "5.fc2": "classifier.3",
+            "5.linear": "classifier.6",
+        },
+        "keras": {
+            r"(\d).layers.(\d+)": _keras_name,
+            "5.fc1": "fc1",
+            "5.fc2": "fc2",
+            "5.linear": "predictions",
+        },
+    }
+    flattened = {"stages.5.fc1.kernel": (7, 7, 512)}
     blocks: tuple[int, int, int, int, int] = (2, 2, 3, 3, 3)
     batch_norm = False
 
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        hidden: int = 4096,
-        dropout: float = 0.5,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, num_classes: int, image_size: int, *, hidden=4096, dropout=0.5, dtype, rngs):
         del image_size  # any: the head pools
         settings = {"dtype": dtype, "rngs": rngs}
         stages, channels = [], 3

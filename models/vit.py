@@ -28,9 +28,8 @@ class Embed(nnx.Module):
         x = self.patches(images)
         x = x.reshape(len(x), -1, x.shape[-1])  # [B, N, C]
         token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
-        return self.dropout(
-            jnp.concatenate([token.astype(x.dtype), x], axis=1) + self.positions[...]
-        )
+        tokens = jnp.concatenate([token.astype(x.dtype), x], axis=1)
+        return self.dropout(tokens + self.positions[...])
 
 
 class Block(nnx.Module):
@@ -74,8 +73,16 @@ class Head(nnx.Module):
         return self.linear(self.norm(x)[:, 0])
 
 
+def _blocks(prefix: str, **parts: str) -> dict:
+    """Names of the parts of every block; publishers count blocks from 0."""
+    return {
+        rf"(\d+).{ours}": lambda model, stage, theirs=theirs: f"{prefix}{int(stage) - 1}.{theirs}"
+        for ours, theirs in parts.items()
+    }
+
+
 class VisionTransformer(Classifier):
-    """Embedding, twelve blocks, head; stages hand on tokens [B, 1 + N, C], the class token first.
+    """Embedding, twelve blocks, head; stages give tokens [B, 1 + N, C], the class token first.
 
     `features` stops before the last block, the last place where patches still reach the logits. Its
     map has 2 C channels: the patches' C, then the class token's C, repeated at every place.
@@ -83,18 +90,39 @@ class VisionTransformer(Classifier):
 
     default_image_size = 224
     min_image_size = 16
+    names = {
+        "timm": {
+            "0.class_token": "cls_token",
+            "0.positions": "pos_embed",
+            "0.patches": "patch_embed.proj",
+            **_blocks("blocks.", norm1="norm1", norm2="norm2", qkv="attn.qkv", out="attn.proj"),
+            **_blocks("blocks.", fc1="mlp.fc1", fc2="mlp.fc2"),
+            "13.norm": "norm",
+            "13.linear": "head",
+        },
+        "torchvision": {
+            "0.class_token": "class_token",
+            "0.positions": "encoder.pos_embedding",
+            "0.patches": "conv_proj",
+            **_blocks(
+                "encoder.layers.encoder_layer_",
+                norm1="ln_1",
+                norm2="ln_2",
+                qkv="self_attention.in_proj",
+                out="self_attention.out_proj",
+                fc1="mlp.0",
+                fc2="mlp.3",
+            ),
+            "13.norm": "encoder.ln",
+            "13.linear": "heads.head",
+        },
+    }
     width: int
     heads: int
     depth, patch = 12, 16
 
     def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        *,
-        dropout: float = 0.0,
-        dtype=jnp.float32,
-        rngs: nnx.Rngs,
+        self, num_classes: int, image_size: int, *, dropout: float = 0.0, dtype, rngs: nnx.Rngs
     ):
         if image_size % self.patch:
             raise UserError(
@@ -102,13 +130,12 @@ class VisionTransformer(Classifier):
                 f"that is a multiple of it, got {image_size}: set data.image_size"
             )
         settings = {"dtype": dtype, "rngs": rngs}
-        self.stages = nnx.List(
-            [
-                Embed(image_size // self.patch, self.patch, self.width, dropout, **settings),
-                *(Block(self.width, self.heads, dropout, **settings) for _ in range(self.depth)),
-                Head(self.width, num_classes, **settings),
-            ]
-        )
+        stages = [
+            Embed(image_size // self.patch, self.patch, self.width, dropout, **settings),
+            *(Block(self.width, self.heads, dropout, **settings) for _ in range(self.depth)),
+            Head(self.width, num_classes, **settings),
+        ]
+        self.stages = nnx.List(stages)
 
     def features(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] float32 -> [B, h, w, 2 C] before the last block."""

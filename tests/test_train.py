@@ -11,7 +11,7 @@ from errors import Interrupted, UserError
 from experiment.files import read_lines
 from input_pipeline import load_dataset
 from models.classifier import merge_model
-from models.weights.own import read_own
+from models.weights.own import WEIGHTS, read_own
 from tests.conftest import ROOT
 from train import build_model, train_and_evaluate
 from training import checkpoint, phase
@@ -81,7 +81,7 @@ def test_the_best_weights_give_the_saved_predictions(linear):
     arrays, content = checkpoint.restore(run_dir / f"checkpoints/best/{best['step']}")
     assert content["step"] == best["step"]
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
-    handed_on = read_own(run_dir)
+    handed_on = read_own(run_dir / WEIGHTS)
     assert handed_on["class_names"] == [str(i) for i in range(10)]
     assert handed_on["arrays"].keys() == params.keys()
     assert all(np.array_equal(array, params[k]) for k, array in handed_on["arrays"].items())
@@ -233,7 +233,7 @@ def test_l1_makes_small_kernels(digits_run, tmp_path):
     for l1 in (0.0, 0.01):
         run_dir = tmp_path / str(l1)
         train_and_evaluate(digits_run("linear", epochs=4, optimizer__l1=l1), run_dir)
-        arrays = read_own(run_dir)["arrays"]
+        arrays = read_own(run_dir / WEIGHTS)["arrays"]
         sums.append(sum(np.abs(a).sum() for k, a in arrays.items() if k.endswith("kernel")))
     assert sums[1] < 0.7 * sums[0]
 
@@ -243,7 +243,7 @@ def test_knn_runs_without_training(digits_run, tmp_path):
     assert summary["metrics"]["test"]["accuracy"] > 0.97
     assert summary["cost"]["train_images_per_second"] is None
     assert summary["cost"]["flops_per_image"] == 2 * 1163 * 192
-    assert read_own(tmp_path)["arrays"]["stages.0.images"].shape == (1163, 192)
+    assert read_own(tmp_path / WEIGHTS)["arrays"]["stages.0.images"].shape == (1163, 192)
 
 
 def test_wrong_class_weights_are_named(digits_run, tmp_path):

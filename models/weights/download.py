@@ -6,26 +6,16 @@ Files lie under `weights_folder()`; those copied there by hand are found like fe
 """
 
 import fcntl
+import functools
 import hashlib
-import http.client
 import os
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-
-from tqdm import tqdm
 
 from errors import UserError
 
 TIMEOUT = 10  # seconds that a server may be silent
-CHUNK = 1 << 20
-ATTEMPTS = 5  # to go on with a transfer that was cut
-NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
-_verified: set[tuple] = set()  # files that this process has hashed, as they were then
 
 
 def weights_folder() -> Path:
@@ -41,195 +31,108 @@ def digest(path: Path, algorithm: str) -> str:
 
 
 def hub_file(repo: str, filename: str, revision: str, sha256: str = "") -> Path:
-    """Returns a file of the Hugging Face Hub, fetched on first use.
+    """Returns a file of the Hugging Face Hub at a commit, fetched on first use and verified.
 
     HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured, an interrupted transfer goes on.
-
-    Args:
-      repo: such as "timm/resnet50.a1_in1k".
-      filename: path in the repository.
-      revision: a commit, so that the file never changes.
-      sha256: the expected digest in hexadecimal, or "".
-
-    Raises:
-      UserError: no network, no such file, no access, a full disk, or another digest.
     """
-    by_hand = weights_folder() / repo.replace("/", "--") / revision / filename
+    path = weights_folder() / repo.replace("/", "--") / revision / filename
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
     url = f"{endpoint}/{repo}/resolve/{revision}/{filename}"
-    path = by_hand if by_hand.is_file() else _from_hub(repo, filename, revision, url, by_hand)
-    _verify(path, {"sha256": sha256}, url)
-    return path
+    if path.is_file():  # put there by hand
+        return _verified(path, url, sha256=sha256)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import huggingface_hub as hub  # slow, and seldom needed
+    from huggingface_hub import errors, utils
+
+    if not sys.stderr.isatty():
+        utils.disable_progress_bars()
+    options = {"revision": revision, "cache_dir": weights_folder() / "hub"}
+    try:
+        fetched = hub.try_to_load_from_cache(repo, filename, **options)
+        if not isinstance(fetched, str):
+            if not hub.constants.HF_HUB_OFFLINE:  # the library would try again for half a minute
+                hub.get_session().head(endpoint, timeout=TIMEOUT)
+            options |= {"endpoint": endpoint, "etag_timeout": TIMEOUT}
+            fetched = hub.hf_hub_download(repo, filename, **options)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise UserError(
+            f"weights: the hub gives no access to {url}: {str(error).splitlines()[0]}\n"
+            "Check the name; a private or gated repository needs a token in HF_TOKEN."
+        ) from error
+    except (errors.HTTPError, OSError) as error:
+        raise _failure(url, path, error) from error
+    return _verified(Path(fetched), url, sha256=sha256)
 
 
 def url_file(url: str, *, sha256: str = "", md5: str = "") -> Path:
-    """Returns the file behind an http(s) URL, fetched on first use.
-
-    Args:
-      url: its path decides where the file lies in `weights_folder()`.
-      sha256: the expected digest in hexadecimal, or "".
-      md5: likewise, for publishers who state no better one.
-
-    Raises:
-      UserError: no network, no such file, a full disk, or another digest.
-    """
+    """Returns the file behind an http(s) URL, fetched on first use and verified."""
     parts = urllib.parse.urlsplit(url)
     names = [name for name in parts.path.split("/") if name]
     if parts.scheme not in ("http", "https") or not names or ".." in names:
         raise UserError(f"weights: {url!r} is no address of a file; give an http or https URL")
     path = weights_folder().joinpath(parts.netloc.replace(":", "_"), *names)
-    expected = {"sha256": sha256, "md5": md5}
     try:
         if not path.is_file():
-            with _lock(path):
-                if not path.is_file():  # another process was faster
-                    part = path.with_name(f"{path.name}.part")
-                    _fetch(url, part)
-                    _verify(part, expected, url)
-                    os.replace(part, path)
-    except NETWORK_ERRORS as error:
-        raise _unreachable(url, path, error) from error
+            _download(url, path)
     except OSError as error:
-        raise _unwritable(error) from error
-    _verify(path, expected, url)
-    return path
+        raise _failure(url, path, error) from error
+    return _verified(path, url, sha256=sha256, md5=md5)
 
 
-def _from_hub(repo: str, filename: str, revision: str, url: str, by_hand: Path) -> Path:
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    import huggingface_hub as hub  # slow, and needed only for weights that are not at hand yet
-    from huggingface_hub import errors as hub_errors
-    from huggingface_hub.utils import disable_progress_bars
+def _download(url: str, path: Path) -> None:
+    import pooch  # slow, and seldom needed
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    endpoint = url.removesuffix(f"/{repo}/resolve/{revision}/{filename}")
-    wanted = {
-        "repo_id": repo,
-        "filename": filename,
-        "revision": revision,
-        "cache_dir": weights_folder() / "hub",
-        "endpoint": endpoint,
-        "etag_timeout": TIMEOUT,
-    }
-    try:
-        try:
-            return Path(hub.hf_hub_download(**wanted, local_files_only=True))
-        except hub_errors.LocalEntryNotFoundError:
-            if not hub.constants.HF_HUB_OFFLINE:
-                _reach(endpoint)  # the library would try again for minutes
-            return Path(hub.hf_hub_download(**wanted))
-    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
-        raise UserError(
-            f"weights: the hub gives no access to {url}: {str(error).splitlines()[0]}\n"
-            "Check the name; a private or gated repository needs a token in HF_TOKEN."
-        ) from error
-    except (hub_errors.LocalEntryNotFoundError, *NETWORK_ERRORS) as error:
-        raise _unreachable(url, by_hand, error.__cause__ or error) from error
-    except (hub_errors.HTTPError, hub_errors.HfHubHTTPError) as error:
-        raise _unreachable(url, by_hand, str(error).splitlines()[0]) from error
-    except OSError as error:
-        raise (_unwritable(error) if error.errno else _unreachable(url, by_hand, error)) from error
-
-
-def _reach(endpoint: str) -> None:
-    """Raises one of NETWORK_ERRORS unless a server answers, whatever it says."""
-    try:
-        request = urllib.request.Request(endpoint, method="HEAD")
-        urllib.request.urlopen(request, timeout=TIMEOUT).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-
-
-def _fetch(url: str, part: Path) -> None:
-    """Completes `part`; a cut transfer goes on where it stopped, as long as bytes arrive."""
-    for _ in range(ATTEMPTS):
-        before = part.stat().st_size if part.exists() else 0
-        try:
-            if _transfer(url, part, before):
-                return
-        except urllib.error.HTTPError as error:
-            if error.code == 416 and before:  # what is there reaches beyond the end of the file
-                part.unlink()
-                continue
-            raise
-        except NETWORK_ERRORS:
-            if not part.exists() or part.stat().st_size <= before:
-                raise
-    raise ConnectionError(f"the connection was cut {ATTEMPTS} times; {part} goes on from there")
-
-
-def _transfer(url: str, part: Path, start: int) -> bool:
-    """Appends the bytes from `start` on to `part`; returns whether all have arrived."""
-    headers = {"Range": f"bytes={start}-"} if start else {}
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        resumed = answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        if answer.status != 206 or not resumed:
-            start = 0  # the server sends the whole file
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
-        bar = tqdm(
-            desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None
-        )
-        with bar, open(part, "ab" if start else "wb") as file:
-            while chunk := answer.read(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-    return total is None or part.stat().st_size == total
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time fetch `path`; the others wait, and find it."""
+    download = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # gone with the file, however the process ends
-        yield
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches; the others wait, and find the file
+        if not path.is_file():
+            try:
+                download(url, f"{path}.part", None)
+                os.replace(f"{path}.part", path)
+            finally:
+                Path(f"{path}.part").unlink(missing_ok=True)
 
 
-def _verify(path: Path, expected: dict[str, str], url: str) -> None:
-    """Compares digests, once a process; a damaged file is moved aside.
+@functools.cache  # once a process, unless the file changes
+def _digest_of(path: Path, algorithm: str, size: int, changed: int) -> str:
+    return digest(path, algorithm)
 
-    Raises:
-      UserError: a digest differs.
-    """
+
+def _verified(path: Path, url: str, **expected: str) -> Path:
+    """Returns `path` if its digests are as expected, "" for any; a damaged file is moved aside."""
+    facts = path.stat()
     for algorithm, value in expected.items():
-        facts = path.stat()
-        key = (algorithm, value, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-        if not value or key in _verified:
-            continue
-        actual = digest(path, algorithm)
+        actual = value and _digest_of(path, algorithm, facts.st_size, facts.st_mtime_ns)
         if actual != value.lower():
             raise UserError(
                 f"weights: {path} is not what was published: {algorithm} {value} was expected, it"
                 f" has {actual}.\n{_move_aside(path)}; the next run fetches it anew from\n  {url}\n"
                 "If that fails alike, the publisher's file has changed."
             )
-        _verified.add(key)
+    return path
 
 
 def _move_aside(path: Path) -> str:
-    real = path.resolve()  # the hub's cache has links to its files
-    aside = real.with_name(f"{real.name}.damaged")
+    aside = path.with_name(f"{path.name}.damaged")
     try:
-        os.replace(real, aside)
+        os.replace(path.resolve(), aside)  # the hub's cache holds links to its files
         path.unlink(missing_ok=True)
     except OSError:
         return "Delete that file"
     return f"It was moved to {aside}"
 
 
-def _unreachable(url: str, path: Path, reason: object) -> UserError:
+def _failure(url: str, path: Path, error: Exception) -> UserError:
+    """Returns what to tell of a failed transfer: `errno` says that the disk failed, not the net."""
+    if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
+        return UserError(
+            f"weights: cannot write to {weights_folder()}: {error}\n"
+            "Make room there, or name another folder in ARCHCOMPARE_WEIGHTS."
+        )
+    reason = str(error.__cause__ or error).partition("\n")[0]
     return UserError(
         f"weights: cannot fetch {url}: {reason}\n"
         "If this machine has no network, fetch that URL on one that has, and put the file at\n"
         f"  {path}\nor name the file where the weights are named, as family:path."
-    )
-
-
-def _unwritable(error: OSError) -> UserError:
-    return UserError(
-        f"weights: cannot write to {weights_folder()}: {error}\n"
-        "Make room there, or name another folder in ARCHCOMPARE_WEIGHTS."
     )

@@ -19,17 +19,10 @@ from models.weights.pytorch import read_pytorch
 
 
 def read_weights(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """Reads every array of a weight file.
+    """Returns {name: array} as published, floats as float32, other types as they are.
 
-    Args:
-      path: the file.
-      kind: "safetensors", "keras" (legacy HDF5 of Keras Applications) or "pytorch" (a state dict).
-
-    Returns:
-      {name: array}; names and axes as published, floats as float32, other types as they are.
-
-    Raises:
-      UserError: the file is missing, empty, damaged, of another kind, or could run code.
+    `kind` is "safetensors", "keras" (legacy HDF5 of Keras Applications) or "pytorch" (a state
+    dict). A file that is missing, empty, damaged or could run code raises UserError.
     """
     readers = {"safetensors": _read_safetensors, "keras": _read_keras, "pytorch": read_pytorch}
     reader = readers[choose("the kind of weights", kind, readers)]
@@ -43,11 +36,7 @@ def read_weights(path: Path, kind: str) -> dict[str, np.ndarray]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the text fields in the header of a safetensors file.
-
-    Raises:
-      UserError: the file is missing, empty or damaged.
-    """
+    """Returns the text fields in the header of a safetensors file."""
     _check_file(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -57,11 +46,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Writes arrays and text fields to a safetensors file, which is whole or absent at any moment.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
+    """Writes a safetensors file of arrays and text fields, whole or absent at any moment."""
     # The library writes memory as it lies, so a transposed view must be laid out first.
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,8 +1,7 @@
 """Finds pretrained weights by name (see `models/pretrained.py`) and loads them strictly."""
 
 import functools
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,10 +10,10 @@ import numpy as np
 
 from errors import UserError, choose
 from models.classifier import Classifier, Preprocessing, merge_model, split_model
-from models.weights import names as conversion
 from models.weights.download import hub_file, url_file
 from models.weights.formats import read_weights
-from models.weights.own import read_own
+from models.weights.names import head_of, normalise_names, source_names, to_our_layout
+from models.weights.own import WEIGHTS, read_own
 from models.weights.published import IMAGENET, PUBLISHED, Published
 
 FORMATS = {"timm": "safetensors", "torchvision": "pytorch", "keras": "keras"}
@@ -27,123 +26,117 @@ SHOWN = 12  # mismatches of one kind in an error
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that were found, before they are read.
+    """Weights that a name stands for, before they are read."""
 
-    Attributes:
-      name: as the user gave it.
-      family: publisher whose names the file uses, or one of OURS for our own paths.
-      fields: of the architecture, that these weights need.
-      preprocessing: what they were trained on.
-      read: returns {name: array}.
-      top: whether there is a classifier in the file; None if only the file can tell.
-      reference: mean and variance of each stage's output on the images they were trained on,
-        {} where unknown; see `preflight.py`.
-    """
-
-    name: str
-    family: str
-    fields: dict
-    preprocessing: Preprocessing
+    name: str  # as the user gave it
+    model: str  # key of `MODELS`
+    family: str  # publisher whose names the file uses, or one of OURS for our own paths
+    fields: dict  # of the architecture, that these weights need
+    preprocessing: Preprocessing  # what they were trained on
     read: Callable[[], dict[str, np.ndarray]]
-    top: bool | None = None
-    reference: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)  # of their origin, as `convert` stores them
+    top: bool | None = None  # whether there is a classifier; None if only the file can tell
 
 
 # --- names --------------------------------------------------------------------------------------
 
 
 def find(name: str, model: str, fields: dict) -> Source:
-    """Returns the weights of a name for an architecture; fetches a published file if need be.
+    """Returns the weights of a name for an architecture, not yet read nor fetched.
 
     Args:
       name: see `models/pretrained.py`.
-      model: key of `MODELS`.
+      model: key of `MODELS`; "" for the architecture that the weights are of.
       fields: of the architecture, given by the user; they may name the form of a local file.
-
-    Raises:
-      UserError: an unknown name (the nearest is suggested), weights of another architecture, a
-        file that is missing or damaged, or no network.
     """
     family, colon, path = name.partition(":")
-    if not colon:
-        published = PUBLISHED[_choose_published(name, model)]
-        return _published(published, model, fields)
-    choose(f"weights {name!r}: family", family, (*FORMATS, *OURS))
-    if family in OURS:
-        return _own(name, family, model, read_own(Path(path)), fields)
-    return _local(name, family, Path(path), model, fields)
+    if colon:
+        choose(f"weights {name!r}: family", family, (*FORMATS, *OURS))
+        make = _own if family in OURS else _local
+        source = make(name, family, Path(path), model, fields)
+    else:
+        source = _published(name, model)
+    if model and source.model != model:
+        raise UserError(f"weights {name!r} are of {source.model}, not of {model}")
+    for key, value in source.fields.items():
+        if key in fields and _with_tuples(fields)[key] != value:
+            raise UserError(
+                f"weights {name!r} need {key}={value!r}, but {key}={fields[key]!r} was given: "
+                "leave it out"
+            )
+    return source
 
 
-def _choose_published(name: str, model: str) -> str:
-    suited = [key for key, entry in PUBLISHED.items() if entry.model == model]
+def _published(name: str, model: str) -> Source:
+    suited = [key for key, entry in PUBLISHED.items() if model in (entry.model, "")]
     if name not in PUBLISHED and not suited:
         raise UserError(f"weights {name!r}: no weights of {model} are published: use weights=none")
-    return choose(f"weights of {model}", name, PUBLISHED if name in PUBLISHED else suited)
-
-
-def _published(published: Published, model: str, fields: dict) -> Source:
-    if published.model != model:
-        raise UserError(f"weights {published.name!r} are of {published.model}, not of {model}")
-    needed = {"form": published.form} if published.form else {}
-    _check_fields(published.name, needed, fields)
-
-    def read() -> dict[str, np.ndarray]:
-        return read_weights(fetch(published), FORMATS[published.family])
-
+    what = f"weights of {model}" if model else "weights"
+    entry = PUBLISHED[choose(what, name, PUBLISHED if name in PUBLISHED else suited)]
+    stated = ("licence", "recipe", "top1", "revision", "url")
     return Source(
-        published.name, published.family, needed, published.preprocessing, read, published.top
+        name,
+        entry.model,
+        entry.family,
+        {"form": entry.form} if entry.form else {},
+        entry.preprocessing,
+        lambda: _read(fetch(entry), entry.family),
+        {"source": name} | {key: getattr(entry, key) for key in stated},
+        top=entry.top,
     )
 
 
-def fetch(published: Published) -> Path:
+def fetch(entry: Published) -> Path:
     """Returns the local path of a published file, downloaded and verified."""
-    if published.url:
-        return url_file(published.url, sha256=published.sha256, md5=published.md5)
-    return hub_file(published.repository, "model.safetensors", published.revision, published.sha256)
+    if entry.url:
+        return url_file(entry.url, sha256=entry.sha256, md5=entry.md5)
+    return hub_file(entry.repository, "model.safetensors", entry.revision, entry.sha256)
+
+
+def _read(path: Path, family: str) -> dict[str, np.ndarray]:
+    return normalise_names(read_weights(path, FORMATS[family]), family)
 
 
 def _local(name: str, family: str, path: Path, model: str, fields: dict) -> Source:
     """A publisher's file on this disk: preprocessing and form of the publisher's first entry."""
+    if not model:
+        raise UserError(f"weights {name!r} do not say of which architecture they are: give --model")
     entries = [e for e in PUBLISHED.values() if e.model == model and e.family == family]
     form = fields.get("form", entries[0].form if entries else "")
     forms = ["torch"] if family == "torchvision" else [e.form for e in entries]
     if form and forms:
         choose(f"weights {name!r} of {model}: form", form, dict.fromkeys(forms))
-    entry = next((e for e in entries if e.form == form), None)
-    preprocessing = entry.preprocessing if entry else IMAGENET
+    pixels = next((e.preprocessing for e in entries if e.form == form), IMAGENET)
     needed = {"form": form} if form else {}
-    return Source(name, family, needed, preprocessing, lambda: read_weights(path, FORMATS[family]))
+    facts = {"source": f"{family}:{path.name}"}  # folders say nothing elsewhere
+    return Source(name, model, family, needed, pixels, lambda: _read(path, family), facts)
 
 
-def _own(name: str, family: str, model: str, stored: dict, fields: dict) -> Source:
-    if stored["model"] != model:
-        raise UserError(f"weights {name!r} are of {stored['model']}, not of {model}")
-    needed = {key: stored["fields"][key] for key in STRUCTURAL if key in stored["fields"]}
-    needed = _with_tuples(needed)
-    _check_fields(name, needed, fields)
+def _own(name: str, family: str, path: Path, model: str, fields: dict) -> Source:
+    if family == "run":
+        path /= WEIGHTS
+        if not path.is_file():
+            raise UserError(
+                f"{name} is not the directory of a complete run, for it has no {WEIGHTS}; if an "
+                "older version trained it, python -m analysis.export DIR FOLDER makes that file"
+            )
+    facts = read_own(path)
+    arrays = facts.pop("arrays")
     return Source(
         name,
+        facts["model"],
         family,
-        needed,
-        Preprocessing(**_with_tuples(stored["preprocessing"])),
-        lambda: stored["arrays"],
-        top=stored.get("num_classes") != 0,
-        reference=stored.get("reference") or {},
+        _with_tuples({key: facts["fields"][key] for key in STRUCTURAL if key in facts["fields"]}),
+        Preprocessing(**_with_tuples(facts["preprocessing"])),
+        lambda: arrays,
+        facts,
+        top=facts["num_classes"] != 0,
     )
 
 
 def _with_tuples(values: dict) -> dict:
     """Returns values as they were before JSON, which knows lists only."""
     return {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-
-
-def _check_fields(name: str, needed: dict, given: dict) -> None:
-    for key, value in needed.items():
-        if key in given and _with_tuples(given)[key] != value:
-            raise UserError(
-                f"weights {name!r} need {key}={value!r}, but {key}={given[key]!r} was given: "
-                "leave it out"
-            )
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -153,56 +146,65 @@ def load(model: Classifier, source: Source) -> Classifier:
     """Returns the model with the weights of `source`, strictly: all of the file, all of the model.
 
     Only the classifier may differ: one of another width, or one that the file lacks, keeps its
-    fresh initialisation, and a line says so.
-
-    Raises:
-      UserError: lists every array that is missing, left over, of another shape or not finite.
+    fresh initialisation, and a line says so. An error lists all that is wrong with the file.
     """
-    known = conversion.published_by(model)
-    if source.family not in (*known, *OURS):
-        raise UserError(
-            f"weights {source.name!r}: of {type(model).__name__}, files of "
-            f"{' or '.join(known) or 'no publisher'} can be read, not of {source.family}"
-        )
     _, params, stats = split_model(model)
     if not model.trained_by_gradient:
         return _load_memory(model, source, stats)
-    ours, arrays = params | stats, conversion.normalise_names(source.read(), source.family)
-    head = f"stages.{len(model.stages) - 1}."
-    names = (
-        {path: path for path in ours}
-        if source.family in OURS
-        else conversion.source_names(model, source.family, list(ours))
-    )
-    ignored = {name for name in arrays if name.endswith("num_batches_tracked")}
-    if source.family == "keras":
-        ignored |= set(KERAS_PIXELS)
-    found, extra = {}, set(arrays) - set(names.values()) - ignored
-    fresh = _fresh_head(model, source, arrays, extra, ours, head)
-    missing, wrong = [], []
-    for path, name in names.items():
-        if path in fresh:
-            continue
-        if name not in arrays:
-            missing.append(f"{name} (for {path})")
-            continue
-        array = arrays[name]
-        if source.family not in OURS:
-            array = conversion.to_our_layout(array, source.family, path, ours[path].shape)
-        elif path.endswith(".positions"):
-            array = conversion.resize_positions(array, ours[path].shape[1])
-        if array.shape != ours[path].shape:
-            wrong.append(f"{name}: {array.shape} instead of {ours[path].shape}")
-        elif not np.isfinite(array).all():
-            wrong.append(f"{name}: not every value is finite")
-        found[path] = jnp.asarray(array, ours[path].dtype)
+    ours = params | stats
+    names, arrays = names_in(source, model, ours), source.read()
+    given = {
+        path: to_our_layout(
+            arrays[name], source.family, path, ours[path].shape, model.flattened.get(path, ())
+        )
+        for path, name in names.items()
+        if name in arrays
+    }
+    extra = set(arrays) - set(names.values())
+    extra -= {name for name in extra if name.endswith("num_batches_tracked")}
+    extra -= set(KERAS_PIXELS) if source.family == "keras" else set()
+    theirs = set() if source.family in OURS else head_of(model, source.family, arrays)
+    has_classifier = bool(theirs) if source.top is None else source.top
+    replaced = source.family not in OURS and dict(model.fields).get("hidden") == 0
+    fresh = {path for path in ours if path.startswith(f"stages.{len(model.stages) - 1}.")}
+    if has_classifier and not replaced:
+        fresh = {
+            p for p in fresh & set(given) if _other_width(given[p], ours[p], model.num_classes)
+        }
+    else:
+        extra -= theirs
+    missing = [f"{names[p]} (for {p})" for p in ours if p not in given and p not in fresh]
+    wrong = []
+    for path in given.keys() - fresh:
+        if given[path].shape != ours[path].shape:
+            wrong.append(f"{names[path]}: {given[path].shape} instead of {ours[path].shape}")
+        elif not np.isfinite(given[path]).all():
+            wrong.append(f"{names[path]}: not every value is finite")
     _refuse(source, type(model).__name__, missing, extra, wrong)
     if fresh:
         _say(f"{source.name}: the classifier is new ({', '.join(sorted(fresh))})")
-    filled = {path: found.get(path, value) for path, value in ours.items()}
+    filled = ours | {p: jnp.asarray(given[p], ours[p].dtype) for p in given.keys() - fresh}
     loaded = merge_model(model, {p: filled[p] for p in params}, {p: filled[p] for p in stats})
     loaded.preprocessing = pixels_of(source, arrays)
     return loaded
+
+
+def names_in(source: Source, model: Classifier, paths: Collection[str]) -> dict[str, str]:
+    """Returns {our path: name in the file of `source`}; refuses a publisher without names."""
+    if source.family in OURS:
+        return {path: path for path in paths}
+    if source.family not in model.names:
+        raise UserError(
+            f"weights {source.name!r}: of {type(model).__name__}, files of "
+            f"{' or '.join(model.names) or 'no publisher'} can be read, not of {source.family}"
+        )
+    return source_names(model, source.family, paths)
+
+
+def _other_width(theirs: np.ndarray, ours, num_classes: int) -> bool:
+    """Whether an array of a classifier differs from ours in the number of classes alone."""
+    same = theirs.ndim == ours.ndim and theirs.shape[:-1] == ours.shape[:-1]
+    return same and ours.shape[-1] == num_classes != theirs.shape[-1]
 
 
 def _load_memory(model: Classifier, source: Source, stats: dict) -> Classifier:
@@ -213,34 +215,6 @@ def _load_memory(model: Classifier, source: Source, stats: dict) -> Classifier:
     loaded = merge_model(model, {}, {path: jnp.asarray(arrays[path]) for path in stats})
     loaded.preprocessing = source.preprocessing
     return loaded
-
-
-def _fresh_head(model, source, arrays, extra: set[str], ours: dict, head: str) -> set[str]:
-    """Returns the paths of the head that are not loaded; takes the file's own head from `extra`."""
-    paths = {path for path in ours if path.startswith(head)}
-    if source.family in OURS:
-        if not source.top:
-            return paths
-        names = {path: path for path in paths}
-    else:
-        pattern = conversion.HEAD[source.family]
-        theirs = {name for name in arrays if re.fullmatch(pattern, name)}
-        top = bool(theirs) if source.top is None else source.top
-        if not top or dict(model.fields).get("hidden") == 0:
-            extra -= theirs
-            return paths
-        names = conversion.source_names(model, source.family, list(paths))
-    fresh = set()
-    for path, name in names.items():
-        if name not in arrays:
-            continue
-        width, array = ours[path].shape[-1], arrays[name]
-        if source.family not in OURS:
-            array = conversion.to_our_layout(array, source.family, path, ours[path].shape)
-        same = array.ndim == ours[path].ndim and array.shape[:-1] == ours[path].shape[:-1]
-        if width == model.num_classes and same and array.shape[-1] != width:
-            fresh.add(path)
-    return fresh
 
 
 def _refuse(source: Source, architecture: str, missing, extra, wrong) -> None:

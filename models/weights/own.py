@@ -25,16 +25,10 @@ def arrays_of(model: Classifier) -> dict[str, np.ndarray]:
 
 
 def write_own(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
-    """Writes weights and what is known of them.
+    """Writes arrays, by path as `arrays_of` returns them, and what is known of them.
 
-    Args:
-      path: of the file.
-      arrays: by path, as `arrays_of` returns them.
-      facts: plain values; at least `model`, `fields`, `preprocessing` and `num_classes` (0 for
-        weights without classifier).
-
-    Raises:
-      UserError: the folder cannot be written.
+    `facts` are plain values; at least `model`, `fields`, `preprocessing` and `num_classes` (0 for
+    weights without classifier).
     """
     facts = json.loads(json.dumps(facts))  # as they will be read: lists for tuples, text as keys
     stated = {"digest": _digest(arrays, facts)}
@@ -44,23 +38,16 @@ def write_own(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
 def read_own(path: Path) -> dict:
     """Returns the facts that `write_own` was given, and the "arrays".
 
-    Args:
-      path: the file, or the directory of a finished run.
-
     Raises:
       UserError: there is no such file, it is damaged, or somebody else wrote it.
     """
-    if path.is_dir():
-        if not (path / WEIGHTS).exists():
-            raise UserError(f"run:{path} is not the directory of a complete run: no {WEIGHTS}")
-        path = path / WEIGHTS
     arrays = read_weights(path, "safetensors")
     try:
         facts = json.loads(read_metadata(path)[KEY])
         Preprocessing(**facts["preprocessing"])
         stated = facts.pop("digest", None)  # files of older versions state none
         changed = stated and stated != _digest(arrays, facts)
-        facts = {"model": facts["model"], "fields": facts["fields"]} | facts
+        facts = {key: facts[key] for key in ("model", "fields", "num_classes")} | facts
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} was not written by this project: name its publisher, as in timm:{path}"

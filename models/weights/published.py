@@ -23,37 +23,29 @@ TORCHVISION = "torchvision reference: SGD, 90 epochs, step schedule, random resi
 A1 = "ResNet strikes back A1 (arXiv:2110.00476): LAMB, BCE, 600 epochs, RandAugment, mixup, cutmix"
 RA = "timm RandAugment recipe (B of arXiv:2110.00476): RMSProp, EMA, step decay, warmup"
 TF = "the EfficientNet authors' TensorFlow training (arXiv:1905.11946), base preprocessing"
+VGG = "the authors' Caffe training (arXiv:1409.1556)"
+MSRA = "the authors' Caffe training (arXiv:1512.03385)"
+GOOGLE = "the authors' TensorFlow training (arXiv:1905.11946)"
 AUGREG = "How to train your ViT (arXiv:2106.10270): ImageNet-21k, then ImageNet-1k at 224"
 
 
 @dataclass(frozen=True)
 class Published:
-    """One published file of weights.
+    """One published file of weights."""
 
-    Attributes:
-      name: "family/model.tag", as `create_model(weights=...)` takes it.
-      model: key of `models.MODELS`.
-      form: of the architecture, "" where it has one only.
-      repository, revision: on the Hugging Face hub, or both "".
-      url: elsewhere.
-      sha256, md5: of the file, "" where the publisher states none.
-      top: whether the file holds the classifier of the 1,000 ImageNet classes.
-      top1: published accuracy on ImageNet-1k in percent, at the preprocessing's size; 0 for none.
-    """
-
-    name: str
-    model: str
-    form: str
+    name: str  # "family/model.tag", as `create_model(weights=...)` takes it
+    model: str  # key of `models.MODELS`
+    form: str  # of the architecture, "" where it has one only
     preprocessing: Preprocessing
     licence: str
-    recipe: str
-    top1: float
-    repository: str = ""
+    recipe: str  # how the weights were trained
+    top1: float  # accuracy on ImageNet-1k in percent, at the preprocessing's size; 0 for none
+    repository: str = ""  # on the Hugging Face hub, with a commit
     revision: str = ""
-    url: str = ""
-    sha256: str = ""
+    url: str = ""  # of a file elsewhere
+    sha256: str = ""  # "" where the publisher states none
     md5: str = ""
-    top: bool = True
+    top: bool = True  # whether the file holds the classifier of the 1,000 ImageNet classes
 
     @property
     def family(self) -> str:
@@ -73,8 +65,24 @@ def _sized(preprocessing: Preprocessing, size: int, crop: float) -> Preprocessin
     return replace(preprocessing, size=size, crop=crop)
 
 
+_APPLICATIONS = "tensorflow/keras-applications/"
+_KERNELS = "_weights_tf_dim_ordering_tf_kernels"
+
+
+def _keras(
+    name, model, form, preprocessing, recipe, top1, path, *md5s, notop="_notop"
+) -> list[Published]:
+    """Keras' two files of a network, with and without classifier; `path` ends before .h5."""
+    entry = Published(
+        f"keras/{name}.imagenet", model, form, preprocessing, "not stated by Keras", recipe, top1,
+        url=f"https://storage.googleapis.com/{path}.h5", md5=md5s[0],
+    )  # fmt: skip
+    without = {"name": f"{entry.name}_notop", "md5": md5s[1], "top": False, "top1": 0.0}
+    return [entry, replace(entry, url=entry.url.replace(".h5", f"{notop}.h5"), **without)]
+
+
 # fmt: off
-_TIMM = [
+_ENTRIES = [
     _timm("vgg16.tv_in1k", "vgg16", "", IMAGENET, "bsd", TORCHVISION, 71.59,
           "3394518cba29aee1ea82a49d971be90d2dd1dab7",
           "57b026918159a6bf9faf8405c3a551903768e7138989d9c6224a14227203fad8"),
@@ -138,54 +146,37 @@ _TIMM = [
           84.53,
           "2ec9fb3d7bb664aac471ac44582c94d18de33780",
           "c401d219603ac3e20b6373c7b198c78d3a733f80b755d148bda3bc320ae69800"),
-]
-
-_KERAS_FOLDER = "https://storage.googleapis.com/tensorflow/keras-applications/"
-_DIM_ORDERING = "_weights_tf_dim_ordering_tf_kernels"
-_UNSTATED = "not stated by Keras"
-# Keras' name, model, form, preprocessing, recipe, top-1, file with top and without, MD5 of each.
-_KERAS = [
-    ("vgg16", "vgg16", "", CAFFE, "the authors' Caffe training (arXiv:1409.1556)", 71.3,
-     f"{_KERAS_FOLDER}vgg16/vgg16{_DIM_ORDERING}.h5",
-     f"{_KERAS_FOLDER}vgg16/vgg16{_DIM_ORDERING}_notop.h5",
-     "64373286793e3c8b2b4e3219cbf3544b", "6d6bbae143d832006294945121d1f1fc"),
-    ("vgg19", "vgg19", "", CAFFE, "the authors' Caffe training (arXiv:1409.1556)", 71.3,
-     f"{_KERAS_FOLDER}vgg19/vgg19{_DIM_ORDERING}.h5",
-     f"{_KERAS_FOLDER}vgg19/vgg19{_DIM_ORDERING}_notop.h5",
-     "cbe5617147190e668d6c5d5026f83318", "253f8cb515780f3b799900260a226db6"),
-    *((name, name, "keras", CAFFE, "the authors' Caffe training (arXiv:1512.03385)", top1,
-       f"{_KERAS_FOLDER}resnet/{name}{_DIM_ORDERING}.h5",
-       f"{_KERAS_FOLDER}resnet/{name}{_DIM_ORDERING}_notop.h5", md5, md5_notop)
-      for name, top1, md5, md5_notop in (
-        ("resnet50", 74.9, "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"),
-        ("resnet101", 76.4, "f1aeb4b969a6efcfb50fad2f0c20cfc5", "88cf7a10940856eca736dc7b7e228a21"),
-        ("resnet152", 76.6, "100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
-    )),
-    *((f"efficientnetb{i}", f"efficientnet_b{i}", "tf", _sized(IMAGENET, size, 1.0),
-       "the authors' TensorFlow training (arXiv:1905.11946)", top1,
-       f"https://storage.googleapis.com/keras-applications/efficientnetb{i}.h5",
-       f"https://storage.googleapis.com/keras-applications/efficientnetb{i}_notop.h5",
-       md5, md5_notop)
-      for i, (size, top1, md5, md5_notop) in enumerate((
-        (224, 77.1, "902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"),
-        (240, 79.1, "1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"),
-        (260, 80.1, "b15cce36ff4dcbd00b6dd88e7857a6ad", "111f8e2ac8aa800a7a99e3239f7bfb39"),
-        (300, 81.6, "ffd1fdc53d0ce67064dc6a9c7960ede0", "af6d107764bb5b1abb91932881670226"),
-    ))),
-    ("mobilenetv2", "mobilenet_v2", "tf", SYMMETRIC, "TF-slim (arXiv:1801.04381)", 71.3,
-     f"{_KERAS_FOLDER}mobilenet_v2/mobilenet_v2{_DIM_ORDERING}_1.0_224.h5",
-     f"{_KERAS_FOLDER}mobilenet_v2/mobilenet_v2{_DIM_ORDERING}_1.0_224_no_top.h5", "", ""),
+    *_keras("vgg16", "vgg16", "", CAFFE, VGG, 71.3,
+            f"{_APPLICATIONS}vgg16/vgg16{_KERNELS}",
+            "64373286793e3c8b2b4e3219cbf3544b", "6d6bbae143d832006294945121d1f1fc"),
+    *_keras("vgg19", "vgg19", "", CAFFE, VGG, 71.3,
+            f"{_APPLICATIONS}vgg19/vgg19{_KERNELS}",
+            "cbe5617147190e668d6c5d5026f83318", "253f8cb515780f3b799900260a226db6"),
+    *_keras("resnet50", "resnet50", "keras", CAFFE, MSRA, 74.9,
+            f"{_APPLICATIONS}resnet/resnet50{_KERNELS}",
+            "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"),
+    *_keras("resnet101", "resnet101", "keras", CAFFE, MSRA, 76.4,
+            f"{_APPLICATIONS}resnet/resnet101{_KERNELS}",
+            "f1aeb4b969a6efcfb50fad2f0c20cfc5", "88cf7a10940856eca736dc7b7e228a21"),
+    *_keras("resnet152", "resnet152", "keras", CAFFE, MSRA, 76.6,
+            f"{_APPLICATIONS}resnet/resnet152{_KERNELS}",
+            "100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"),
+    *_keras("efficientnetb0", "efficientnet_b0", "tf", _sized(IMAGENET, 224, 1.0), GOOGLE, 77.1,
+            "keras-applications/efficientnetb0",
+            "902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"),
+    *_keras("efficientnetb1", "efficientnet_b1", "tf", _sized(IMAGENET, 240, 1.0), GOOGLE, 79.1,
+            "keras-applications/efficientnetb1",
+            "1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"),
+    *_keras("efficientnetb2", "efficientnet_b2", "tf", _sized(IMAGENET, 260, 1.0), GOOGLE, 80.1,
+            "keras-applications/efficientnetb2",
+            "b15cce36ff4dcbd00b6dd88e7857a6ad", "111f8e2ac8aa800a7a99e3239f7bfb39"),
+    *_keras("efficientnetb3", "efficientnet_b3", "tf", _sized(IMAGENET, 300, 1.0), GOOGLE, 81.6,
+            "keras-applications/efficientnetb3",
+            "ffd1fdc53d0ce67064dc6a9c7960ede0", "af6d107764bb5b1abb91932881670226"),
+    *_keras("mobilenetv2", "mobilenet_v2", "tf", SYMMETRIC, "TF-slim (arXiv:1801.04381)", 71.3,
+            f"{_APPLICATIONS}mobilenet_v2/mobilenet_v2{_KERNELS}_1.0_224",
+            "", "", notop="_no_top"),
 ]
 # fmt: on
 
-PUBLISHED: dict[str, Published] = {entry.name: entry for entry in _TIMM}
-for _name, _model, _form, _pixels, _recipe, _top1, _url, _url_notop, _md5, _md5_notop in _KERAS:
-    _entry = Published(
-        f"keras/{_name}.imagenet", _model, _form, _pixels, _UNSTATED, _recipe, _top1,
-        url=_url, md5=_md5,
-    )  # fmt: skip
-    PUBLISHED[_entry.name] = _entry
-    _notop = replace(
-        _entry, name=f"keras/{_name}.imagenet_notop", url=_url_notop, md5=_md5_notop, top=False
-    )
-    PUBLISHED[_notop.name] = replace(_notop, top1=0.0)
+PUBLISHED: dict[str, Published] = {entry.name: entry for entry in _ENTRIES}

@@ -12,19 +12,15 @@ from models import MODELS
 from models.classifier import Classifier, in_mode, merge_model, split_model
 
 
-def _once(name: str) -> list[tuple]:
-    """The plan with one block a stage, and two in one, whose second has a shortcut."""
-    return [(*row[:2], 2 if row[1] == 24 else 1, *row[3:]) for row in MODELS[name].plan]
-
-
-# The same networks with fewer blocks, of each kind at least one.
-SHALLOW = {
-    "resnet18": {"blocks": (2, 1, 1, 1)},
-    "resnet50": {"blocks": (2, 1, 1, 1)},
-    "efficientnet_b0": {"plan": _once("efficientnet_b0")},
-    "mobilenet_v2": {"plan": _once("mobilenet_v2")},
-    "vit_s16": {"depth": 3},
-}
+def _fewer_blocks(architecture: type[Classifier]) -> dict:
+    """Attributes of the same network with fewer blocks, of each kind at least one."""
+    if hasattr(
+        architecture, "plan"
+    ):  # a block a stage, and two in one, whose second has a shortcut
+        return {"plan": [(*r[:2], 2 if r[1] == 24 else 1, *r[3:]) for r in architecture.plan]}
+    if len(getattr(architecture, "blocks", ())) == 4:
+        return {"blocks": (2, 1, 1, 1)}
+    return {"depth": 3} if hasattr(architecture, "patch") else {}
 
 
 def unfilled(
@@ -33,7 +29,7 @@ def unfilled(
     """The network `create_model` returns, but with shapes in place of arrays."""
     architecture = MODELS[name]
     if shallow:
-        architecture = type(name, (architecture,), SHALLOW.get(name, {}))
+        architecture = type(name, (architecture,), _fewer_blocks(architecture))
     model = nnx.eval_shape(
         lambda: architecture(
             num_classes, image_size, dtype=dtype, rngs=nnx.Rngs(params=0, dropout=0), **fields

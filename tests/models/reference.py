@@ -3,7 +3,6 @@
 reference = build("timm", "resnet50", {"form": "torch"}, 1000, 224)
 reference.load(path)                    # with the library's own loader
 stages, logits = reference.run(images)  # preprocessed as our network takes them
-errors = compare(model, reference, images)
 """
 
 import math
@@ -20,16 +19,73 @@ import numpy as np
 from errors import UserError
 from models import MODELS, Classifier
 
-TIMM = {
-    "mobilenet_v2": "mobilenetv2_100",
-    "vit_s16": "vit_small_patch16_224",
-    "vit_b16": "vit_base_patch16_224",
+RESNET = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
+TIMM_INVERTED = ["bn1", *(f"blocks.{i}" for i in range(7)), "bn2"]
+TIMM_VIT = ["pos_drop", *(f"blocks.{i}" for i in range(12))]
+
+
+def _vgg(name: str, keras: str) -> dict:
+    ends, end = [], -1
+    for count in MODELS[name].blocks:
+        end += count * (3 if MODELS[name].batch_norm else 2) + 1
+        ends.append(f"features.{end}")
+    both = {"timm": (name, ends), "torchvision": (name, ends)}
+    return both | ({"keras": (keras, [f"block{i}_pool" for i in range(1, 6)])} if keras else {})
+
+
+def _resnet(name: str, keras: str) -> dict:
+    ends = [f"conv{i}_block{count}_out" for i, count in enumerate(MODELS[name].blocks, start=2)]
+    both = {"timm": (name, RESNET), "torchvision": (name, RESNET)}
+    return both | ({"keras": (keras, ["pool1_pool", *ends])} if keras else {})
+
+
+def _efficientnet(number: int) -> dict:
+    name = f"efficientnet_b{number}"
+    counts = [math.ceil(row[2] * MODELS[name].depth) for row in MODELS[name].plan]
+    ends = [
+        f"block{i}{'abcdefgh'[count - 1]}_{'add' if count > 1 else 'project_bn'}"
+        for i, count in enumerate(counts, start=1)
+    ]
+    return {
+        "timm": (name, TIMM_INVERTED),
+        "torchvision": (name, [f"features.{i}" for i in range(9)]),
+        "keras": (f"EfficientNetB{number}", ["stem_activation", *ends, "top_activation"]),
+    }
+
+
+# What each library calls a network, and its layers that end our stages but the head.
+NETWORKS: dict[str, dict[str, tuple[str, list[str]]]] = {
+    "vgg16": _vgg("vgg16", "VGG16"),
+    "vgg16_bn": _vgg("vgg16_bn", ""),
+    "vgg19": _vgg("vgg19", "VGG19"),
+    "resnet18": _resnet("resnet18", ""),
+    "resnet34": _resnet("resnet34", ""),
+    "resnet50": _resnet("resnet50", "ResNet50"),
+    "resnet101": _resnet("resnet101", "ResNet101"),
+    "resnet152": _resnet("resnet152", "ResNet152"),
+    **{f"efficientnet_b{number}": _efficientnet(number) for number in range(4)},
+    "mobilenet_v2": {
+        "timm": ("mobilenetv2_100", TIMM_INVERTED),
+        "torchvision": (
+            "mobilenet_v2",
+            [f"features.{i}" for i in (0, 1, 3, 6, 10, 13, 16, 17, 18)],
+        ),
+        "keras": (
+            "MobileNetV2",
+            ["Conv1_relu", "expanded_conv_project_BN"]
+            + [f"block_{i}_add" for i in (2, 5, 9, 12, 15)]
+            + ["block_16_project_BN", "out_relu"],
+        ),
+    },
+    "vit_s16": {"timm": ("vit_small_patch16_224", TIMM_VIT)},
+    "vit_b16": {
+        "timm": ("vit_base_patch16_224", TIMM_VIT),
+        "torchvision": (
+            "vit_b_16",
+            ["encoder.dropout", *(f"encoder.layers.encoder_layer_{i}" for i in range(12))],
+        ),
+    },
 }
-KERAS = {
-    "vgg16": "VGG16", "vgg19": "VGG19", "resnet50": "ResNet50", "resnet101": "ResNet101",
-    "resnet152": "ResNet152", "mobilenet_v2": "MobileNetV2",
-    **{f"efficientnet_b{i}": f"EfficientNetB{i}" for i in range(4)},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,11 +120,17 @@ def build(family: str, name: str, fields: dict, num_classes: int, image_size: in
     if not num_classes and family != "keras":
         raise UserError(f"{family}: only networks with a classifier can be compared")
     require(family)
-    if family == "keras" and name not in KERAS:
-        raise UserError(f"keras has no {name}")
+    if family not in NETWORKS.get(name, {}):
+        raise UserError(f"{family} has no {name}")
+    theirs, places = NETWORKS[name][family]
     if family == "keras":
-        return _keras(name, num_classes, image_size)
-    return (_timm if family == "timm" else _torchvision)(name, fields, num_classes, image_size)
+        return _keras(theirs, places, num_classes, image_size)
+    options = {"num_classes": num_classes}
+    if hasattr(MODELS[name], "patch"):
+        options |= {"img_size" if family == "timm" else "image_size": image_size}
+    if family == "timm":
+        return _timm(f"tf_{theirs}" if fields.get("form") == "tf" else theirs, places, options)
+    return _torchvision(theirs, places, options)
 
 
 def require(family: str) -> None:
@@ -118,21 +180,6 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def compare(model: Classifier, reference: Reference, images: np.ndarray) -> list[float]:
-    """Returns the relative error of each stage, and of the logits where the reference has them.
-
-    Args:
-      model: ours, in evaluation mode.
-      reference: the same network with the same weights.
-      images: [B, H, W, 3] float32, preprocessed.
-    """
-    stages, logits = our_stages(model, images)
-    their_stages, their_logits = reference.run(images)
-    pairs = list(zip(stages, their_stages, strict=True))
-    pairs += [(logits, their_logits)] if their_logits is not None else []
-    return [relative_error(*pair) for pair in pairs]
-
-
 def import_torchvision() -> None:
     """Imports torchvision, also where its compiled operators do not match the installed torch."""
     from torch import library
@@ -147,62 +194,25 @@ def import_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-def _timm(name: str, fields: dict, num_classes: int, image_size: int) -> Reference:
+def _timm(name: str, places: list[str], options: dict) -> Reference:
     import timm
+    from safetensors.torch import load_file
 
-    theirs = TIMM.get(name, name)
-    options = {"img_size": image_size} if name.startswith("vit") else {}
-    if fields.get("form") == "tf":
-        theirs = f"tf_{theirs}"
-    network = timm.create_model(theirs, num_classes=num_classes, **options)
-    if name.startswith("vgg"):
-        places = [f"features.{i}" for i in _pools(network)]
-    elif name.startswith("resnet"):
-        places = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
-    elif name.startswith("vit"):
-        places = ["pos_drop", *(f"blocks.{i}" for i in range(12))]
-    else:
-        places = ["bn1", *(f"blocks.{i}" for i in range(7)), "bn2"]
-
-    def load(path: Path) -> None:
-        from safetensors.torch import load_file
-
-        network.load_state_dict(load_file(path), strict=True)
-
-    return _torch(network, places, load)
+    return _torch(timm.create_model(name, **options), places, load_file)
 
 
-def _torchvision(name: str, fields: dict, num_classes: int, image_size: int) -> Reference:
+def _torchvision(name: str, places: list[str], options: dict) -> Reference:
     import torch
     from torchvision import models
 
-    theirs = {"vit_b16": "vit_b_16"}.get(name, name)
-    options = {"image_size": image_size} if name.startswith("vit") else {}
-    network = models.__dict__[theirs](num_classes=num_classes, **options)
-    if name.startswith("vgg"):
-        places = [f"features.{i}" for i in _pools(network)]
-    elif name.startswith("resnet"):
-        places = ["maxpool", "layer1", "layer2", "layer3", "layer4"]
-    elif name.startswith("efficientnet"):
-        places = [f"features.{i}" for i in range(9)]
-    elif name.startswith("mobilenet"):
-        places = [f"features.{i}" for i in (0, 1, 3, 6, 10, 13, 16, 17, 18)]
-    else:
-        layers = (f"encoder.layers.encoder_layer_{i}" for i in range(12))
-        places = ["encoder.dropout", *layers]
+    return _torch(models.__dict__[name](**options), places, partial(torch.load, weights_only=True))
+
+
+def _torch(network, places: list[str], read: Callable[[Path], dict]) -> Reference:
+    import torch
 
     def load(path: Path) -> None:
-        network.load_state_dict(torch.load(path, weights_only=True), strict=True)
-
-    return _torch(network, places, load)
-
-
-def _pools(network) -> list[int]:
-    return [i for i, m in enumerate(network.features) if type(m).__name__ == "MaxPool2d"]
-
-
-def _torch(network, places: list[str], load: Callable[[Path], None]) -> Reference:
-    import torch
+        network.load_state_dict(read(path), strict=True)
 
     network.eval()
 
@@ -224,19 +234,17 @@ def _torch(network, places: list[str], load: Callable[[Path], None]) -> Referenc
     return Reference(shapes, load, run)
 
 
-def _keras(name: str, num_classes: int, image_size: int) -> Reference:
+def _keras(name: str, places: list[str], num_classes: int, image_size: int) -> Reference:
     import keras
 
-    network = getattr(keras.applications, KERAS[name])(
+    network = getattr(keras.applications, name)(
         weights=None, input_shape=(image_size, image_size, 3), include_top=num_classes > 0,
         **({"classes": num_classes, "classifier_activation": None} if num_classes else {}),
     )  # fmt: skip
-    inspect = keras.Model(network.input, [network.get_layer(p).output for p in _keras_places(name)])
+    inspect = keras.Model(network.input, [network.get_layer(p).output for p in places])
 
     def run(images: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        for (
-            layer
-        ) in network.layers:  # EfficientNet normalises inside: hand it what becomes `images`
+        for layer in network.layers:  # EfficientNet normalises inside: undo it beforehand
             if isinstance(layer, keras.layers.Normalization):
                 mean, variance = np.asarray(layer.mean), np.asarray(layer.variance)
                 images = ((images * np.sqrt(variance) + mean) * 255).astype(np.float32)
@@ -250,22 +258,3 @@ def _keras(name: str, num_classes: int, image_size: int) -> Reference:
             leaf = "depthwise_kernel" if depthwise else weight.name  # as the published files say
             shapes[f"{layer.name}/{leaf}"] = tuple(weight.shape)
     return Reference(shapes, network.load_weights, run)
-
-
-def _keras_places(name: str) -> list[str]:
-    """Returns the layers of a Keras network that end our stages, the head left out."""
-    model = MODELS[name]
-    if name.startswith("vgg"):
-        return [f"block{i}_pool" for i in range(1, 6)]
-    if name.startswith("resnet"):
-        ends = (f"conv{i + 2}_block{count}_out" for i, count in enumerate(model.blocks))
-        return ["pool1_pool", *ends]
-    if name == "mobilenet_v2":
-        ends = ["expanded_conv_project_BN", *(f"block_{i}_add" for i in (2, 5, 9, 12, 15))]
-        return ["Conv1_relu", *ends, "block_16_project_BN", "out_relu"]
-    counts = [-(-round(row[2] * model.depth * 10) // 10) for row in model.plan]
-    ends = [
-        f"block{i}{chr(ord('a') + count - 1)}_{'add' if count > 1 else 'project_bn'}"
-        for i, count in enumerate(counts, start=1)
-    ]
-    return ["stem_activation", *ends, "top_activation"]

@@ -7,7 +7,7 @@ from experiment.fields import phase_config
 from experiment.files import read_lines
 from models import create_model
 from models.classifier import split_model, stage_of
-from models.weights.own import read_own
+from models.weights.own import WEIGHTS, read_own
 from train import build_model, check_run, train_and_evaluate
 from training.stored_features import FeatureFeed
 
@@ -29,7 +29,7 @@ def tuned_run(digits_run, few_digits):
 
 
 def best(run_dir):
-    return read_own(run_dir)["arrays"]
+    return read_own(run_dir / WEIGHTS)["arrays"]
 
 
 def initial(config):

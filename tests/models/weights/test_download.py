@@ -1,7 +1,9 @@
 """Files are fetched once, whole, as published; without a network the message says what to do."""
 
+import errno
 import hashlib
 import http.server
+import os
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -36,7 +39,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.requests = []  # (method, path, value of Range)
         self.content = CONTENT
         self.cuts = []  # after how many bytes the next answers are cut
-        self.ranges = True
 
     @property
     def gets(self) -> list[str | None]:
@@ -45,7 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers GET and HEAD, with Range as the server is set to."""
+    """Answers GET and HEAD, with Range."""
 
     def do_GET(self):
         self.server.requests.append((self.command, self.path, self.headers["Range"]))
@@ -58,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_error(404)
             return
         content, start = self.server.content, 0
-        if self.headers["Range"] and self.server.ranges:
+        if self.headers["Range"]:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
         if start and start >= len(content):
             self.send_error(416)
@@ -103,7 +105,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ARCHCOMPARE_WEIGHTS", str(tmp_path / "weights"))
-    monkeypatch.setattr(download, "_verified", set())
+    download._digest_of.cache_clear()  # as in a new process
     return tmp_path / "weights"
 
 
@@ -117,7 +119,7 @@ def test_the_folder(monkeypatch, folder):
 
 def test_the_hub_library_is_imported_only_when_needed():
     """Importing it takes longer than most commands."""
-    script = "import sys, models.download; sys.exit('huggingface_hub' in sys.modules)"
+    script = "import sys, models.weights.download; sys.exit(bool({'huggingface_hub', 'pooch'} & set(sys.modules)))"
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == 0
 
@@ -144,37 +146,26 @@ def test_a_finished_file_is_hashed_once_a_process(server, monkeypatch):
     for _ in range(3):
         url_file(f"{server.url}/a/model.h5", sha256=SHA256)
     assert hashed == ["sha256"]
-    download._verified.clear()  # as in a new process
+    download._digest_of.cache_clear()
     url_file(f"{server.url}/a/model.h5", sha256=SHA256)
     assert hashed == ["sha256", "sha256"]
 
 
-def test_a_cut_transfer_goes_on_where_it_stopped(server):
-    server.cuts = [1_000_000, 500_000]
-    path = url_file(f"{server.url}/a/model.h5", sha256=SHA256)
-    assert path.read_bytes() == CONTENT
-    assert server.gets == [None, "bytes=1000000-", "bytes=1500000-"]
-
-
-def test_a_transfer_of_an_earlier_process_goes_on(server, closed):
-    server.cuts = [200_000] * download.ATTEMPTS
-    with pytest.raises(UserError, match="was cut 5 times"):
+def test_a_cut_transfer_is_never_taken_for_the_file(server, folder):
+    server.cuts = [1_000_000]
+    with pytest.raises(UserError, match="1000000 bytes read, 2000000 more expected"):
         url_file(f"{server.url}/a/model.h5", sha256=SHA256)
+    assert not list(folder.rglob("model.h5")) and not list(folder.rglob("*.part"))
     assert url_file(f"{server.url}/a/model.h5", sha256=SHA256).read_bytes() == CONTENT
-    assert server.gets[-1] == "bytes=1000000-"
 
 
-def test_a_server_that_ignores_ranges(server):
-    server.cuts, server.ranges = [1_000_000], False
-    assert url_file(f"{server.url}/a/model.h5", sha256=SHA256).read_bytes() == CONTENT
-    assert server.gets == [None, "bytes=1000000-"]
-
-
-def test_a_part_longer_than_the_file_is_fetched_anew(server, folder):
-    path = folder / server.url.removeprefix("http://").replace(":", "_") / "a/model.h5.part"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(CONTENT + b"x")
-    assert url_file(f"{server.url}/a/model.h5", sha256=SHA256).read_bytes() == CONTENT
+def test_a_full_disk(server, folder, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=full))
+    with pytest.raises(UserError, match="No space left on device") as caught:
+        url_file(f"{server.url}/a/model.h5", sha256=SHA256)
+    assert "Make room there" in str(caught.value) and str(folder) in str(caught.value)
+    assert not list(folder.rglob("*.part"))
 
 
 def test_a_wrong_digest(server):
@@ -264,6 +255,13 @@ def test_a_file_of_the_hub(server, folder, monkeypatch):
     assert len(server.requests) == count
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")  # no longer needed
     assert fetch() == path
+
+
+def test_a_cut_transfer_from_the_hub_is_tried_again(server, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.cuts = [1_000_000]
+    assert fetch().read_bytes() == CONTENT
+    assert len(server.gets) == 2  # it resumes by chunks of 10 MB
 
 
 def test_a_damaged_file_of_the_hub_is_fetched_anew(server, monkeypatch):
