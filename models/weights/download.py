@@ -80,18 +80,29 @@ def url_file(url: str, *, sha256: str = "", md5: str = "") -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    import pooch  # slow, and seldom needed
-
-    download = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=TIMEOUT)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches; the others wait, and find the file
         if not path.is_file():
-            try:
-                download(url, f"{path}.part", None)
-                os.replace(f"{path}.part", path)
-            finally:
-                Path(f"{path}.part").unlink(missing_ok=True)
+            part = path.with_name(f"{path.name}.part")
+            _transfer(url, part)
+            os.replace(part, path)
+
+
+def _transfer(url: str, part: Path) -> None:
+    """Completes `part`, from where an earlier transfer was cut."""
+    import requests  # slow, and seldom needed
+
+    start = part.stat().st_size if part.exists() else 0
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        if answer.status_code == 416 and start:  # `part` reaches beyond the end of the file
+            part.unlink()
+            return _transfer(url, part)
+        answer.raise_for_status()
+        with open(part, "ab" if answer.status_code == 206 else "wb") as file:
+            for chunk in answer.iter_content(2**16):
+                file.write(chunk)
 
 
 @functools.cache  # once a process, unless the file changes
