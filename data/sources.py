@@ -1,6 +1,5 @@
 """Where images come from: each source lists what it has, before anything is decoded."""
 
-import csv
 import hashlib
 import re
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
 from errors import UserError
@@ -31,16 +31,13 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 @dataclass
 class Listing:
-    """What a source offers: N images, still encoded.
-
-    `read(i)` returns an encoded file as bytes, or an array [H, W] or [H, W, C] uint8.
-    """
+    """What a source offers: N images, still encoded."""
 
     ids: list[str]  # unique; a path relative to the root, or a name such as digits/0007
     labels: np.ndarray  # int32 [N], indices into class_names
     parts: list[str]  # one of PARTS, or "" where the source leaves it open
     class_names: list[str]
-    read: Callable[[int], bytes | np.ndarray]
+    read: Callable[[int], bytes | np.ndarray]  # an encoded file, or [H, W] or [H, W, C] uint8
     groups: list[str] | None = None
     strays: list[str] = field(default_factory=list)  # files in class folders that are no image
 
@@ -80,33 +77,32 @@ def list_source(data: ConfigDict) -> Listing:
 def _groups(rule: str, ids: list[str]) -> list[str]:
     """Returns a group key for every id, by regular expression or from a .csv file."""
     if rule.endswith(".csv"):
-        try:
-            with open(rule, newline="", encoding="utf-8") as file:
-                table = {row["id"]: row["group"] for row in csv.DictReader(file)}
-        except (OSError, KeyError) as error:
+        try:  # of any separator, with or without a byte order mark
+            table = pd.read_csv(rule, sep=None, engine="python", encoding="utf-8-sig", dtype=str)
+            by_id = dict(zip(table["id"], table["group"], strict=True))
+        except (OSError, KeyError, ValueError) as error:
             raise UserError(
                 f"config.data.groups={rule}: need columns id,group ({error})"
             ) from error
-        missing = [name for name in ids if name not in table]
-        if missing:
+        groups = [by_id.get(name) for name in ids]
+    else:
+        try:
+            pattern = re.compile(rule)
+        except re.error as error:
             raise UserError(
-                f"{rule} names no group for {len(missing)} images, such as {missing[0]}"
-            )
-        return [table[name] for name in ids]
-    try:
-        pattern = re.compile(rule)
-    except re.error as error:
-        raise UserError(f"config.data.groups={rule!r} is no regular expression: {error}") from error
-    if pattern.groups < 1:
-        raise UserError(f"config.data.groups={rule!r} needs a group in parentheses: the key")
-    matches = [pattern.search(name) for name in ids]
-    missing = [name for name, match in zip(ids, matches, strict=True) if not match]
+                f"config.data.groups={rule!r} is no regular expression: {error}"
+            ) from error
+        if pattern.groups < 1:
+            raise UserError(f"config.data.groups={rule!r} needs a group in parentheses: the key")
+        matches = [pattern.search(name) for name in ids]
+        groups = [match and match[1] for match in matches]
+    missing = [name for name, group in zip(ids, groups, strict=True) if group is None]
     if missing:
         raise UserError(
-            f"config.data.groups={rule!r} matches nothing in {len(missing)} ids, such as "
+            f"config.data.groups={rule!r} names no group for {len(missing)} images, such as "
             f"{missing[0]}"
         )
-    return [match[1] for match in matches]
+    return groups
 
 
 def _digits(data: ConfigDict) -> Listing:

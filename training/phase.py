@@ -3,12 +3,10 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -44,7 +42,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
     """
     progress = record.progress
     record.clock, began = time.monotonic(), progress.seconds
-    phase = _set_up(record, weights)
+    phase = Phase(record, weights)
     config, per_epoch, total = phase.config, phase.steps_per_epoch, phase.steps
     state = initial_state(config, weights, phase.optimizer, phase.first)
     if stored is not None:
@@ -72,7 +70,18 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
             progress.finished = done == total or waited
             record.count_time()
             if progress.finished:
-                progress.phases.append(phase.summary(done, progress.seconds - began, progress))
+                progress.phases.append(
+                    {
+                        "name": phase.name,
+                        "train": config.train,
+                        "first_trained_stage": phase.first,
+                        "epochs": done / per_epoch,
+                        "steps": done,
+                        "stored_features": phase.cached,
+                        "seconds": progress.seconds - began,
+                        "best_validation_loss": progress.best_loss,
+                    }
+                )
             due = record.clock - record.saved_at >= config.runtime.checkpoint_every_seconds
             if due or progress.finished:
                 record.save(state)
@@ -80,72 +89,35 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
                 record.interrupt(state)
 
 
-@dataclass
 class Phase:
-    """What a phase needs and does not change."""
+    """What a phase needs beside the state: its config, feeds, schedule and compiled steps."""
 
-    name: str
-    config: ConfigDict  # as it holds in this phase
-    first: int  # stage that trains
-    key: jax.Array
-    feed: Feed  # of training images, or of their stored features
-    validation: Feed  # likewise
-    cached: bool  # whether both are stored features
-    steps_per_epoch: int
-    steps: int  # at most
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    train_step: Callable
-    eval_step: Callable
-    compiled: bool = False  # whether this process has taken a step
-    said_at: float = 0.0  # when the last line of progress was printed
-
-    def summary(self, steps: int, seconds: float, progress) -> dict:
-        """Returns the record of a phase that has ended."""
-        return {
-            "name": self.name,
-            "train": self.config.train,
-            "first_trained_stage": self.first,
-            "epochs": steps / self.steps_per_epoch,
-            "steps": steps,
-            "stored_features": self.cached,
-            "seconds": seconds,
-            "best_validation_loss": progress.best_loss,
-        }
-
-
-def _set_up(record: RunRecord, weights: dict) -> Phase:
-    progress, model = record.progress, record.model
-    name = phase_names(record.config)[progress.phase]
-    config = phase_config(record.config, name)
-    first = first_trained_stage(config.train, len(model.stages))
-    if first and config.weights == "none" and "all" not in [p["train"] for p in progress.phases]:
-        print(
-            f"warning: phase {name} freezes {first} stages at random values, for config.weights is "
-            "none",
-            file=sys.stderr,
+    def __init__(self, record: RunRecord, weights: dict):
+        progress, model, stages = record.progress, record.model, len(record.model.stages)
+        self.name = phase_names(record.config)[progress.phase]
+        self.config = config = phase_config(record.config, self.name)
+        self.first = first = first_trained_stage(config.train, stages)  # that trains
+        before = [phase["train"] for phase in progress.phases]
+        if first and config.weights == "none" and "all" not in before:
+            print(
+                f"warning: phase {self.name} freezes {first} stages at random values, for "
+                "config.weights is none",
+                file=sys.stderr,
+            )
+        self.key = phase_key(config.seed, progress.phase)
+        # `cached` says whether both feeds are of stored features.
+        self.feed, self.validation, self.cached = _feeds(record, config, weights, first)
+        self.steps_per_epoch = steps_per_epoch(len(self.feed), config.batch_size)
+        self.steps = config.epochs * self.steps_per_epoch  # at most
+        self.schedule = make_schedule(config, self.steps_per_epoch, self.steps)
+        self.optimizer = make_optimizer(config, self.schedule, stages)
+        classes, cached = class_weights(config, record.dataset), self.cached
+        self.train_step = make_train_step(
+            config, model, self.optimizer, classes, first=first, cached=cached
         )
-    feed, validation, cached = _feeds(record, config, weights, first)
-    per_epoch = steps_per_epoch(len(feed), config.batch_size)
-    schedule = make_schedule(config, per_epoch, config.epochs * per_epoch)
-    optimizer = make_optimizer(config, schedule, len(model.stages))
-    classes = class_weights(config, record.dataset)
-    return Phase(
-        name=name,
-        config=config,
-        first=first,
-        key=phase_key(config.seed, progress.phase),
-        feed=feed,
-        validation=validation,
-        cached=cached,
-        steps_per_epoch=per_epoch,
-        steps=config.epochs * per_epoch,
-        schedule=schedule,
-        optimizer=optimizer,
-        train_step=make_train_step(config, model, optimizer, classes, first=first, cached=cached),
-        eval_step=make_eval_step(config, model, first if cached else 0),
-        said_at=time.monotonic(),
-    )
+        self.eval_step = make_eval_step(config, model, first if cached else 0)
+        self.compiled = False  # whether this process has taken a step
+        self.said_at = time.monotonic()  # when the last line of progress was printed
 
 
 def _feeds(
