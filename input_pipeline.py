@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import grain
 import jax
 import numpy as np
+import pandas as pd
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data.decoding import Decoded, decode_all
+from data.identity import fingerprint, identity_table
 from data.randomness import Purpose
 from data.sources import PARTS, Listing, list_source
 from data.splits import exact_duplicates, leaks, missing_parts, split_parts
@@ -32,6 +34,19 @@ class Dataset:
     rows: dict[str, np.ndarray]  # ascending row numbers of each part
     excluded: dict[str, str]  # ids left out, with the reason
     split_by_us: bool  # whether any part was drawn here rather than given by the source
+
+    @functools.cached_property
+    def identity_table(self) -> pd.DataFrame:
+        """What every image is: see `data/identity.py`."""
+        parts = np.full(len(self.listing.ids), "", object)
+        for part, rows in self.rows.items():
+            parts[rows] = part
+        return identity_table(self.listing, self.decoded, parts.tolist())
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The fingerprint of images, labels, parts and groups, wherever they lie."""
+        return fingerprint(self.identity_table, self.class_names)
 
     @property
     def class_names(self) -> list[str]:
@@ -66,6 +81,7 @@ class Dataset:
             "path": config.path,
             "class_names": self.class_names,
             "counts": counts,
+            "identity": self.identity,
             "fingerprint": self.decoded.fingerprint,
             "split_seed": config.split_seed,
             "split_by_us": self.split_by_us,
@@ -163,7 +179,9 @@ def batch_rows(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([Purpose.ORDER, seed, epoch]).permutation(count)
+    seed, phase = seed % 2**32, seed >> 32
+    # NumPy fills up with zeros: the phase stands last, or its orders would be another epoch's.
+    return np.random.default_rng([Purpose.ORDER, seed, epoch, phase]).permutation(count)
 
 
 def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before JAX is imported: XLA's own notices
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from analysis import audit, report
 from analysis.forward import use_compilation_cache
@@ -26,8 +26,7 @@ from experiment.fields import stored_config
 from experiment.files import write_json
 from experiment.grid import Run, check_run_dir, expand, shard
 from experiment.runner import STOPPED, Signals, prepare_workdir, train_one
-from input_pipeline import load_dataset
-from train import check_run, train_and_evaluate
+from train import check_runs, train_and_evaluate
 
 
 def main(argv: list[str]) -> int:
@@ -76,18 +75,8 @@ def check(runs: list[Run], workdir: Path) -> None:
     """Finds every mistake that can be found before compute is spent; writes the audit."""
     for run in runs:
         check_run_dir(run, workdir)
-    seen, audited = set(), False
-    for run in runs:
-        settings = ConfigDict(run.config.to_dict())
-        settings.seed = 0
-        if settings.to_json() in seen:
-            continue
-        seen.add(settings.to_json())
-        check_run(run.config)
-        if not audited:
-            dataset = load_dataset(run.config.data, run.config.runtime.cache_dir)
-            print(audit.describe(audit.write_audit(dataset, workdir / "audit")), flush=True)
-            audited = True
+    dataset = check_runs([run.config for run in runs], workdir)
+    print(audit.describe(audit.write_audit(dataset, workdir / "audit")), flush=True)
 
 
 if __name__ == "__main__":

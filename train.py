@@ -10,13 +10,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data.identity import check_identity, write_table
 from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
-from experiment.files import write_json
-from input_pipeline import check_batches, load_dataset
+from experiment.files import read_json, write_json
+from input_pipeline import Dataset, check_batches, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, split_model
 from training.cost import model_cost, peak_memory
@@ -49,6 +51,7 @@ def train_and_evaluate(
     dataset = load_dataset(config.data, config.runtime.cache_dir)
     mesh = device_mesh()
     check_batches(config, mesh)
+    check_data(dataset, config, run_dir)
     model = build_model(config, dataset.num_classes)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", stored_config(config))
@@ -61,10 +64,8 @@ def train_and_evaluate(
         "weights": config.weights,
     }
     if config.weights != "none" and config.preflight != "off":
-        rows = dataset.rows["train"]
-        sample = dataset.decoded.images[rows[:: max(1, len(rows) // 128)][:128]]
         strict = config.preflight == "error"
-        summary["preflight"] = inspect_pixels(model, sample, config.weights, strict=strict)
+        summary["preflight"] = inspect_pixels(model, sample(dataset), config.weights, strict=strict)
         write_json(run_dir / "preflight.json", summary["preflight"])
 
     record = RunRecord(config, run_dir, dataset, model, mesh, should_stop)
@@ -84,6 +85,14 @@ def train_and_evaluate(
         record.close()
     write_json(run_dir / "summary.json", summary)
     return summary
+
+
+def sample(dataset: Dataset, count: int = 128) -> np.ndarray:
+    """Returns training images, of every class one before of any a second: uint8 [n, S, S, 3]."""
+    labels, rows = dataset.labels("train"), dataset.rows["train"]
+    turn = pd.Series(labels).groupby(labels).cumcount().to_numpy()
+    chosen = rows[np.sort(np.argsort(turn, kind="stable")[:count])]
+    return dataset.decoded.images[chosen]
 
 
 def train(record: RunRecord) -> dict:
@@ -114,7 +123,7 @@ def fit(record: RunRecord) -> dict:
     _, params, stats = split_model(model)
     weights = record.put({"params": params, "stats": stats})
     record.count_time()
-    scores, _ = record.evaluate(record.feed("validation"), weights, make_eval_step(config, model))
+    scores, _ = record.evaluate(record.feed("validation"), weights, make_eval_step(model))
     record.progress.best_loss, record.progress.best_step = scores["loss"], 0
     record.progress.seconds_to_best = record.progress.seconds
     record.metrics.write("validation", 0, epoch=0.0, phase="fit", **scores)
@@ -127,7 +136,7 @@ def predict(record: RunRecord, weights: dict) -> tuple[dict, float]:
     Returns:
       The metrics of both, and images/s on the second, for which nothing is compiled any more.
     """
-    metrics, eval_step = {}, make_eval_step(record.config, record.model)
+    metrics, eval_step = {}, make_eval_step(record.model)
     for part in ("validation", "test"):
         feed, began = record.feed(part), time.monotonic()
         scores, logits = record.evaluate(feed, weights, eval_step)
@@ -180,6 +189,16 @@ def build_model(config: ConfigDict, num_classes: int) -> Classifier:
     return model
 
 
+def check_data(dataset: Dataset, config: ConfigDict, run_dir: Path) -> None:
+    """Raises a UserError if a run directory is of other images, labels or parts than `dataset`."""
+    stored = read_json(run_dir / "dataset.json")
+    size = read_json(run_dir / "config.json").get("data", {}).get("image_size")
+    if "identity" not in stored and size != config.data.image_size:
+        return  # of an older version, whose fingerprint depends on the size
+    current, folder = dataset.to_dict(config.data), run_dir.parents[1] / "audit"
+    check_identity(stored, current, str(run_dir), dataset.identity_table, folder)
+
+
 def check_run(config: ConfigDict) -> None:
     """Finds every mistake in a run's config that shows without training.
 
@@ -192,3 +211,34 @@ def check_run(config: ConfigDict) -> None:
     size = len(nnx.eval_shape(lambda: build_model(config, dataset.num_classes)).stages)
     for name in phase_names(config):
         first_trained_stage(phase_config(config, name).train, size)
+
+
+def check_runs(configs: list[ConfigDict], workdir: Path) -> Dataset:
+    """Checks every run of a grid, and that all runs of the workdir are of the same data.
+
+    Runs whose configs ask for other data may differ. Returns the data of the first run.
+    """
+    checked, datasets = set(), []
+    for config in configs:
+        settings = ConfigDict(config.to_dict() | {"seed": 0})
+        if settings.to_json() in checked:
+            continue
+        checked.add(settings.to_json())
+        check_run(config)
+        dataset = load_dataset(config.data, config.runtime.cache_dir)
+        if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
+            datasets.append((config, dataset))
+    for run_dir in sorted(workdir.glob("*/seed*")):
+        stored = stored_config(ConfigDict(read_json(run_dir / "config.json")))
+        for config, dataset in datasets:
+            if "data" in stored and same_data(stored["data"], stored_config(config)["data"]):
+                check_data(dataset, config, run_dir)
+    for _, dataset in datasets:
+        write_table(dataset.identity_table, workdir / "audit", dataset.identity)
+    return datasets[0][1]
+
+
+def same_data(first: dict, second: dict) -> bool:
+    """Returns whether two sections `data` ask for the same images, of any size and anywhere."""
+    free = {"path", "tfds_dir", "image_size", "resize", "interpolation"}
+    return all(first[key] == second[key] for key in (first.keys() & second.keys()) - free)

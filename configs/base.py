@@ -142,9 +142,10 @@ def get_config(models: str = "") -> ConfigDict:
 
     config.ema_decay = 0.0  # moving average of the weights, evaluated in their place; 0 is off
     config.eval_every_epochs = 1
-    # Evaluations without a lower validation loss before training ends; 0 is off. The weights with
-    # the lowest validation loss are evaluated in either case.
-    config.early_stopping_patience = 0
+    # What the best weights of all phases are chosen by, on validation images: loss (the negative
+    # log-likelihood, whatever is trained with) | accuracy | balanced_accuracy | macro_f1
+    config.select = "loss"
+    config.early_stopping_patience = 0  # evaluations without a better one before the end; 0 is off
 
     # --- augmentation: training images only, on the device --------------------------------------
     augment = config.augment = ConfigDict()

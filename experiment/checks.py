@@ -22,6 +22,7 @@ CHOICES = {
     "optimizer.name": ("sgd", "adam", "adamw"),
     "schedule.name": ("constant", "step", "cosine", "plateau"),
     "loss.name": ("cross_entropy", "hinge"),
+    "select": ("loss", "accuracy", "balanced_accuracy", "macro_f1"),
     "runtime.feed": ("auto", "resident", "streaming"),
 }
 # Intervals; a round bracket leaves its end out.

@@ -23,8 +23,10 @@ from experiment.files import read_json
 from models import MODELS, fields_of
 
 GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
-# Fields that older versions stored, and the value under which a run is the same without them.
-RETIRED = {"keep_optimizer": False}
+# Fields that some versions did not store, and the value under which a run is the same without.
+AS_BEFORE = {"keep_optimizer": False, "select": "loss"}
+# Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
+FREE = ("eval_batch_size", "data.path", "data.tfds_dir")
 
 
 @dataclass(frozen=True)
@@ -162,19 +164,25 @@ def check_run_dir(run: Run, workdir: Path) -> None:
         stored = flatten(read_json(path))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete {path.parent}") from error
-    asked, missing = flatten(stored_config(run.config)), object()
+    stored, asked = AS_BEFORE | stored, AS_BEFORE | flatten(stored_config(run.config))
     lines = [
         f"  {key}: stored {stored.get(key, 'nothing')!r}, now {asked.get(key, 'nothing')!r}"
         for key in sorted(stored.keys() | asked.keys())
         if not key.startswith("runtime.")
-        and stored.get(key, missing) != asked.get(key, missing)
-        and not (key in RETIRED and stored.get(key) == RETIRED[key])
+        and key not in FREE
+        and stored.get(key, "nothing") != asked.get(key, "nothing")
     ]
-    if lines:
-        raise UserError(
-            f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + "\n"
-            "Use another --workdir, delete that directory, or undo the change."
+    if not lines:
+        return
+    advice = "Use another --workdir, delete that directory, or undo the change."
+    if any("epochs" in line for line in lines):
+        advice += (
+            " To train on from where it ended, give its weights, --config.weights="
+            f"run:{path.parent}, in another --workdir."
         )
+    raise UserError(
+        f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + f"\n{advice}"
+    )
 
 
 def shard(runs: list[Run], text: str) -> list[Run]:

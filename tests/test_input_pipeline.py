@@ -136,6 +136,16 @@ def test_batches_are_pure_and_show_every_image_equally_often():
     assert [steps_per_epoch(n, 4) for n in (1, 4, 5)] == [1, 1, 2]
 
 
+def test_no_two_phases_epochs_and_seeds_share_an_order():
+    orders = {
+        tuple(batch_rows(seed + (phase << 32), epoch, 12, 12).tolist())
+        for seed in range(3)
+        for phase in range(4)
+        for epoch in range(4)
+    }
+    assert len(orders) == 3 * 4 * 4
+
+
 def test_evaluation_covers_every_image_once():
     for count in (1, 7, 8, 9):
         plans = list(evaluation_rows(count, 4))

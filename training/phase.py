@@ -25,6 +25,7 @@ from training.steps import (
     initial_state,
     make_eval_step,
     make_train_step,
+    selection_score,
     step_keys,
 )
 from training.stored_features import cache_features, features_fit
@@ -41,7 +42,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
       stored: arrays of a checkpoint of this phase to go on from, or None.
     """
     progress = record.progress
-    record.clock, began = time.monotonic(), progress.seconds
+    record.clock = time.monotonic()
     phase = Phase(record, weights)
     config, per_epoch, total = phase.config, phase.steps_per_epoch, phase.steps
     state = initial_state(config, weights, phase.optimizer, phase.first)
@@ -78,7 +79,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
                         "epochs": done / per_epoch,
                         "steps": done,
                         "stored_features": phase.cached,
-                        "seconds": progress.seconds - began,
+                        "seconds": progress.seconds - progress.phase_began,
                         "best_validation_loss": progress.best_loss,
                     }
                 )
@@ -106,7 +107,7 @@ class Phase:
             )
         self.key = phase_key(config.seed, progress.phase)
         # `cached` says whether both feeds are of stored features.
-        self.feed, self.validation, self.cached = _feeds(record, config, weights, first)
+        self.feed, self.validation, self.cached = _feeds(record, config, weights, first, self.key)
         self.steps_per_epoch = steps_per_epoch(len(self.feed), config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch  # at most
         self.schedule = make_schedule(config, self.steps_per_epoch, self.steps)
@@ -115,13 +116,13 @@ class Phase:
         self.train_step = make_train_step(
             config, model, self.optimizer, classes, first=first, cached=cached
         )
-        self.eval_step = make_eval_step(config, model, first if cached else 0)
+        self.eval_step = make_eval_step(model, first if cached else 0)
         self.compiled = False  # whether this process has taken a step
         self.said_at = time.monotonic()  # when the last line of progress was printed
 
 
 def _feeds(
-    record: RunRecord, config: ConfigDict, weights: dict, first: int
+    record: RunRecord, config: ConfigDict, weights: dict, first: int, key: jax.Array
 ) -> tuple[Feed, Feed, bool]:
     """Returns what to train and to validate on, and whether both are stored features."""
     train, validation = record.feed("train"), record.feed("validation")
@@ -134,7 +135,7 @@ def _feeds(
             raise Interrupted("stopped while features were stored; they are computed again")
 
     stored = (
-        cache_features(config, record.model, weights, feed, first, number, stop_if_asked)
+        cache_features(config, record.model, weights, feed, first, number, key, stop_if_asked)
         for feed, number in ((train, views), (validation, 0))
     )
     return *stored, True
@@ -190,7 +191,8 @@ def _advice(config: ConfigDict) -> str:
 def _validate(record: RunRecord, phase: Phase, state: dict, where: dict, bar: tqdm) -> dict:
     """Evaluates on validation images; `record` keeps the weights if they are the best so far."""
     step, weights = record.progress.step, evaluated_weights(state)
-    scores, _ = record.evaluate(phase.validation, weights, phase.eval_step)
+    labels = record.dataset.labels("validation")
+    scores, logits = record.evaluate(phase.validation, weights, phase.eval_step)
     record.metrics.write("validation", step, **where, **scores)
     if not math.isfinite(scores["loss"]):
         raise Diverged(
@@ -205,7 +207,8 @@ def _validate(record: RunRecord, phase: Phase, state: dict, where: dict, bar: tq
         plateau = make_plateau(phase.config)
         _, scale = plateau.update({}, state["rate_scale"], value=scores["loss"])
         state["rate_scale"] = record.put(scale)
-    record.keep_if_best(weights, scores["loss"])
+    score = selection_score(phase.config.select, scores["loss"], logits, labels)
+    record.keep_if_best(weights, scores["loss"], score)
     return state
 
 

@@ -32,9 +32,11 @@ class Progress:
     finished: bool = False  # the phase
     phase: int = 0  # its number
     phase_start: int = 0  # the step it began after
+    phase_began: float = 0.0  # `seconds` when it began
     epochs_before: float = 0.0  # of earlier phases
     best_step: int = -1  # over all phases
     best_loss: float | None = None
+    best_score: list[float] | None = None  # see `steps.selection_score`
     evaluations_since_best: int = 0  # in the phase
     seconds: float = 0.0  # of training and validation, summed over interruptions
     seconds_to_best: float = 0.0
@@ -46,6 +48,7 @@ class Progress:
         """Moves on from a phase that is finished."""
         self.epochs_before += self.phases[-1]["epochs"]
         self.phase, self.phase_start = self.phase + 1, self.step
+        self.phase_began = self.seconds
         self.finished, self.evaluations_since_best = False, 0
         self.timed_images, self.timed_seconds = 0, 0.0
 
@@ -54,7 +57,7 @@ class RunRecord:
     """One run under way, new or where an interrupted one stopped.
 
     Attributes:
-      best: the weights of lowest validation loss, {"params", "stats"}; {} before there are any.
+      best: the weights of the best validation score, {"params", "stats"}; {} before there are any.
       stored: arrays of the state to go on from, None for a new run.
     """
 
@@ -96,14 +99,14 @@ class RunRecord:
         scores = {name: float(value) for name, value in total.compute().items()}
         return scores, np.concatenate([np.asarray(part) for part in logits])[: len(feed)]
 
-    def keep_if_best(self, weights: dict, loss: float) -> None:
-        """Keeps a copy of the weights if their validation loss is the lowest so far."""
+    def keep_if_best(self, weights: dict, loss: float, score: list[float]) -> None:
+        """Keeps a copy of the weights if their validation score is the highest so far."""
         self.count_time()
         progress = self.progress
-        if progress.best_loss is not None and loss >= progress.best_loss:
+        if progress.best_score is not None and score <= progress.best_score:
             progress.evaluations_since_best += 1
             return
-        progress.best_loss, progress.best_step = loss, progress.step
+        progress.best_loss, progress.best_score, progress.best_step = loss, score, progress.step
         progress.seconds_to_best, progress.evaluations_since_best = progress.seconds, 0
         self.best = copy_arrays(weights)
 

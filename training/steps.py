@@ -1,5 +1,6 @@
 """The jitted steps of training and evaluation, and the loss they share."""
 
+import warnings
 from collections.abc import Callable
 
 import flax.struct
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 from clu import metrics
 from ml_collections import ConfigDict
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from data.augmentation import augment
 from data.randomness import view_key
@@ -166,10 +168,10 @@ def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:
     return model(model.preprocess(inputs))
 
 
-def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Callable:
+def make_eval_step(model: Classifier, start: int = 0) -> Callable:
     """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics).
 
-    A batch's "image" is what stage `start` takes; 0 for images.
+    The loss is the negative log-likelihood. A batch's "image" is what stage `start` takes.
     """
     structure = in_mode(model, training=False)
 
@@ -178,7 +180,7 @@ def make_eval_step(config: ConfigDict, model: Classifier, start: int = 0) -> Cal
         logits = forward(evaluated, batch["image"], start)
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         measured = Metrics.single_from_model_output(
-            loss=criterion(config, logits, targets, smoothing=False),
+            loss=optax.softmax_cross_entropy(logits, targets),  # whatever the loss of training
             logits=logits,
             labels=batch["label"],
             mask=batch["mask"],
@@ -202,15 +204,29 @@ def _moving_average(config: ConfigDict, state: dict, weights: dict) -> dict:
     }
 
 
-def criterion(
-    config: ConfigDict, logits: jax.Array, targets: jax.Array, smoothing: bool = True
-) -> jax.Array:
+def criterion(config: ConfigDict, logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Returns the loss of each image: logits [B, K] and targets [B, K] -> [B]."""
     if config.loss.name == "hinge":
         return optax.losses.multiclass_hinge_loss(logits, targets.argmax(axis=-1))
-    if smoothing and config.loss.label_smoothing:
+    if config.loss.label_smoothing:
         targets = optax.smooth_labels(targets, config.loss.label_smoothing)
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def selection_score(
+    select: str, loss: float, logits: np.ndarray, labels: np.ndarray
+) -> list[float]:
+    """Returns what `config.select` compares weights by, the higher the better; ties go by loss."""
+    predicted = logits.argmax(axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes without validation images
+        value = {
+            "loss": lambda: -loss,
+            "accuracy": lambda: float((predicted == labels).mean()),
+            "balanced_accuracy": lambda: float(balanced_accuracy_score(labels, predicted)),
+            "macro_f1": lambda: float(f1_score(labels, predicted, average="macro")),
+        }[select]()
+    return [value, -loss]
 
 
 def class_weights(config: ConfigDict, dataset: Dataset) -> jax.Array:

@@ -62,14 +62,14 @@ def cache_features(
     feed: Feed,
     first: int,
     views: int,
+    key: jax.Array,
     after_batch: Callable[[], None] = lambda: None,
 ) -> FeatureFeed:
     """Runs the stages before `first` over every view of every image of a feed.
 
-    With 0 `views`, over the images as they are. `after_batch` is called after each batch.
+    Views are drawn from the phase's `key`; with 0 `views`, the images stay as they are.
     """
     model = merge_model(model, weights["params"], weights["stats"])
-    key = jax.random.key(config.seed)
 
     @jax.jit
     def run(model: Classifier, batch: dict, view: jax.Array) -> jax.Array:

@@ -2,13 +2,16 @@ import jax
 import numpy as np
 import pytest
 
+from configs import base
 from errors import Interrupted, UserError
 from experiment.fields import phase_config
 from experiment.files import read_lines
+from input_pipeline import load_dataset
 from models import create_model
 from models.classifier import split_model, stage_of
 from models.weights.own import WEIGHTS, read_own
 from train import build_model, check_run, train_and_evaluate
+from training.steps import selection_score
 from training.stored_features import FeatureFeed
 
 STAGES = 5  # of cnn_deep
@@ -199,3 +202,98 @@ def test_too_many_stages_are_named(tuned_run):
     assert phase_config(config, "tune").train == "last:6"
     with pytest.raises(UserError, match="last:N with N from 1 to 5"):
         check_run(config)
+
+
+OTHERWISE = {
+    "cache_dir": None,  # a folder of the test's own
+    "feed": "streaming",
+    "resident_limit_mb": 0,
+    "feature_cache_mb": 0.0,
+    "checkpoint_every_seconds": 0.0,
+    "log_every_steps": 3,
+    "tensorboard": True,
+}
+
+
+def test_nothing_under_runtime_changes_a_result(digits_run, few_digits, tmp_path):
+    """In two phases with stored views, where a key of the wrong phase would show."""
+    options = few_digits | {
+        "phases": "all,head", "phase__all__epochs": 1, "phase__head__epochs": 2, "batch_size": 32,
+        "phase__head__augment_views": 4, "augment__rotation": 20.0, "augment__shift": 0.2,
+    }  # fmt: skip
+    config = digits_run("cnn", **options)
+    assert set(OTHERWISE) == set(config.runtime)
+    expected = train_and_evaluate(config, tmp_path / "as_it_is")
+    for field, value in OTHERWISE.items():
+        value = str(tmp_path / "cache") if field == "cache_dir" else value
+        changed = digits_run("cnn", **options | {f"runtime__{field}": value})
+        summary = train_and_evaluate(changed, tmp_path / field)
+        np.testing.assert_allclose(
+            logits(tmp_path / field), logits(tmp_path / "as_it_is"), atol=2e-3
+        )
+        assert summary["best_step"] == expected["best_step"]
+
+
+def test_weights_are_selected_by_one_quantity_in_all_phases(tuned_run, tmp_path):
+    """A phase with another loss is judged by the same one: hinge losses are far smaller."""
+    config = tuned_run(
+        "all,head", phase__all__epochs=3, phase__head__epochs=1,
+        phase__head__optimizer={"learning_rate": 0.5}, phase__head__loss={"name": "hinge"},
+    )  # fmt: skip
+    summary = train_and_evaluate(config, tmp_path)
+    lines = [x for x in read_lines(tmp_path / "metrics.jsonl") if x["split"] == "validation"]
+    best = min(lines, key=lambda line: line["loss"])
+    assert summary["best_step"] == best["step"]
+    saved = np.load(tmp_path / "predictions_validation.npz")
+    shifted = saved["logits"] - np.logaddexp.reduce(saved["logits"], axis=1)[:, None]
+    assert best["loss"] == pytest.approx(
+        -shifted[range(len(shifted)), saved["labels"]].mean(), 1e-4
+    )
+
+
+def test_selection_scores_are_scikit_learns():
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    logits = np.eye(3)[[0, 0, 1, 1, 2, 0]]
+    assert selection_score("loss", 0.7, logits, labels) == [-0.7, -0.7]
+    assert selection_score("accuracy", 0.7, logits, labels) == [pytest.approx(4 / 6), -0.7]
+    balanced = (2 / 3 + 1 + 1 / 2) / 3
+    assert selection_score("balanced_accuracy", 0.7, logits, labels)[0] == pytest.approx(balanced)
+    f1 = (2 / 3 + 2 / 3 + 2 / 3) / 3
+    assert selection_score("macro_f1", 0.7, logits, labels)[0] == pytest.approx(f1)
+
+
+def test_select_decides_which_weights_are_kept(digits_run, few_digits, tmp_path):
+    chosen = {}
+    for select in ("loss", "accuracy"):
+        options = few_digits | {"epochs": 12, "optimizer__learning_rate": 0.03, "select": select}
+        summary = train_and_evaluate(digits_run("mlp", **options), tmp_path / select)
+        lines = read_lines(tmp_path / select / "metrics.jsonl")
+        lines = [line for line in lines if line["split"] == "validation"]
+        best = max(
+            lines, key=lambda x: (-x["loss"] if select == "loss" else x["accuracy"], -x["loss"])
+        )
+        assert summary["best_step"] == best["step"]
+        chosen[select] = best
+    assert chosen["accuracy"]["accuracy"] >= chosen["loss"]["accuracy"]
+
+
+def test_the_seconds_of_a_phase_survive_an_interruption(tuned_run, tmp_path, monkeypatch):
+    config, calls = tuned_run("all", phase__all__epochs=2), iter(range(100))
+    with pytest.raises(Interrupted):
+        train_and_evaluate(config, tmp_path, lambda: next(calls) == 9)
+    summary = train_and_evaluate(config, tmp_path)
+    assert summary["phases"][0]["seconds"] == pytest.approx(summary["cost"]["seconds"], rel=0.2)
+
+
+def test_the_sample_of_the_preflight_spreads_over_all_classes(tmp_path, cache_dir):
+    from train import sample
+
+    labels = np.repeat(np.arange(30), [400] + [5] * 29)
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 4, 4, 3), dtype=np.uint8)
+    images[:, 0, 0, 0] = labels
+    np.savez(tmp_path / "rare.npz", images=images, labels=labels)
+    config = base.get_config().data
+    config.source, config.path, config.image_size = "npz", str(tmp_path / "rare.npz"), 4
+    config.split = (0.4, 0.3, 0.3)
+    dataset = load_dataset(config, cache_dir)
+    assert set(sample(dataset, 40)[:, 0, 0, 0]) == set(range(30))
