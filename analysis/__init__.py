@@ -1,0 +1,3 @@
+from experiment import machine
+
+machine.prepare()  # before anything imports matplotlib

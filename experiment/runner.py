@@ -1,6 +1,5 @@
 """One run after the other: the lock on each, the record of a failure, and signals to stop."""
 
-import fcntl
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from errors import Interrupted, UserError
 from experiment.files import read_status, write_json
 from experiment.grid import Run
+from experiment.machine import locked
 
 STOPPED = 75  # exit code, EX_TEMPFAIL: try again
 
@@ -44,8 +44,10 @@ def prepare_workdir(workdir: Path) -> Path:
     return workdir
 
 
-def train_one(run: Run, workdir: Path, title: str, train: Callable, stop: Signals) -> None:
-    """Trains one run unless it is finished or another process trains it; records a failure.
+def train_one(run: Run, workdir: Path, title: str, train: Callable, stop: Signals) -> bool:
+    """Trains one run unless it is finished; records a failure.
+
+    Returns False where another process is training it.
 
     Args:
       run: of the grid.
@@ -58,24 +60,22 @@ def train_one(run: Run, workdir: Path, title: str, train: Callable, stop: Signal
     status = read_status(run_dir)
     if status in ("complete", "diverged"):
         print(f"{title}: {status} already", flush=True)
-        return
+        return True
     print(f"{title}: {'going on' if run_dir.exists() else 'training'}", flush=True)
     began = time.monotonic()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with open(run_dir / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with locked(run_dir / ".lock") as ours:
+            if not ours:
                 print(f"{title}: another process is training it; left to that one", flush=True)
-                return
+                return False
             summary = train(run.config, run_dir, lambda: stop.requested)
     except Interrupted as interrupted:
         print(f"{title}: {interrupted}", flush=True)
-        return
+        return True
     except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
         _record_failure(run_dir, title, error)
-        return
+        return True
     if summary["status"] == "complete":
         accuracy, count = (summary["metrics"]["test"][key] for key in ("accuracy", "count"))
         seconds = time.monotonic() - began
@@ -83,6 +83,7 @@ def train_one(run: Run, workdir: Path, title: str, train: Callable, stop: Signal
         print(f"{title}: {result}", flush=True)
     else:
         print(f"{title}: diverged: {summary['error']}", file=sys.stderr, flush=True)
+    return True
 
 
 def _record_failure(run_dir: Path, title: str, error: Exception) -> None:

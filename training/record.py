@@ -73,6 +73,7 @@ class RunRecord:
         self.config, self.run_dir, self.dataset = config, run_dir, dataset
         self.model, self.mesh, self.should_stop = model, mesh, should_stop
         self.checkpoints = Checkpoints(run_dir / "checkpoints")
+        self.feeds: dict[str, Feed] = {}
         self.progress, self.best = Progress(), {}
         self.stored = self._resume()
         self.metrics = MetricsLog(run_dir, self.progress.step, config.runtime.tensorboard)
@@ -80,8 +81,10 @@ class RunRecord:
         self.clock = self.saved_at = time.monotonic()
 
     def feed(self, part: str) -> Feed:
-        """Returns the batches of a part."""
-        return Feed(self.dataset, part, self.mesh, self.config.runtime)
+        """Returns the batches of a part; its images are put on the device once."""
+        if part not in self.feeds:
+            self.feeds[part] = Feed(self.dataset, part, self.mesh, self.config.runtime)
+        return self.feeds[part]
 
     def put(self, tree):
         """Copies a tree of arrays to every device."""
