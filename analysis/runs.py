@@ -1,7 +1,6 @@
 """Read run directories: the contract between training and analysis."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from experiment.files import read_lines
+from experiment.files import read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class FinishedRun:
 
     @classmethod
     def of(cls, path: Path, name: str, config: dict, summary: dict) -> "FinishedRun":
-        """Returns the run of a directory's config.json and summary.json."""
+        """Returns the run that a config and a summary describe."""
         fields = config["model"]["name"], config["variant"], config["seed"]
         return cls(path, name, config, summary, *fields)
 
@@ -43,12 +42,12 @@ class FinishedRun:
     @cached_property
     def dataset(self) -> dict:
         """Content of dataset.json."""
-        return _required(self.path / "dataset.json", _read_json)
+        return self._read("dataset.json")
 
     @cached_property
     def environment(self) -> dict:
         """Content of environment.json."""
-        return _required(self.path / "environment.json", _read_json)
+        return self._read("environment.json")
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -58,12 +57,12 @@ class FinishedRun:
     @cached_property
     def test(self) -> dict[str, np.ndarray]:
         """Test predictions: ids [N], labels int32 [N], logits float32 [N, K]."""
-        return _required(self.path / "predictions_test.npz", _read_arrays)
+        return self._read("predictions_test.npz")
 
     @cached_property
     def validation(self) -> dict[str, np.ndarray]:
         """Validation predictions, as `test`."""
-        return _required(self.path / "predictions_validation.npz", _read_arrays)
+        return self._read("predictions_validation.npz")
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -80,6 +79,16 @@ class FinishedRun:
         """Names in the order of the logits."""
         return self.dataset["class_names"]
 
+    def _read(self, name: str) -> dict:
+        path = self.path / name
+        try:
+            if path.suffix == ".json":
+                return json.loads(path.read_text(encoding="utf-8"))
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}): train that run again") from error
+
 
 Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accurate first
 
@@ -87,7 +96,7 @@ Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accura
 def load_run(run_dir: Path) -> FinishedRun:
     """Returns the complete run of one directory; raises UserError if it is none."""
     try:
-        config, summary = (_read(run_dir / f"{name}.json") for name in ("config", "summary"))
+        config, summary = (read_json(run_dir / f"{name}.json") for name in ("config", "summary"))
     except ValueError as error:
         raise UserError(f"{run_dir} holds unreadable JSON: {error}") from error
     if summary.get("status") != "complete" or not config:
@@ -102,7 +111,7 @@ def load_runs(workdir: Path) -> list[FinishedRun]:
     for file in sorted(workdir.glob("*/seed*/config.json")):
         run_dir = file.parent
         try:
-            config, summary = _read(file), _read(run_dir / "summary.json")
+            config, summary = read_json(file), read_json(run_dir / "summary.json")
         except ValueError as error:
             config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
         known = {"model": {"name": run_dir.parent.name}, "variant": "", "seed": -1}
@@ -155,37 +164,9 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
 
 def read_plan(workdir: Path) -> dict:
     """Returns experiment.json: command, runs and compare; {} where a workdir has none."""
-    return _read(workdir / "experiment.json")
+    return read_json(workdir / "experiment.json")
 
 
 def read_audit(workdir: Path) -> dict | None:
     """Returns the content of audit.json, None where the images were not audited."""
-    return _read(workdir / "audit" / "audit.json") or None
-
-
-def read_status(run_dir: Path) -> str | None:
-    """Returns the status in a run's summary, None where there is no readable one."""
-    try:
-        return _read(run_dir / "summary.json").get("status")
-    except ValueError:
-        return None
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-
-
-def _read(path: Path) -> dict:
-    return _read_json(path) if path.exists() else {}
-
-
-def _required(path: Path, read: Callable[[Path], dict]) -> dict:
-    try:
-        return read(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train that run again") from error
+    return read_json(workdir / "audit" / "audit.json") or None

@@ -8,9 +8,14 @@ import pandas as pd
 NONE = "–"
 
 
+def decimal(value: float, digits: int = 3, sign: str = "") -> str:
+    """Returns a number with fixed digits."""
+    return NONE if pd.isna(value) else f"{value:{sign}.{digits}f}"
+
+
 def percent(value: float, digits: int = 2) -> str:
     """Returns a share of 0..1 in percent, without the sign."""
-    return NONE if pd.isna(value) else f"{100 * value:.{digits}f}"
+    return decimal(100 * value, digits)
 
 
 def percents(low: float, high: float, digits: int = 2) -> str:
@@ -20,7 +25,7 @@ def percents(low: float, high: float, digits: int = 2) -> str:
 
 def points(value: float, digits: int = 2) -> str:
     """Returns a difference of shares in percentage points, with its sign."""
-    return NONE if pd.isna(value) else f"{100 * value:+.{digits}f}"
+    return decimal(100 * value, digits, "+")
 
 
 def scaled(value: float) -> str:
@@ -35,14 +40,7 @@ def scaled(value: float) -> str:
 
 def p_value(value: float) -> str:
     """Returns a p-value with two digits, never as 0."""
-    if pd.isna(value):
-        return NONE
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
-
-
-def decimal(value: float, digits: int = 3) -> str:
-    """Returns a number with fixed digits."""
-    return NONE if pd.isna(value) else f"{value:.{digits}f}"
+    return NONE if pd.isna(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> list[str]:
@@ -57,7 +55,7 @@ def labels_of(table: pd.DataFrame) -> list[str]:
 
 
 def printed_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table as a reader sees it, with columns for leaks and others' figures if any."""
+    """Returns the table as a reader sees it; columns of leaks and of published figures if any."""
     columns = {
         "model": labels_of(table),
         "seeds": table.seeds.astype(str),
@@ -112,12 +110,10 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
 
 def to_markdown(table: pd.DataFrame) -> str:
     """Returns a printed table in GitHub's Markdown."""
-
-    def line(cells: list) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
-
     rule = ["---"] + ["---:"] * (len(table.columns) - 1)
-    return "".join(map(line, [list(table), rule, *table.values.tolist()]))
+    lines = [list(table), rule, *table.astype(str).values.tolist()]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def to_latex(table: pd.DataFrame) -> str:
@@ -128,7 +124,9 @@ def to_latex(table: pd.DataFrame) -> str:
 
 
 def write_table(table: pd.DataFrame, printed: pd.DataFrame, path: Path) -> None:
-    """Writes `path`.csv with every digit, and what is printed as `path`.md and `path`.tex."""
+    """Writes `path`.csv, and `printed` as `path`.md and `path`.tex; nothing of an empty table."""
+    if table.empty:
+        return
     table.to_csv(path.with_suffix(".csv"), index=False)
     path.with_suffix(".md").write_text(to_markdown(printed), encoding="utf-8")
     path.with_suffix(".tex").write_text(to_latex(printed), encoding="utf-8")

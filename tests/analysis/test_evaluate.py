@@ -94,12 +94,10 @@ def test_confusion_and_its_pairs(made):
     predicted = logits.argmax(axis=1)
     counts = evaluate.confusion(labels, predicted, 4)
     np.testing.assert_array_equal(counts, metrics.confusion_matrix(labels, predicted))
-    np.testing.assert_allclose(evaluate.row_shares(counts).sum(axis=1), 1)
     small = np.array([[9, 5, 0], [1, 9, 0], [2, 0, 8]])
     pairs = evaluate.confused_pairs(small)
     assert pairs.values.tolist() == [[0, 1, 5, 1, 6, 0.75], [2, 0, 2, 0, 2, 0.25]]
     assert evaluate.confused_pairs(np.diag([3, 4])).empty
-    assert evaluate.row_shares(np.zeros((2, 2), int)).sum() == 0
 
 
 def test_temperature_finds_the_one_that_spoiled_the_logits():
