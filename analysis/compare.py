@@ -256,13 +256,12 @@ def _verdict(own: pd.DataFrame) -> str:
         text = "No difference from another model is established"
     else:
         text = f"The difference from {_listed(unsure)} is not established"
-    if not single:
-        return text + " (over seeds and images, Holm-corrected)."
+    test = "over seeds and images, Holm-corrected"
     if len(single) == len(own):
-        text += " (McNemar's exact test, Holm-corrected); this speaks of these trained networks:"
-        return text + " with one seed, what another seed would give is unknown."
-    text += f" (over seeds and images, but over images alone against {_listed(single)}, compared"
-    return text + " at one seed; Holm-corrected)."
+        test = "McNemar's exact test, Holm-corrected: what another seed would give is unknown"
+    elif single:
+        test += f"; over images alone against {_listed(single)}, compared at one seed"
+    return f"{text} ({test})."
 
 
 def _listed(names: list[str]) -> str:

@@ -8,7 +8,6 @@ Temperature and threshold are fitted on validation predictions; the rest is of t
 """
 
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -131,26 +130,20 @@ def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
     return answered[["threshold", "coverage", "accuracy"]]
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """A confidence from which predictions are trusted, and what it gave on validation."""
-
-    confidence: float  # infinite where none reaches the target
-    accuracy: float
-    coverage: float
-    target: float
-
-
 def choose_threshold(
     probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95
-) -> Threshold:
-    """Returns the threshold that answers most images at the target accuracy or above."""
+) -> dict[str, float]:
+    """Returns the least `confidence` to trust for `accuracy` at or above `target`, and `coverage`.
+
+    It is infinite where none is enough.
+    """
     curve = coverage_curve(probabilities, labels)
     enough = curve[curve.accuracy >= target]
-    if enough.empty:
-        return Threshold(math.inf, math.nan, 0.0, target)
-    threshold, coverage, accuracy = map(float, enough.iloc[-1])
-    return Threshold(0.0 if coverage == 1 else threshold, accuracy, coverage, target)
+    confidence, coverage, accuracy = math.inf, 0.0, math.nan
+    if len(enough):
+        confidence, coverage, accuracy = map(float, enough.iloc[-1])
+    values = (0.0 if coverage == 1 else confidence, accuracy, coverage, target)
+    return dict(zip(("confidence", "accuracy", "coverage", "target"), values, strict=True))
 
 
 def evaluate(run: FinishedRun) -> dict[str, float]:
@@ -163,7 +156,7 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     known_labels, known_logits = run.validation["labels"], run.validation["logits"]
     temperature = fit_temperature(known_logits, known_labels)
     scaled = softmax(logits, temperature)
-    threshold = choose_threshold(softmax(known_logits, temperature), known_labels).confidence
+    threshold = choose_threshold(softmax(known_logits, temperature), known_labels)["confidence"]
     answered = scaled.max(axis=1) >= threshold
     return scores(labels, logits) | {
         "validation_accuracy": float((known_logits.argmax(axis=1) == known_labels).mean()),
@@ -220,7 +213,7 @@ def write(run: FinishedRun, output: Path) -> None:
     output_folder(output)
     figures = evaluate(run)
     probabilities = softmax(run.validation["logits"], figures["temperature"])
-    threshold = asdict(choose_threshold(probabilities, run.validation["labels"]))
+    threshold = choose_threshold(probabilities, run.validation["labels"])
     content = {"run": str(run.path), "test": figures, "review_threshold": threshold}
     write_json(output / "evaluation.json", content)
     classes_of(run).to_csv(output / "per_class.csv", index=False)

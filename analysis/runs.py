@@ -23,16 +23,16 @@ class FinishedRun:
     variant: str  # swept fields beside the model and the seed, "" for none
     seed: int
 
-    @classmethod
-    def of(cls, path: Path, name: str, config: dict, summary: dict) -> "FinishedRun":
-        """Returns the run that a config and a summary describe."""
-        fields = config["model"]["name"], config["variant"], config["seed"]
-        return cls(path, name, config, summary, *fields)
-
     @property
     def status(self) -> str:
         """`complete`, `diverged`, `failed`, or `not finished`."""
         return self.summary.get("status", "not finished")
+
+    @property
+    def state(self) -> str:
+        """The status, and the error behind it."""
+        error = self.summary.get("error", "").strip().split("\n")[0]
+        return f"{self.status}: {error}" if error else self.status
 
     @property
     def label(self) -> str:
@@ -95,30 +95,30 @@ Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accura
 
 def load_run(run_dir: Path) -> FinishedRun:
     """Returns the complete run of one directory; raises UserError if it is none."""
+    run = _read_run(run_dir)
+    if run.status != "complete":
+        state = run.state if run_dir.is_dir() else "no such folder"
+        raise UserError(f"{run_dir} is not the directory of a complete run ({state})")
+    return run
+
+
+def _read_run(run_dir: Path) -> FinishedRun:
+    """Returns a run in any state; one whose files are damaged has failed."""
     try:
-        config, summary = (read_json(run_dir / f"{name}.json") for name in ("config", "summary"))
+        config = read_json(run_dir / "config.json")
+        summary = read_json(run_dir / "summary.json") if config else {}
     except ValueError as error:
-        raise UserError(f"{run_dir} holds unreadable JSON: {error}") from error
-    if summary.get("status") != "complete" or not config:
-        status = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
-        raise UserError(f"{run_dir} is not the directory of a complete run ({status})")
-    return FinishedRun.of(run_dir, "/".join(run_dir.resolve().parts[-2:]), config, summary)
+        config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
+    *_, model, name = run_dir.absolute().parts
+    config = {"model": {"name": model}, "variant": "", "seed": -1} | config
+    fields = config["model"]["name"], config["variant"], config["seed"]
+    return FinishedRun(run_dir, f"{model}/{name}", config, summary, *fields)
 
 
 def load_runs(workdir: Path) -> list[FinishedRun]:
     """Returns every run under a workdir, by model, variant and seed."""
-    runs = []
-    for file in sorted(workdir.glob("*/seed*/config.json")):
-        run_dir = file.parent
-        try:
-            config, summary = read_json(file), read_json(run_dir / "summary.json")
-        except ValueError as error:
-            config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
-        known = {"model": {"name": run_dir.parent.name}, "variant": "", "seed": -1}
-        config |= {key: value for key, value in known.items() if key not in config}
-        name = run_dir.relative_to(workdir).as_posix()
-        runs.append(FinishedRun.of(run_dir, name, config, summary))
-    return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
+    runs = [_read_run(path.parent) for path in workdir.glob("*/seed*/config.json")]
+    return sorted(runs, key=lambda run: (run.model, run.variant, run.seed, run.name))
 
 
 def chosen_runs(path: Path) -> list[FinishedRun]:

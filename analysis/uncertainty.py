@@ -162,9 +162,8 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
     """Returns the points that no other beats in cost and value, by cost; NaN are left out."""
     costs, values = np.asarray(costs, float), np.asarray(values, float)
     front = []
-    for i in np.argsort(costs, kind="stable"):
-        as_good = (costs <= costs[i]) & (values >= values[i])
-        beaten = as_good & ((costs < costs[i]) | (values > values[i]))
-        if as_good[i] and not beaten.any():  # NaN is not as good as itself
+    for i in np.flatnonzero(~np.isnan(costs + values)):
+        better = (costs < costs[i]) & (values >= values[i])
+        if not (better | (costs <= costs[i]) & (values > values[i])).any():
             front.append(int(i))
-    return front
+    return sorted(front, key=lambda i: costs[i])
