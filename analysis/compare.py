@@ -97,8 +97,7 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
     """Returns table.csv: a row per model and variant, the best first; shares are in 0..1.
 
     `seeds_ci95_*` is for other seeds on these images, `images_ci95_*` for these trained models on
-    other images. `without_leaks` leaves out test images with an exact copy in another part,
-    `without_near_leaks` near copies too.
+    other images. `without_near_leaks` leaves out exact copies in another part, too.
     """
     rows, audit = [], audit or {"leaks": [], "near_leaks": []}
     for runs in groups.values():
@@ -136,11 +135,7 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
 
 
 def make_pairs(groups: Groups) -> pd.DataFrame:
-    """Returns pairs.csv: a row per pair of models that were tested on the same images.
-
-    A difference is `established` if `p_holm`, `p` corrected for the number of pairs, is under 0.05.
-    `agreement` and `kappa` are of the predicted classes, means over seeds.
-    """
+    """Returns pairs.csv: a row per pair of models that were tested on the same images."""
     rows = []
     for first, second in itertools.combinations(groups, 2):
         pairs = paired_runs(groups[first], groups[second])
@@ -172,10 +167,7 @@ def established(groups: Groups, pairs: pd.DataFrame) -> set[tuple[int, int]]:
 
 
 def majority_right(groups: Groups) -> pd.DataFrame:
-    """Returns whether most seeds are right: a row per test image (id, class), a column per model.
-
-    Models tested on other images than the first are left out.
-    """
+    """Returns whether most seeds are right: a row per image (id, class), a column per model."""
     first = next(iter(groups.values()))[0]
     classes = np.array(first.class_names, object)[first.test["labels"]]
     columns = {
@@ -200,16 +192,13 @@ def mean_confusion(runs: list[FinishedRun]) -> np.ndarray:
 
 
 def class_scores(runs: list[FinishedRun]) -> pd.DataFrame:
-    """Returns `evaluate.per_class` of a model, means over its seeds."""
+    """Returns `evaluate.per_class` of a model by class, means over its seeds."""
     by_seed = pd.concat([evaluate.classes_of(run) for run in runs])
-    return by_seed.groupby("class", sort=False, as_index=False).mean()
+    return by_seed.groupby("class", sort=False).mean()
 
 
 def confused_along(groups: Groups, top: int = 2) -> pd.DataFrame:
-    """Returns errors, both ways, between the `top` pairs of any model: a column a model, best last.
-
-    They are means over seeds.
-    """
+    """Returns the mean errors between the `top` pairs of any model: a column a model, best last."""
     by_model = {label: mean_confusion(groups[label]) for label in reversed(groups)}
     names = next(iter(groups.values()))[0].class_names
     pairs = pd.concat([evaluate.confused_pairs(counts).head(top) for counts in by_model.values()])
@@ -249,23 +238,23 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
 
 def _verdict(own: pd.DataFrame) -> str:
     """Which of the best model's differences are established, and by which test."""
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
     unsure, single = own[~own.established]["second"].tolist(), own[own.seeds < 2]["second"].tolist()
     if not unsure:
         text = "It is ahead of every other model by more than chance explains"
     elif len(unsure) == len(own):
         text = "No difference from another model is established"
     else:
-        text = f"The difference from {_listed(unsure)} is not established"
+        text = f"The difference from {listed(unsure)} is not established"
     test = "over seeds and images, Holm-corrected"
     if len(single) == len(own):
         test = "McNemar's exact test, Holm-corrected: what another seed would give is unknown"
     elif single:
-        test += f"; over images alone against {_listed(single)}, compared at one seed"
+        test += f"; over images alone against {listed(single)}, compared at one seed"
     return f"{text} ({test})."
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def write_tables(comparison: Comparison) -> None:

@@ -2,9 +2,9 @@
 
     python -m analysis.evaluate RUN_OR_WORKDIR [--output=DIR]
 
-Prints the figures of each complete run; with --output, also writes evaluation.json, per_class.csv,
-confusion.csv and losses.csv (every test image, highest loss first) into a folder for each.
-Temperature and threshold are fitted on validation predictions; the rest is of test predictions.
+With --output, also writes evaluation.json, per_class.csv, confusion.csv and losses.csv (every test
+image, highest loss first) into a folder for each run. Temperature and threshold are fitted on
+validation predictions; the rest is of test predictions.
 """
 
 import math
@@ -96,8 +96,7 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.nda
 def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     """Returns pairs of classes with errors between them, the most confused first.
 
-    `forth` images of `first` are taken for `second`, and `back` (no more) the other way; `errors`
-    is their sum, `share` that of all errors.
+    `forth` images of `first` are taken for `second`, and `back`, which are no more, the other way.
     """
     i, j = np.triu_indices(len(counts), 1)
     turned = counts[j, i] > counts[i, j]
@@ -133,24 +132,20 @@ def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
 def choose_threshold(
     probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95
 ) -> dict[str, float]:
-    """Returns the least `confidence` to trust for `accuracy` at or above `target`, and `coverage`.
-
-    It is infinite where none is enough.
-    """
+    """Returns the least `confidence` whose `accuracy` is at `target` (inf if none), `coverage`."""
     curve = coverage_curve(probabilities, labels)
     enough = curve[curve.accuracy >= target]
     confidence, coverage, accuracy = math.inf, 0.0, math.nan
     if len(enough):
         confidence, coverage, accuracy = map(float, enough.iloc[-1])
-    values = (0.0 if coverage == 1 else confidence, accuracy, coverage, target)
-    return dict(zip(("confidence", "accuracy", "coverage", "target"), values, strict=True))
+        confidence = 0.0 if coverage == 1 else confidence
+    return dict(confidence=confidence, accuracy=accuracy, coverage=coverage, target=target)
 
 
 def evaluate(run: FinishedRun) -> dict[str, float]:
-    """Returns `scores` of a run's test predictions, and what validation predictions add.
+    """Returns `scores` of a run's test images, before and after scaling by temperature.
 
-    `temperature` and `threshold` (95 % accuracy) are fitted on validation images; `ece_scaled`,
-    `nll_scaled`, `answered` and `accuracy_answered` are of test images with them.
+    `answered` is the share whose confidence reaches the threshold of 95 % validation accuracy.
     """
     labels, logits = run.test["labels"], run.test["logits"]
     known_labels, known_logits = run.validation["labels"], run.validation["logits"]
@@ -180,10 +175,7 @@ def confusion_of(run: FinishedRun) -> np.ndarray:
 
 
 def highest_losses(run: FinishedRun) -> pd.DataFrame:
-    """Returns test images by loss, the highest first; the index is their number in the test part.
-
-    Columns: id, true, predicted (names of classes), confidence, loss.
-    """
+    """Returns id, classes, confidence and loss of test images, by loss; indexed by place."""
     labels, logits = run.test["labels"], run.test["logits"]
     names = np.array(run.class_names, object)
     columns = {

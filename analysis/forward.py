@@ -51,8 +51,7 @@ def load_classifier(run: FinishedRun) -> Classifier:
 def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
     """Returns the test images of a run in the order of its predictions: uint8 [N, S, S, 3].
 
-    `data_path` says where the data lies now, "" for where it was at training. Raises UserError if
-    the data is gone, or its images are no longer those of the run.
+    `data_path` is where the data lies now, "" for where it was. Raises UserError if it changed.
     """
     config = ConfigDict(run.config["data"])
     if data_path:

@@ -90,9 +90,8 @@ def write_report(
 ) -> Report:
     """Writes WORKDIR/report: tables, pictures and the self-contained index.html.
 
-    `options` is `config.compare`, None for that of the experiment; `data_path` is where the data
-    lies now, "" for where it was at training. Chapters that run the models are made if `models`;
-    `progress` gets a line before each of them, and where it raises, a page is left.
+    `options` is `config.compare`, None for that of the experiment. Chapters that run the models
+    are made if `models`; `progress` gets a line before each, and where it raises, a page is left.
     """
     runs = load_runs(workdir)
     if not runs:

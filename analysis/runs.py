@@ -110,7 +110,8 @@ def _read_run(run_dir: Path) -> FinishedRun:
     except ValueError as error:
         config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
     *_, model, name = run_dir.absolute().parts
-    config = {"model": {"name": model}, "variant": "", "seed": -1} | config
+    known = {"model": {"name": model}, "variant": "", "seed": -1}
+    config |= {key: value for key, value in known.items() if key not in config}
     fields = config["model"]["name"], config["variant"], config["seed"]
     return FinishedRun(run_dir, f"{model}/{name}", config, summary, *fields)
 

@@ -1,7 +1,6 @@
 """How sure can we be? Intervals, paired differences and corrections from bool arrays [S, N].
 
-Such an array says which of N test images each of S seeds classifies correctly. Seeds and images
-are both drawn at random; each function says which of them it covers.
+Such an array says which of N test images each of S seeds classifies correctly.
 """
 
 import math
@@ -50,13 +49,11 @@ def wilson(right: float, count: float) -> Interval:
 
 
 def image_interval(correct: np.ndarray) -> Interval:
-    """Returns the 95 % interval of accuracy over test images, for these trained models.
-
-    It is Wilson's, at the number of images where a share would vary as the mean over seeds does.
-    """
+    """Returns the 95 % interval of accuracy over test images, for these trained models (Wilson)."""
     images = np.asarray(correct, float).mean(axis=0)  # [N]
     mean, count = images.mean(), len(images)
     variance = images.var() / count
+    # A share of that many images would vary as the mean over seeds does.
     effective = mean * (1 - mean) / variance if variance > 0 else count
     return wilson(mean * effective, effective)
 

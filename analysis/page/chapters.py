@@ -51,9 +51,8 @@ def overview(comparison: Comparison) -> Section:
         text.append(f"Published figures, for orientation ({source}); not measured here.")
     if table.near_leaks.any():
         text.append(
-            f"The audit found {table.leaks.max()} test images with an exact copy in another part, "
-            f"and {table.near_leaks.max()} with an exact or near one; “without” is the accuracy on "
-            "the rest."
+            f"{table.leaks.max()} test images have an exact copy in another part, "
+            f"{table.near_leaks.max()} an exact or near one; “without” is the accuracy on the rest."
         )
     if "knn" in set(table.model):
         text.append("Nearest neighbours draw nothing at random: their seeds agree by construction.")
@@ -67,11 +66,8 @@ def overview(comparison: Comparison) -> Section:
 
 def costs(comparison: Comparison) -> Section:
     """Accuracy against parameters, FLOPs, training time and speed of prediction."""
-    caption = (
-        "Test accuracy against cost. Filled: no other model is both cheaper and more accurate (the "
-        "Pareto front, the grey line). Bars are 95 % intervals over seeds, or over images where "
-        "there is one seed."
-    )
+    caption = "Filled: no other model is both cheaper and more accurate (the Pareto front). Bars: "
+    caption += "95 % intervals over seeds, or over images where there is one seed."
     return Section(pictures=[_chart(comparison, charts.draw_pareto, "pareto.svg", caption)])
 
 
@@ -89,7 +85,7 @@ def classes(comparison: Comparison) -> Section:
     scores = compare.class_scores(runs)
     shares = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
     counts = scores[["support", "predicted"]].map("{:.4g}".format)
-    printed = pd.concat([scores["class"], shares, counts], axis=1)
+    printed = pd.concat([shares, counts], axis=1).reset_index()
     f1 = "F1 of every class, mean over seeds."
     confusion = "Test images (mean over seeds); colour and percent are shares of the true class."
     section = Section(
@@ -99,9 +95,9 @@ def classes(comparison: Comparison) -> Section:
             _chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
         ],
     )
-    never = scores[scores.predicted == 0]["class"].tolist()
+    never = ", ".join(scores.index[scores.predicted == 0])
     if never:
-        section.text.append(f"{best} never predicts {', '.join(never)}: its precision there is 0.")
+        section.text.append(f"{best} never predicts {never}: its precision there is 0.")
     confused = compare.confused_along(comparison.groups)
     if len(confused):
         caption = "The most confused pairs of classes by model, the least accurate first: test "
@@ -123,8 +119,7 @@ def _mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Pict
     most = evaluate.confused_pairs(evaluate.confusion_of(run)).iloc[0]
     pair = [run.class_names[int(i)] for i in most[["first", "second"]]]
     between = wrong[wrong.true.isin(pair) & wrong.predicted.isin(pair)]
-    about_pair = f"{pair[0]} taken for {pair[1]} or the other way, its most confused pair, highest"
-    about_pair += " loss first. True class → predicted class."
+    about_pair = f"its most confused pair, {pair[0]} and {pair[1]}. True class → predicted class."
     about_loss = "the test images of highest loss. Wrong labels often stand here."
 
     def draw(file: str, rows: pd.DataFrame, about: str) -> Picture:
@@ -146,10 +141,8 @@ def _mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Pict
 def pairs_of_models(comparison: Comparison) -> Section:
     """Ranks, paired differences, agreement, and images that only one model gets right."""
     groups, pairs = comparison.groups, comparison.pairs
-    caption = (
-        "Models by test accuracy. Thick: 95 % interval over seeds; thin: over test images. A black "
-        "bar at the right ties models between which no difference is established."
-    )
+    caption = "Thick: 95 % interval over seeds; thin: over test images. A black bar at the right "
+    caption += "ties models between which no difference is established."
     ranks = _chart(comparison, charts.draw_ranks, "ranks.svg", caption)
     section = Section(pictures=[ranks], pictures_first=True)
     if pairs.empty:
@@ -225,10 +218,8 @@ def transfer(comparison: Comparison) -> Section | None:
         rows.append([label, summary["weights"], "; ".join(phases), state])
     if not rows:
         return None
-    text = (
-        "Pixels: what the first layers got of a batch before training, compared with what the "
-        "weights saw when they were trained. Each phase goes on from the best weights so far."
-    )
+    text = "Pixels: what the first layers got of a batch before training, compared with what the "
+    text += "weights saw in theirs. Each phase goes on from the best weights so far."
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
     return Section(text=[text], tables=[table], warnings=warnings)
 
@@ -238,9 +229,8 @@ def data(comparison: Comparison) -> Section | None:
     audit = comparison.audit
     if audit is None:
         return None
-    names = audit["class_names"]
-    rows = [[name, *(str(counts[name]) for counts in audit["counts"].values())] for name in names]
-    section = Section(tables=[Table(["class", *audit["counts"]], rows)])
+    counts = pd.DataFrame(audit["counts"], audit["class_names"]).rename_axis("class").reset_index()
+    section = Section(tables=[_as_table(counts)])
     count = {key: len(value) for key, value in audit.items() if isinstance(value, list)}
     if audit["leaks"] or audit["label_conflicts"]:
         section.warnings.append(
@@ -248,23 +238,19 @@ def data(comparison: Comparison) -> Section | None:
             f"{count['label_conflicts']} carry contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
-    near = "near duplicates were not looked for: too many images"
-    if audit["near_duplicates_checked"]:
-        near = f"near duplicates: {count['near_duplicates']} groups, {count['near_leaks']} across "
-        near += "parts"
+    near = f"{count['near_duplicates']} groups, {count['near_leaks']} across parts"
+    if not audit["near_duplicates_checked"]:
+        near = "not looked for, too many images"
     section.text.append(
         f"Images: {audit['images']}; sizes: {audit['distinct_sizes']}; modes: "
         f"{', '.join(audit['modes'])}; values: {' to '.join(map(str, audit['value_range']))}; "
         f"unreadable files: {count['unreadable']}; files that are no image: {count['not_images']}; "
         f"exact duplicates: {count['exact_duplicates']} groups, {count['label_conflicts']} with "
-        f"contradictory labels, {count['leaks']} across parts; {near}."
+        f"contradictory labels, {count['leaks']} across parts; near duplicates: {near}."
     )
-    for title, key in (
-        ("Leaks", "leaks"),
-        ("Contradictory labels", "label_conflicts"),
-        ("Unreadable files", "unreadable"),
-        ("Near duplicates across parts", "near_leaks"),
-    ):
+    titles = {"leaks": "Leaks", "label_conflicts": "Contradictory labels"}
+    titles |= {"unreadable": "Unreadable files", "near_leaks": "Near duplicates across parts"}
+    for key, title in titles.items():
         if entries := audit[key]:
             lines = [e if isinstance(e, str) else " = ".join(e) for e in entries[:LISTED]]
             section.details.append(Details(f"{title} ({len(entries)})", lines))
@@ -290,7 +276,7 @@ def reproduce(comparison: Comparison) -> Section:
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     text = [
         f"Command: {command}",
-        f"Commit {', '.join(commits)}{', with uncommitted changes' if dirty else ''}; Python "
+        f"Commit {', '.join(commits)}{', with uncommitted changes' * dirty}; Python "
         f"{about['python']}; {packages}; devices: {', '.join(about['devices'])} "
         f"({about['device_kind']}).",
         f"Images' fingerprint {dataset['fingerprint'][:16]}, split seed {dataset['split_seed']}; "

@@ -53,12 +53,9 @@ def draw_curves(comparison: Comparison) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, value in zip(axes, ("accuracy", "loss"), strict=True):
         for runs, _, style in _models(comparison):
-            lines = [[x for x in run.metrics if x["split"] == "validation"] for run in runs]
-            curves = [
-                pd.Series({x["epoch"]: x[value] for x in rows}, dtype=float)
-                for rows in lines
-                if rows
-            ]
+            logs = [[x for x in run.metrics if x["split"] == "validation"] for run in runs]
+            curves = [pd.Series({x["epoch"]: x[value] for x in log}, dtype=float) for log in logs]
+            curves = [curve for curve in curves if len(curve)]
             if curves and max(map(len, curves)) == 1:  # fitted at once, without epochs
                 axis.axhline(np.mean([curve.iloc[0] for curve in curves]), ls="--", **style)
             elif curves:
@@ -123,10 +120,7 @@ def _percent_map(shares: pd.DataFrame, size: tuple, shown: int, label: str) -> p
 
 def draw_class_scores(comparison: Comparison) -> plt.Figure:
     """A column a class, a row a model: F1 (mean over seeds) as a heat map."""
-    scores = {
-        m: compare.class_scores(r).set_index("class").f1 for m, r in comparison.groups.items()
-    }
-    shares = pd.DataFrame(scores).T
+    shares = pd.DataFrame({m: compare.class_scores(r).f1 for m, r in comparison.groups.items()}).T
     size = (min(16, 2.5 + 0.75 * len(shares.columns)), 1.3 + 0.38 * len(shares))
     return _percent_map(shares, size, 24, "F1, %")
 
