@@ -129,9 +129,7 @@ def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFram
     return answered[["threshold", "coverage", "accuracy"]]
 
 
-def choose_threshold(
-    probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95
-) -> dict[str, float]:
+def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95) -> dict:
     """Returns the least `confidence` whose `accuracy` is at `target` (inf if none), `coverage`."""
     curve = coverage_curve(probabilities, labels)
     enough = curve[curve.accuracy >= target]

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 
 import jinja2
@@ -28,8 +29,6 @@ from analysis.page.tables import printed_table
 from analysis.runs import FinishedRun, load_runs, read_plan
 from errors import UserError
 from experiment.command import arguments, run_command
-
-TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def render(comparison: Comparison, reasons: dict, sections: dict[str, Section | 
 
     def source(file: str) -> str:
         content = base64.b64encode((comparison.output / file).read_bytes()).decode()
-        return f"data:{TYPES[Path(file).suffix]};base64,{content}"
+        return f"data:{guess_type(file)[0]};base64,{content}"
 
     return environment.get_template("report.html.j2").render(
         title=comparison.workdir.resolve().name,

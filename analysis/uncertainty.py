@@ -61,10 +61,9 @@ def image_interval(correct: np.ndarray) -> Interval:
 def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Compares two models, both bool [S, N], image by image and seed by seed.
 
-    `difference` is the accuracy of the first minus that of the second, with 95 % intervals for
-    other seeds (`seeds_`), other images (`images_`) and `both`. `only_first` and `only_second`
-    count images that one model alone gets right, mean over seeds. `p` decides: `p_both`, which
-    covers seeds and images, or `p_mcnemar` for one seed, where `p_both` is NaN.
+    `difference` (first minus second) has intervals for other `seeds_`, other `images_` and `both_`.
+    `only_first` counts images that only the first gets right, mean over seeds. `p` decides:
+    `p_both`, or for one seed, where that is NaN, `p_mcnemar`.
     """
     difference = np.asarray(first, float) - np.asarray(second, float)  # [S, N]
     seeds, images = difference.shape

@@ -75,8 +75,8 @@ def curves(comparison: Comparison) -> Section:
     """Learning curves and what they say about over- and underfitting."""
     caption = "On validation images: thin lines are seeds, dashes are models fitted at once."
     picture = _chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
-    table = diagnosis_table(comparison.groups)
-    return Section(tables=[table], pictures=[picture], pictures_first=True)
+    tables = [diagnosis_table(comparison.groups)]
+    return Section(tables=tables, pictures=[picture], pictures_first=True)
 
 
 def classes(comparison: Comparison) -> Section:
@@ -86,12 +86,11 @@ def classes(comparison: Comparison) -> Section:
     shares = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
     counts = scores[["support", "predicted"]].map("{:.4g}".format)
     printed = pd.concat([shares, counts], axis=1).reset_index()
-    f1 = "F1 of every class, mean over seeds."
     confusion = "Test images (mean over seeds); colour and percent are shares of the true class."
     section = Section(
         tables=[_as_table(printed, f"{best}: percent and numbers of images, means over seeds.")],
         pictures=[
-            _chart(comparison, charts.draw_class_scores, "classes.svg", f1),
+            _chart(comparison, charts.draw_class_scores, "classes.svg", "F1, mean over seeds."),
             _chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
         ],
     )

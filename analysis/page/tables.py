@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 NONE = "–"
+UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def decimal(value: float, digits: int = 3, sign: str = "") -> str:
@@ -32,10 +33,8 @@ def scaled(value: float) -> str:
     """Returns three digits with k, M or G."""
     if pd.isna(value):
         return NONE
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
+    unit, size = next((u for u in UNITS if value >= u[1]), ("", 1))
+    return f"{value / size:.3g} {unit}".strip()
 
 
 def p_value(value: float) -> str:
@@ -45,7 +44,7 @@ def p_value(value: float) -> str:
 
 def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> list[str]:
     """Returns the 95 % interval called `name` in each row, both ends written by `write`."""
-    ends = zip(table[f"{name}_ci95_low"], table[f"{name}_ci95_high"], strict=True)
+    ends = table[[f"{name}_ci95_low", f"{name}_ci95_high"]].to_numpy()
     return [NONE if pd.isna(low) else f"{write(low)} to {write(high)}" for low, high in ends]
 
 
@@ -76,11 +75,8 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
         "train images/s": table.train_images_per_second.map(scaled),
         "predict images/s": table.inference_images_per_second.map(scaled),
     }
-    used = {
-        "published %": table.published.notna(),
-        "without leaks %": table.leaks,
-        "without near leaks %": table.near_leaks,
-    }
+    used = {"published %": table.published.notna(), "without leaks %": table.leaks}
+    used["without near leaks %"] = table.near_leaks
     return pd.DataFrame(columns).drop(columns=[name for name in used if not used[name].any()])
 
 
@@ -108,25 +104,16 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """Returns a printed table in GitHub's Markdown."""
-    rule = ["---"] + ["---:"] * (len(table.columns) - 1)
-    lines = [list(table), rule, *table.astype(str).values.tolist()]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
-def to_latex(table: pd.DataFrame) -> str:
-    """Returns a printed table for the booktabs package."""
-    columns = "l" + "r" * (len(table.columns) - 1)
-    text = table.to_latex(index=False, escape=True, column_format=columns)
-    return text.replace("–", "--").replace("−", "$-$")
-
-
 def write_table(table: pd.DataFrame, printed: pd.DataFrame, path: Path) -> None:
     """Writes `path`.csv, and `printed` as `path`.md and `path`.tex; nothing of an empty table."""
     if table.empty:
         return
     table.to_csv(path.with_suffix(".csv"), index=False)
-    path.with_suffix(".md").write_text(to_markdown(printed), encoding="utf-8")
-    path.with_suffix(".tex").write_text(to_latex(printed), encoding="utf-8")
+    numbers = len(printed.columns) - 1
+    lines = [list(printed), ["---"] + ["---:"] * numbers, *printed.astype(str).values.tolist()]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    latex = printed.to_latex(index=False, escape=True, column_format="l" + "r" * numbers)
+    latex = latex.replace("–", "--").replace("−", "$-$")
+    path.with_suffix(".tex").write_text(latex, encoding="utf-8")
