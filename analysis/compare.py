@@ -109,28 +109,27 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
         exact = np.isin(ids, list(itertools.chain(*audit["leaks"])))
         near = exact | np.isin(ids, list(itertools.chain(*audit["near_leaks"])))
         published = options.reference.get(first.model, math.nan)
-        rows.append(
-            {
-                "model": first.model,
-                "variant": first.variant,
-                "seeds": len(runs),
-                "test_images": len(ids),
-                "test_accuracy_mean": accuracy.mean(),
-                "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
-                **uncertainty.ends("seeds", over_seeds),
-                **uncertainty.ends("images", uncertainty.image_interval(correct)),
-                "published": options.reference.get(first.label, published) / 100,
-                "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
-                "leaks": int(exact.sum()),
-                "without_near_leaks": correct[:, ~near].mean() if not near.all() else math.nan,
-                "near_leaks": int(near.sum()),
-                **figures.mean().add_suffix("_mean"),
-                **costs.apply(pd.to_numeric).mean(),
-                "image_size": first.config["data"]["image_size"],
-                "device": first.summary["cost"]["device"],
-                "runs": ";".join(run.name for run in runs),
-            }
-        )
+        row = {
+            "model": first.model,
+            "variant": first.variant,
+            "seeds": len(runs),
+            "test_images": len(ids),
+            "test_accuracy_mean": accuracy.mean(),
+            "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
+            **uncertainty.ends("seeds", over_seeds),
+            **uncertainty.ends("images", uncertainty.image_interval(correct)),
+            "published": options.reference.get(first.label, published) / 100,
+            "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
+            "leaks": int(exact.sum()),
+            "without_near_leaks": correct[:, ~near].mean() if not near.all() else math.nan,
+            "near_leaks": int(near.sum()),
+            **figures.mean().add_suffix("_mean"),
+            **costs.apply(pd.to_numeric).mean(),
+            "image_size": first.config["data"]["image_size"],
+            "device": first.summary["cost"]["device"],
+            "runs": ";".join(run.name for run in runs),
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -213,26 +212,24 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     """Returns the comparison in a sentence or two: which model, by how much, how sure."""
     if table.empty:
         return "No run is complete yet."
-    names, first = tables.labels_of(table), table.iloc[0]
-    intervals = f"{tables.percents(first.images_ci95_low, first.images_ci95_high)} over test images"
-    if not math.isnan(first.seeds_ci95_low):
-        over_seeds = tables.percents(first.seeds_ci95_low, first.seeds_ci95_high)
-        intervals = f"{over_seeds} over seeds, {intervals}"
-    mean = f", mean of {first.seeds} seeds" if first.seeds > 1 else ""
-    text = f"{names[0]} has the highest test accuracy: {tables.percent(first.test_accuracy_mean)} %"
-    text += f"{mean} (95 % interval {intervals})"
+    printed, accuracies = tables.printed_table(table), table.test_accuracy_mean
+    names, first = printed["model"], printed.iloc[0]
+    intervals = f"{first['95 % over images']} over test images"
+    if first["95 % over seeds"] != tables.NONE:
+        intervals = f"{first['95 % over seeds']} over seeds, {intervals}"
+    mean = f", mean of {table.seeds[0]} seeds" if table.seeds[0] > 1 else ""
+    text = f"{names[0]} has the highest test accuracy: {first['test acc. %']} %{mean}"
+    text += f" (95 % interval {intervals})"
     if len(table) == 1:
         return text + "."
-    gap = tables.percent(first.test_accuracy_mean - table.test_accuracy_mean[1])
-    text += f", {gap} points above {names[1]}"
+    text += f", {tables.percent(accuracies[0] - accuracies[1])} points above {names[1]}"
     own = pairs[pairs["first"] == names[0]] if len(pairs) else pairs
     if own.empty:
         return text + ". They were tested on different images, so no difference can be established."
-    for pair in own[own["second"] == names[1]].itertuples():
-        low, high, over = pair.both_ci95_low, pair.both_ci95_high, "seeds and images"
-        if math.isnan(low):
-            low, high, over = pair.images_ci95_low, pair.images_ci95_high, "images"
-        text += f" (95 % interval {tables.points(low)} to {tables.points(high)} over {over})"
+    for _, pair in tables.printed_pairs(own[own["second"] == names[1]]).iterrows():
+        both = pair["95 % over seeds and images"] != tables.NONE
+        over = "seeds and images" if both else "images"
+        text += f" (95 % interval {pair[f'95 % over {over}']} over {over})"
     return f"{text}. {_verdict(own)}"
 
 

@@ -75,10 +75,7 @@ def compiled(model: Classifier, function: Callable) -> Callable:
 
 
 def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
-    """Applies a compiled function of arrays [B, ...] to arrays [N, ...], `size` rows at a time.
-
-    The last batch is padded. Returns the function's tree, with NumPy arrays [N, ...].
-    """
+    """Returns the tree of arrays [N, ...] that a compiled function gives of batches [size, ...]."""
     count, outputs = len(arrays[0]), []
     size = min(size, count)
     for start in range(0, count, size):

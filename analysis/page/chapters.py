@@ -172,31 +172,27 @@ def pairs_of_models(comparison: Comparison) -> Section:
 def calibration(comparison: Comparison) -> Section:
     """Reliability, temperature scaling, and accuracy when unsure predictions are left out."""
     table = comparison.table
-    printed = pd.DataFrame(
-        {
-            "model": list(comparison.groups),
-            "ECE %": table.ece_mean.map(percent),
-            "NLL": table.nll_mean.map(decimal),
-            "temperature": table.temperature_mean.map("{:.2f}".format),
-            "ECE % scaled": table.ece_scaled_mean.map(percent),
-            "NLL scaled": table.nll_scaled_mean.map(decimal),
-            "answered %": table.answered_mean.map(lambda share: percent(share, 1)),
-            "accuracy on these %": table.accuracy_answered_mean.map(percent),
-        }
-    )
+    columns = {
+        "model": list(comparison.groups),
+        "ECE %": table.ece_mean.map(percent),
+        "NLL": table.nll_mean.map(decimal),
+        "temperature": table.temperature_mean.map("{:.2f}".format),
+        "ECE % scaled": table.ece_scaled_mean.map(percent),
+        "NLL scaled": table.nll_scaled_mean.map(decimal),
+        "answered %": table.answered_mean.map(lambda share: percent(share, 1)),
+        "accuracy on these %": table.accuracy_answered_mean.map(percent),
+    }
     text = (
         "The temperature, fitted on validation images, divides the logits: above 1 the model was "
         "too sure, below 1 not sure enough. “Answered” are test images whose scaled confidence "
         "reaches the threshold that gave 95 % accuracy on validation images; the rest would go to "
         "a person. Means over seeds; the charts pool them, before scaling."
     )
-    reliability = "Reliability: on the dashed line, confidence is accuracy."
-    coverage = "Accuracy when only the surest predictions are answered."
-    pictures = [
-        _chart(comparison, charts.draw_reliability, "reliability.svg", reliability),
-        _chart(comparison, charts.draw_coverage, "coverage.svg", coverage),
-    ]
-    return Section(text=[text], tables=[_as_table(printed)], pictures=pictures)
+    caption = "Reliability: on the dashed line, confidence is accuracy."
+    pictures = [_chart(comparison, charts.draw_reliability, "reliability.svg", caption)]
+    caption = "Accuracy when only the surest predictions are answered."
+    pictures.append(_chart(comparison, charts.draw_coverage, "coverage.svg", caption))
+    return Section(text=[text], tables=[_as_table(pd.DataFrame(columns))], pictures=pictures)
 
 
 def transfer(comparison: Comparison) -> Section | None:

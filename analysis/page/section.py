@@ -64,10 +64,7 @@ def _part(content: dict):
 def remembered(
     path: Path, runs: list[FinishedRun], options: dict, make: Callable[[], Section]
 ) -> Section:
-    """Returns the section kept in a JSON file, or makes it and keeps it.
-
-    It is made anew when a run was trained again, an option changed or a picture is gone.
-    """
+    """Returns the section kept in a JSON file; makes it if a run, option or picture changed."""
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for run in runs:
         digest.update(run.name.encode() + (run.path / "summary.json").read_bytes())

@@ -48,15 +48,10 @@ def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> 
     return [NONE if pd.isna(low) else f"{write(low)} to {write(high)}" for low, high in ends]
 
 
-def labels_of(table: pd.DataFrame) -> list[str]:
-    """Returns model and variant of each row, as a reader sees them."""
-    return [f"{r.model} ({r.variant})" if r.variant else r.model for r in table.itertuples()]
-
-
 def printed_table(table: pd.DataFrame) -> pd.DataFrame:
     """Returns the table as a reader sees it; columns of leaks and of published figures if any."""
     columns = {
-        "model": labels_of(table),
+        "model": [f"{r.model} ({r.variant})" if r.variant else r.model for r in table.itertuples()],
         "seeds": table.seeds.astype(str),
         "test acc. %": table.test_accuracy_mean.map(percent),
         "std": table.test_accuracy_std.map(percent),
@@ -84,24 +79,23 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """Returns the pairs as a reader sees them; differences in percentage points."""
     if pairs.empty:
         return pairs
-    return pd.DataFrame(
-        {
-            "models": pairs["first"] + " − " + pairs["second"],
-            "seeds": pairs.seeds.astype(str),
-            "difference": pairs.difference.map(points),
-            "95 % over seeds and images": intervals(pairs, "both", points),
-            "p Holm": pairs.p_holm.map(p_value),
-            "established": pairs.established.map({True: "yes", False: "no"}),
-            "95 % over images": intervals(pairs, "images", points),
-            "95 % over seeds": intervals(pairs, "seeds", points),
-            "only first right": pairs.only_first.map("{:.0f}".format),
-            "only second right": pairs.only_second.map("{:.0f}".format),
-            "p": pairs.p_both.map(p_value),
-            "p McNemar": pairs.p_mcnemar.map(p_value),
-            "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),
-            "kappa": pairs.kappa.map("{:.2f}".format),
-        }
-    )
+    columns = {
+        "models": pairs["first"] + " − " + pairs["second"],
+        "seeds": pairs.seeds.astype(str),
+        "difference": pairs.difference.map(points),
+        "95 % over seeds and images": intervals(pairs, "both", points),
+        "p Holm": pairs.p_holm.map(p_value),
+        "established": pairs.established.map({True: "yes", False: "no"}),
+        "95 % over images": intervals(pairs, "images", points),
+        "95 % over seeds": intervals(pairs, "seeds", points),
+        "only first right": pairs.only_first.map("{:.0f}".format),
+        "only second right": pairs.only_second.map("{:.0f}".format),
+        "p": pairs.p_both.map(p_value),
+        "p McNemar": pairs.p_mcnemar.map(p_value),
+        "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),
+        "kappa": pairs.kappa.map("{:.2f}".format),
+    }
+    return pd.DataFrame(columns)
 
 
 def write_table(table: pd.DataFrame, printed: pd.DataFrame, path: Path) -> None:
