@@ -2,8 +2,8 @@
 
     python -m analysis.compare WORKDIR
 
-Writes table, pairs, confused and only_one_right (.csv with every digit; .md and .tex to paste) into
-WORKDIR/report and prints the answer. `python -m analysis.report WORKDIR` makes a page of it.
+Writes table, pairs, confused (.csv with every digit; .md and .tex to paste), only_one_right and
+per_class into WORKDIR/report and prints the answer. `analysis.report` makes a page of it.
 """
 
 import itertools
@@ -45,7 +45,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The complete runs of a workdir, and what tables, answer and chapters are made of."""
+    """What tables, answer and chapters are made of."""
 
     workdir: Path
     groups: Groups
@@ -96,51 +96,45 @@ def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tup
 def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -> pd.DataFrame:
     """Returns table.csv: a row per model and variant, the best first; shares are in 0..1.
 
-    `seeds_ci95_*` says where other seeds would move the mean on these images, `images_ci95_*` what
-    these trained models would do on other images. `without_leaks` leaves out test images with an
-    exact copy in another part, `without_near_leaks` near copies too.
+    `seeds_ci95_*` is for other seeds on these images, `images_ci95_*` for these trained models on
+    other images. `without_near_leaks` leaves out exact copies in another part, too.
     """
     rows, audit = [], audit or {"leaks": [], "near_leaks": []}
     for runs in groups.values():
         figures = pd.DataFrame([evaluate.evaluate(run) for run in runs]).drop(columns="accuracy")
         costs = pd.DataFrame([run.summary["cost"] for run in runs]).reindex(columns=COSTS)
-        correct, ids = correctness(runs), runs[0].test["ids"]
+        first, correct, ids = runs[0], correctness(runs), runs[0].test["ids"]
         accuracy = correct.mean(axis=1)
         over_seeds = uncertainty.seed_interval(accuracy, options.seed_interval)
         exact = np.isin(ids, list(itertools.chain(*audit["leaks"])))
         near = exact | np.isin(ids, list(itertools.chain(*audit["near_leaks"])))
-        published = options.reference.get(runs[0].label, options.reference.get(runs[0].model))
-        rows.append(
-            {
-                "model": runs[0].model,
-                "variant": runs[0].variant,
-                "seeds": len(runs),
-                "test_images": len(ids),
-                "test_accuracy_mean": accuracy.mean(),
-                "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
-                **uncertainty.ends("seeds", over_seeds),
-                **uncertainty.ends("images", uncertainty.image_interval(correct)),
-                "published": math.nan if published is None else published / 100,
-                "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
-                "leaks": int(exact.sum()),
-                "without_near_leaks": correct[:, ~near].mean() if not near.all() else math.nan,
-                "near_leaks": int(near.sum()),
-                **figures.mean().add_suffix("_mean"),
-                **costs.apply(pd.to_numeric).mean(),
-                "image_size": runs[0].config["data"]["image_size"],
-                "device": runs[0].summary["cost"]["device"],
-                "runs": ";".join(run.name for run in runs),
-            }
-        )
+        published = options.reference.get(first.model, math.nan)
+        row = {
+            "model": first.model,
+            "variant": first.variant,
+            "seeds": len(runs),
+            "test_images": len(ids),
+            "test_accuracy_mean": accuracy.mean(),
+            "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
+            **uncertainty.ends("seeds", over_seeds),
+            **uncertainty.ends("images", uncertainty.image_interval(correct)),
+            "published": options.reference.get(first.label, published) / 100,
+            "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
+            "leaks": int(exact.sum()),
+            "without_near_leaks": correct[:, ~near].mean() if not near.all() else math.nan,
+            "near_leaks": int(near.sum()),
+            **figures.mean().add_suffix("_mean"),
+            **costs.apply(pd.to_numeric).mean(),
+            "image_size": first.config["data"]["image_size"],
+            "device": first.summary["cost"]["device"],
+            "runs": ";".join(run.name for run in runs),
+        }
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def make_pairs(groups: Groups) -> pd.DataFrame:
-    """Returns pairs.csv: a row per pair of models that were tested on the same images.
-
-    A difference is `established` if `p_holm`, which is `p` corrected for the number of pairs, is
-    under 0.05. `agreement` and `kappa` are of the predicted classes, means over seeds.
-    """
+    """Returns pairs.csv: a row per pair of models that were tested on the same images."""
     rows = []
     for first, second in itertools.combinations(groups, 2):
         pairs = paired_runs(groups[first], groups[second])
@@ -148,10 +142,9 @@ def make_pairs(groups: Groups) -> pd.DataFrame:
             continue
         correct = [correctness(list(runs)) for runs in zip(*pairs, strict=True)]
         names = {"first": first, "second": second}
-        agreement = {
-            "agreement": np.mean([(a.predicted == b.predicted).mean() for a, b in pairs]),
-            "kappa": np.mean([_kappa(a.predicted, b.predicted) for a, b in pairs]),
-        }
+        same = [(a.predicted == b.predicted).mean() for a, b in pairs]
+        kappa = [_kappa(a.predicted, b.predicted) for a, b in pairs]
+        agreement = {"agreement": np.mean(same), "kappa": np.mean(kappa)}
         rows.append(names | uncertainty.paired_difference(*correct) | agreement)
     if not rows:
         return pd.DataFrame()
@@ -173,10 +166,7 @@ def established(groups: Groups, pairs: pd.DataFrame) -> set[tuple[int, int]]:
 
 
 def majority_right(groups: Groups) -> pd.DataFrame:
-    """Returns whether most seeds are right: a row per test image (id, class), a column per model.
-
-    Models tested on other images than the first are left out.
-    """
+    """Returns whether most seeds are right: a row per image (id, class), a column per model."""
     first = next(iter(groups.values()))[0]
     classes = np.array(first.class_names, object)[first.test["labels"]]
     columns = {
@@ -201,25 +191,20 @@ def mean_confusion(runs: list[FinishedRun]) -> np.ndarray:
 
 
 def class_scores(runs: list[FinishedRun]) -> pd.DataFrame:
-    """Returns `evaluate.per_class` of a model, means over its seeds."""
-    tables = [evaluate.classes_of(run) for run in runs]
-    mean = sum(table.drop(columns="class") for table in tables) / len(tables)
-    return pd.concat([tables[0]["class"], mean], axis=1)
+    """Returns `evaluate.per_class` of a model by class, means over its seeds."""
+    by_seed = pd.concat([evaluate.classes_of(run) for run in runs])
+    return by_seed.groupby("class", sort=False).mean()
 
 
 def confused_along(groups: Groups, top: int = 2) -> pd.DataFrame:
-    """Returns errors between the `top` pairs of classes of any model: a column a model, best last.
-
-    Errors are counted both ways, and are means over seeds.
-    """
+    """Returns the mean errors between the `top` pairs of any model: a column a model, best last."""
     by_model = {label: mean_confusion(groups[label]) for label in reversed(groups)}
     names = next(iter(groups.values()))[0].class_names
     pairs = pd.concat([evaluate.confused_pairs(counts).head(top) for counts in by_model.values()])
     chosen = sorted({tuple(sorted(pair)) for pair in pairs[["first", "second"]].to_numpy()})
-    columns = {"pair": [f"{names[i]} / {names[j]}" for i, j in chosen]}
+    table = pd.DataFrame({"pair": [f"{names[i]} / {names[j]}" for i, j in chosen]})
     for label, counts in by_model.items():
-        columns[label] = [counts[i, j] + counts[j, i] for i, j in chosen]
-    table = pd.DataFrame(columns)
+        table[label] = [counts[i, j] + counts[j, i] for i, j in chosen]
     return table.iloc[np.argsort(-table.iloc[:, 1:].sum(axis=1), kind="stable")]
 
 
@@ -227,53 +212,46 @@ def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
     """Returns the comparison in a sentence or two: which model, by how much, how sure."""
     if table.empty:
         return "No run is complete yet."
-    names, first = tables.labels_of(table), table.iloc[0]
-    intervals = f"{tables.percents(first.images_ci95_low, first.images_ci95_high)} over test images"
-    over_seeds = tables.percents(first.seeds_ci95_low, first.seeds_ci95_high)
-    if over_seeds != tables.NONE:
-        intervals = f"{over_seeds} over seeds, {intervals}"
-    mean = f", mean of {first.seeds} seeds" if first.seeds > 1 else ""
-    text = f"{names[0]} has the highest test accuracy: {tables.percent(first.test_accuracy_mean)} %"
-    text += f"{mean} (95 % interval {intervals})"
+    printed, accuracies = tables.printed_table(table), table.test_accuracy_mean
+    names, first = printed["model"], printed.iloc[0]
+    intervals = f"{first['95 % over images']} over test images"
+    if first["95 % over seeds"] != tables.NONE:
+        intervals = f"{first['95 % over seeds']} over seeds, {intervals}"
+    mean = f", mean of {table.seeds[0]} seeds" if table.seeds[0] > 1 else ""
+    text = f"{names[0]} has the highest test accuracy: {first['test acc. %']} %{mean}"
+    text += f" (95 % interval {intervals})"
     if len(table) == 1:
         return text + "."
-    gap = tables.percent(first.test_accuracy_mean - table.test_accuracy_mean[1])
-    text += f", {gap} points above {names[1]}"
+    text += f", {tables.percent(accuracies[0] - accuracies[1])} points above {names[1]}"
     own = pairs[pairs["first"] == names[0]] if len(pairs) else pairs
     if own.empty:
         return text + ". They were tested on different images, so no difference can be established."
-    for pair in own[own["second"] == names[1]].itertuples():
-        low, high, over = pair.both_ci95_low, pair.both_ci95_high, "seeds and images"
-        if math.isnan(low):
-            low, high, over = pair.images_ci95_low, pair.images_ci95_high, "images"
-        text += f" (95 % interval {tables.points(low)} to {tables.points(high)} over {over})"
+    for _, pair in tables.printed_pairs(own[own["second"] == names[1]]).iterrows():
+        both = pair["95 % over seeds and images"] != tables.NONE
+        over = "seeds and images" if both else "images"
+        text += f" (95 % interval {pair[f'95 % over {over}']} over {over})"
     return f"{text}. {_verdict(own)}"
 
 
 def _verdict(own: pd.DataFrame) -> str:
     """Which of the best model's differences are established, and by which test."""
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
     unsure, single = own[~own.established]["second"].tolist(), own[own.seeds < 2]["second"].tolist()
     if not unsure:
         text = "It is ahead of every other model by more than chance explains"
     elif len(unsure) == len(own):
         text = "No difference from another model is established"
     else:
-        text = f"The difference from {_listed(unsure)} is not established"
-    if not single:
-        return text + " (over seeds and images, Holm-corrected)."
+        text = f"The difference from {listed(unsure)} is not established"
+    test = "over seeds and images, Holm-corrected"
     if len(single) == len(own):
-        return text + (
-            " (McNemar's exact test, Holm-corrected); this speaks of these trained networks: with"
-            " one seed, what another seed would give is unknown."
-        )
-    return text + (
-        f" (over seeds and images, but over images alone against {_listed(single)}, compared at one"
-        " seed; Holm-corrected)."
-    )
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+        test = "McNemar's exact test, Holm-corrected: what another seed would give is unknown"
+    elif single:
+        test += f"; over images alone against {listed(single)}, compared at one seed"
+    return f"{text} ({test})."
 
 
 def write_tables(comparison: Comparison) -> None:
@@ -281,14 +259,10 @@ def write_tables(comparison: Comparison) -> None:
     groups, output = comparison.groups, output_folder(comparison.output, "report")
     if not groups:
         return
-    tables.write_table(comparison.table, tables.printed_table(comparison.table), output / "table")
-    if len(comparison.pairs):
-        tables.write_table(
-            comparison.pairs, tables.printed_pairs(comparison.pairs), output / "pairs"
-        )
-    confused = confused_along(groups)
-    if len(confused):
-        tables.write_table(confused, confused.round(1), output / "confused")
+    table, pairs, confused = comparison.table, comparison.pairs, confused_along(groups)
+    tables.write_table(table, tables.printed_table(table), output / "table")
+    tables.write_table(pairs, tables.printed_pairs(pairs), output / "pairs")
+    tables.write_table(confused, confused.round(1), output / "confused")
     only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
     each = [evaluate.classes_of(run).assign(run=run.name) for run in comparison.runs]
     pd.concat(each).to_csv(output / "per_class.csv", index=False)

@@ -2,12 +2,12 @@
 
     python -m analysis.evaluate RUN_OR_WORKDIR [--output=DIR]
 
-Prints the figures of each complete run; with --output, also writes evaluation.json, per_class.csv,
-confusion.csv and losses.csv (every test image, highest loss first) into a folder for each.
-Temperature and threshold are fitted on validation predictions; all the rest is of test predictions.
+With --output, also writes evaluation.json, per_class.csv, confusion.csv and losses.csv (every test
+image, highest loss first) into a folder for each run. Temperature and threshold are fitted on
+validation predictions; the rest is of test predictions.
 """
 
-from dataclasses import asdict, dataclass
+import math
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 def losses(labels: np.ndarray, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Returns the negative log-likelihood of each label: float64 [N], in nats."""
+    """Returns the negative log-likelihood of each label in nats: float64 [N]."""
     log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=1)
     return -log_probabilities[np.arange(len(labels)), labels]
 
@@ -57,15 +57,11 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Returns the expected calibration error of the top class (Naeini et al. 2015)."""
     table = reliability(probabilities, labels).dropna()
-    gap = (table.confidence - table.accuracy).abs()
-    return float((gap * table.images).sum() / len(labels))
+    return float(((table.confidence - table.accuracy).abs() * table.images).sum() / len(labels))
 
 
 def per_class(labels: np.ndarray, predicted: np.ndarray, class_names: list[str]) -> pd.DataFrame:
-    """Returns a row per class: precision, recall, F1, support, and how often it was predicted.
-
-    A class never predicted has precision 0; one without test images has recall 0.
-    """
+    """Returns a row per class: precision, recall, F1 (0 where undefined), support, predictions."""
     classes = range(len(class_names))
     columns = precision_recall_fscore_support(labels, predicted, labels=classes, zero_division=0)
     names = ("precision", "recall", "f1", "support")
@@ -74,10 +70,9 @@ def per_class(labels: np.ndarray, predicted: np.ndarray, class_names: list[str])
 
 
 def scores(labels: np.ndarray, logits: np.ndarray) -> dict[str, float]:
-    """Returns the figures of one set of predictions, shares in 0..1.
+    """Returns the figures of a set of predictions, shares in 0..1.
 
-    Macro averages are over classes with images. The Brier score (1950) is the squared error summed
-    over classes, 0 to 2.
+    Macro averages are over classes with images; the Brier score is summed over classes, 0 to 2.
     """
     probabilities, predicted = softmax(logits), logits.argmax(axis=1)
     classes, own = logits.shape[1], probabilities[np.arange(len(labels)), labels]
@@ -98,16 +93,10 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.nda
     return confusion_matrix(labels, predicted, labels=range(classes))
 
 
-def row_shares(counts: np.ndarray) -> np.ndarray:
-    """Returns a confusion matrix with rows that sum to 1; a class without images has zeros."""
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
 def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     """Returns pairs of classes with errors between them, the most confused first.
 
-    Of class `first`, `forth` images are taken for `second`, and `back` the other way, which are no
-    more; `errors` is their sum, `share` that of all errors.
+    `forth` images of `first` are taken for `second`, and `back`, which are no more, the other way.
     """
     i, j = np.triu_indices(len(counts), 1)
     turned = counts[j, i] > counts[i, j]
@@ -115,68 +104,53 @@ def confused_pairs(counts: np.ndarray) -> pd.DataFrame:
     table = pd.DataFrame({"first": first, "second": second})
     table["forth"], table["back"] = counts[first, second], counts[second, first]
     table["errors"] = table.forth + table.back
-    by = {"errors": False, "first": True, "second": True}
-    table = table[table.errors > 0].sort_values(list(by), ascending=list(by.values()))
+    by = ["errors", "first", "second"]
+    table = table[table.errors > 0].sort_values(by, ascending=[False, True, True])
     return table.assign(share=table.errors / table.errors.sum()).reset_index(drop=True)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Returns the temperature of least loss (Guo et al. 2017); 1 where all are as good."""
-    best = minimize_scalar(
-        lambda log_t: losses(labels, logits, np.exp(log_t)).mean(),
-        bounds=np.log(TEMPERATURES),
-        method="bounded",
-        options={"xatol": 1e-6},
-    )
-    better = losses(labels, logits).mean() - best.fun > 1e-9
-    return float(np.exp(best.x)) if better else 1.0
+
+    def loss(log_temperature: float) -> float:
+        return losses(labels, logits, np.exp(log_temperature)).mean()
+
+    best = minimize_scalar(loss, bounds=np.log(TEMPERATURES), options={"xatol": 1e-6})
+    return float(np.exp(best.x)) if loss(0.0) - best.fun > 1e-9 else 1.0
 
 
 def coverage_curve(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
     """Returns `coverage` and `accuracy` at each confidence taken as `threshold`, highest first."""
     correct = pd.Series(probabilities.argmax(axis=1) == labels)
-    confidence = pd.Series(-probabilities.max(axis=1), name="threshold")  # the highest first
-    answered = correct.groupby(confidence).agg(["size", "sum"]).cumsum().reset_index()
-    coverage, accuracy = answered["size"] / len(labels), answered["sum"] / answered["size"]
-    columns = {"threshold": -answered.threshold, "coverage": coverage, "accuracy": accuracy}
-    return pd.DataFrame(columns)
+    by_confidence = correct.groupby(probabilities.max(axis=1)).agg(["size", "sum"])
+    answered = by_confidence[::-1].cumsum().rename_axis("threshold").reset_index()
+    answered["coverage"] = answered["size"] / len(labels)
+    answered["accuracy"] = answered["sum"] / answered["size"]
+    return answered[["threshold", "coverage", "accuracy"]]
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """A confidence from which predictions are trusted, and what it gave on validation."""
-
-    confidence: float  # infinite where none reaches the target
-    accuracy: float
-    coverage: float
-    target: float
-
-
-def choose_threshold(
-    probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95
-) -> Threshold:
-    """Returns the threshold that answers most validation images at the target accuracy or above."""
+def choose_threshold(probabilities: np.ndarray, labels: np.ndarray, target: float = 0.95) -> dict:
+    """Returns the least `confidence` whose `accuracy` is at `target` (inf if none), `coverage`."""
     curve = coverage_curve(probabilities, labels)
     enough = curve[curve.accuracy >= target]
-    if enough.empty:
-        return Threshold(float("inf"), float("nan"), 0.0, target)
-    threshold, coverage, accuracy = map(float, enough.iloc[-1])
-    return Threshold(0.0 if coverage == 1 else threshold, accuracy, coverage, target)
+    confidence, coverage, accuracy = math.inf, 0.0, math.nan
+    if len(enough):
+        confidence, coverage, accuracy = map(float, enough.iloc[-1])
+        confidence = 0.0 if coverage == 1 else confidence
+    return dict(confidence=confidence, accuracy=accuracy, coverage=coverage, target=target)
 
 
 def evaluate(run: FinishedRun) -> dict[str, float]:
-    """Returns `scores` of a run's test predictions, and what validation predictions add.
+    """Returns `scores` of a run's test images, before and after scaling by temperature.
 
-    `temperature` and `threshold` (95 % accuracy) are fitted on validation images; `ece_scaled`,
-    `nll_scaled`, `answered` and `accuracy_answered` are of test images with them.
+    `answered` is the share whose confidence reaches the threshold of 95 % validation accuracy.
     """
     labels, logits = run.test["labels"], run.test["logits"]
     known_labels, known_logits = run.validation["labels"], run.validation["logits"]
     temperature = fit_temperature(known_logits, known_labels)
     scaled = softmax(logits, temperature)
-    threshold = review_threshold(run, temperature).confidence
+    threshold = choose_threshold(softmax(known_logits, temperature), known_labels)["confidence"]
     answered = scaled.max(axis=1) >= threshold
-    accuracy = float(run.correct[answered].mean()) if answered.any() else float("nan")
     return scores(labels, logits) | {
         "validation_accuracy": float((known_logits.argmax(axis=1) == known_labels).mean()),
         "temperature": temperature,
@@ -184,14 +158,8 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
         "nll_scaled": float(losses(labels, logits, temperature).mean()),
         "threshold": threshold,
         "answered": float(answered.mean()),
-        "accuracy_answered": accuracy,
+        "accuracy_answered": float(run.correct[answered].mean()) if answered.any() else math.nan,
     }
-
-
-def review_threshold(run: FinishedRun, temperature: float) -> Threshold:
-    """Returns the threshold of a run's validation predictions, scaled by its temperature."""
-    probabilities = softmax(run.validation["logits"], temperature)
-    return choose_threshold(probabilities, run.validation["labels"])
 
 
 def classes_of(run: FinishedRun) -> pd.DataFrame:
@@ -205,20 +173,17 @@ def confusion_of(run: FinishedRun) -> np.ndarray:
 
 
 def highest_losses(run: FinishedRun) -> pd.DataFrame:
-    """Returns test images by loss, the highest first: id, true and predicted class, confidence."""
+    """Returns id, classes, confidence and loss of test images, by loss; indexed by place."""
     labels, logits = run.test["labels"], run.test["logits"]
     names = np.array(run.class_names, object)
-    table = pd.DataFrame(
-        {
-            "row": np.arange(len(labels)),
-            "id": run.test["ids"],
-            "true": names[labels],
-            "predicted": names[run.predicted],
-            "confidence": softmax(logits).max(axis=1),
-            "loss": losses(labels, logits),
-        }
-    )
-    return table.sort_values("loss", ascending=False, kind="stable", ignore_index=True)
+    columns = {
+        "id": run.test["ids"],
+        "true": names[labels],
+        "predicted": names[run.predicted],
+        "confidence": softmax(logits).max(axis=1),
+        "loss": losses(labels, logits),
+    }
+    return pd.DataFrame(columns).sort_values("loss", ascending=False, kind="stable")
 
 
 def describe(run: FinishedRun) -> str:
@@ -230,21 +195,21 @@ def describe(run: FinishedRun) -> str:
         for p in confused_pairs(confusion_of(run)).head(3).itertuples()
     ]
     classes = classes_of(run).to_string(index=False, float_format="%.4f")
-    lines = [f"{run.name}: {len(run.predicted)} test images", figures, classes, *pairs]
-    return "\n".join(lines)
+    return "\n".join([f"{run.name}: {len(run.predicted)} test images", figures, classes, *pairs])
 
 
 def write(run: FinishedRun, output: Path) -> None:
     """Writes evaluation.json and three tables of a run into a folder."""
     output_folder(output)
     figures = evaluate(run)
-    threshold = asdict(review_threshold(run, figures["temperature"]))
+    probabilities = softmax(run.validation["logits"], figures["temperature"])
+    threshold = choose_threshold(probabilities, run.validation["labels"])
     content = {"run": str(run.path), "test": figures, "review_threshold": threshold}
     write_json(output / "evaluation.json", content)
     classes_of(run).to_csv(output / "per_class.csv", index=False)
     counts = pd.DataFrame(confusion_of(run), run.class_names, run.class_names)
     counts.to_csv(output / "confusion.csv", index_label="true \\ predicted")
-    highest_losses(run).drop(columns="row").to_csv(output / "losses.csv", index=False)
+    highest_losses(run).to_csv(output / "losses.csv", index=False)
 
 
 def main(argv: list[str]) -> None:

@@ -12,13 +12,13 @@ from ml_collections import ConfigDict
 from analysis.runs import FinishedRun
 from configs import base
 from errors import UserError
-from input_pipeline import Dataset, load_dataset
+from input_pipeline import load_dataset
 from models import Classifier, create_model
 from training.weights import find_weights
 
 
 def use_compilation_cache(cache_dir: str) -> None:
-    """Keeps compiled programs on disk, so that no program is compiled twice."""
+    """Keeps compiled programs on disk."""
     path = Path(cache_dir).expanduser() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -48,15 +48,10 @@ def load_classifier(run: FinishedRun) -> Classifier:
     )
 
 
-def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
-    """Returns the images a run was trained and tested on.
+def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
+    """Returns the test images of a run in the order of its predictions: uint8 [N, S, S, 3].
 
-    Args:
-      run: a complete run.
-      data_path: where the data lies now, "" for where it was at training.
-
-    Raises:
-      UserError: the data is gone, or its images are no longer those of the run.
+    `data_path` is where the data lies now, "" for where it was. Raises UserError if it changed.
     """
     config = ConfigDict(run.config["data"])
     if data_path:
@@ -70,34 +65,17 @@ def load_run_dataset(run: FinishedRun, data_path: str = "") -> Dataset:
             f"the images in {config.path or config.source} are not those that {run.path} was "
             "trained on (their fingerprint differs): give the original data"
         )
-    return dataset
-
-
-def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
-    """Returns uint8 [N, S, S, 3], the test images in the order of the run's predictions."""
-    return load_run_dataset(run, data_path).images("test")
+    return dataset.images("test")
 
 
 def compiled(model: Classifier, function: Callable) -> Callable:
-    """Returns `function(model, *arrays)`, compiled, as a function of the arrays alone.
-
-    The weights are arguments of the program, not constants in it: it compiles faster, and can be
-    cached on disk.
-    """
+    """Returns `function(model, *arrays)`, compiled, as a function of the arrays alone."""
+    # The weights are arguments of the program: as constants they would slow its compilation.
     return partial(jax.jit(function), model)
 
 
 def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
-    """Applies a compiled function to batches of one size, the last one padded.
-
-    Args:
-      function: of arrays [size, ...]; returns a tree of arrays [size, ...].
-      *arrays: each [N, ...].
-      size: of a batch; a smaller N is one batch.
-
-    Returns:
-      The tree with NumPy arrays [N, ...].
-    """
+    """Returns the tree of arrays [N, ...] that a compiled function gives of batches [size, ...]."""
     count, outputs = len(arrays[0]), []
     size = min(size, count)
     for start in range(0, count, size):

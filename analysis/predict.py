@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -97,7 +97,7 @@ def predictor_of(run: FinishedRun, targets: Sequence[float] = TARGETS) -> Predic
     logits, labels = run.validation["logits"], run.validation["labels"]
     temperature = fit_temperature(logits, labels)
     probabilities = softmax(logits, temperature)
-    thresholds = [asdict(choose_threshold(probabilities, labels, goal)) for goal in targets]
+    thresholds = [choose_threshold(probabilities, labels, goal) for goal in targets]
     fitted = {"temperature": temperature, "review_thresholds": thresholds}
     return _read(find_weights(run.path), plain(fitted))
 

@@ -2,10 +2,10 @@
 
     python -m analysis.report WORKDIR [--data=PATH] [--nomodels]
 
-Writes WORKDIR/report/: index.html, one file that asks no network for anything, and beside it every
-table (CSV, Markdown, LaTeX) and picture (SVG, PNG). It is made of whatever runs are
-complete. Chapters that run the models (heat maps, robustness, looking inside) are kept, and made
-anew only when their runs or options change; --nomodels leaves them out.
+Writes WORKDIR/report/ from whatever runs are complete: index.html, which needs no network, and
+every table (CSV, Markdown, LaTeX) and picture (SVG, PNG). Chapters that run the models (heat maps,
+robustness, looking inside) are made anew only when their runs or options change; --nomodels leaves
+them out.
 """
 
 import base64
@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 
 import jinja2
@@ -29,12 +30,10 @@ from analysis.runs import FinishedRun, load_runs, read_plan
 from errors import UserError
 from experiment.command import arguments, run_command
 
-TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
-
 
 @dataclass(frozen=True)
 class Chapter:
-    """A title, and what makes the chapter; those that run models have a file to be kept in."""
+    """A title, and what makes the chapter; those that run models are kept in a file."""
 
     title: str
     make: Callable[[Comparison], Section | None]  # None: there is nothing to say
@@ -90,12 +89,8 @@ def write_report(
 ) -> Report:
     """Writes WORKDIR/report: tables, pictures and the self-contained index.html.
 
-    Args:
-      workdir: of an experiment, finished or not.
-      options: `config.compare`; None for that of the experiment.
-      data_path: where the data lies now, "" for where it was at training.
-      models: whether chapters that run the models are made.
-      progress: gets a line before each of these; it may raise, and a page is left.
+    `options` is `config.compare`, None for that of the experiment. Chapters that run the models
+    are made if `models`; `progress` gets a line before each, and where it raises, a page is left.
     """
     runs = load_runs(workdir)
     if not runs:
@@ -107,7 +102,9 @@ def write_report(
     try:
         write_tables(comparison)
         for slow in (False, True) if models else (False,):  # a page before what may take minutes
-            sections |= make_sections(comparison, slow, progress)
+            for chapter in CHAPTERS:
+                if bool(chapter.file) == slow:
+                    sections[chapter.title] = make_section(chapter, comparison, progress)
             page.write_text(render(comparison, reasons, sections), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report to {comparison.output}: {error}") from error
@@ -124,8 +121,7 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
     for run in runs:
         reasons.pop(run.name, None)
         if run.status != "complete":
-            error = run.summary.get("error", "").strip().split("\n")[0]
-            reasons[run.name] = f"{run.status}: {error}" if error else run.status
+            reasons[run.name] = run.state
             continue
         try:
             _ = run.test, run.validation, run.dataset, run.environment
@@ -134,27 +130,19 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
     return reasons
 
 
-def make_sections(
-    comparison: Comparison, slow: bool, progress: Callable[[str], None]
-) -> dict[str, Section | None]:
-    """Returns by title the chapters that run models (`slow`), or all others."""
-    sections = {}
-    for chapter in CHAPTERS:
-        wanted = not chapter.options or comparison.options[chapter.options[0]]
-        possible = comparison.groups or chapter.make is chapters.data  # without runs, an audit
-        if bool(chapter.options) == slow and wanted and possible:
-            make = chapter.make
-            if slow:
-                progress(f"report: {chapter.title.lower()}")
-                make = partial(make_slowly, chapter)
-            sections[chapter.title] = make(comparison)
-    return sections
-
-
-def make_slowly(chapter: Chapter, comparison: Comparison) -> Section:
-    """Returns a chapter that runs models; if it fails, it says why, and the others are made."""
-    path, make = comparison.output / chapter.file, partial(chapter.make, comparison)
+def make_section(
+    chapter: Chapter, comparison: Comparison, progress: Callable[[str], None]
+) -> Section | None:
+    """Returns a chapter; if one that runs models fails, it says why."""
+    if not comparison.groups and chapter.make is not chapters.data:  # an audit needs no runs
+        return None
+    if not chapter.file:
+        return chapter.make(comparison)
     options = {name: comparison.options[name] for name in chapter.options}
+    if not options[chapter.options[0]]:
+        return None
+    progress(f"report: {chapter.title.lower()}")
+    path, make = comparison.output / chapter.file, partial(chapter.make, comparison)
     try:
         return remembered(path, comparison.runs, options, make)
     except UserError as error:
@@ -174,7 +162,7 @@ def render(comparison: Comparison, reasons: dict, sections: dict[str, Section | 
 
     def source(file: str) -> str:
         content = base64.b64encode((comparison.output / file).read_bytes()).decode()
-        return f"data:{TYPES[Path(file).suffix]};base64,{content}"
+        return f"data:{guess_type(file)[0]};base64,{content}"
 
     return environment.get_template("report.html.j2").render(
         title=comparison.workdir.resolve().name,
@@ -187,19 +175,15 @@ def render(comparison: Comparison, reasons: dict, sections: dict[str, Section | 
 
 
 def has_words(table: Table, column: int) -> bool:
-    """Says whether a column holds words rather than numbers, and is set flush left."""
+    """Returns whether a column holds words, which are set flush left, and not numbers."""
     return any(not re.match(r"(< |[+-])?\d|–$", row[column]) for row in table.rows)
 
 
 def main(argv: list[str]) -> int:
     """Writes the report of a workdir; returns 1 if a run in it is not complete."""
     (workdir,) = arguments(argv, "analysis.report WORKDIR [--data=PATH] [--nomodels]")
-    report = write_report(
-        Path(workdir).expanduser(),
-        data_path=DATA.value,
-        models=MODELS.value,
-        progress=lambda text: print(text, flush=True),
-    )
+    path, progress = Path(workdir).expanduser(), partial(print, flush=True)
+    report = write_report(path, data_path=DATA.value, models=MODELS.value, progress=progress)
     print(f"{report.text}\n\nreport: {report.page}")
     return 1 if report.not_complete else 0
 

@@ -1,7 +1,6 @@
 """Read run directories: the contract between training and analysis."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from experiment.files import read_lines
+from experiment.files import read_json, read_lines
 
 
 @dataclass(frozen=True)
@@ -24,16 +23,16 @@ class FinishedRun:
     variant: str  # swept fields beside the model and the seed, "" for none
     seed: int
 
-    @classmethod
-    def of(cls, path: Path, name: str, config: dict, summary: dict) -> "FinishedRun":
-        """Returns the run of a directory's config.json and summary.json."""
-        fields = config["model"]["name"], config["variant"], config["seed"]
-        return cls(path, name, config, summary, *fields)
-
     @property
     def status(self) -> str:
         """`complete`, `diverged`, `failed`, or `not finished`."""
         return self.summary.get("status", "not finished")
+
+    @property
+    def state(self) -> str:
+        """The status, and the error behind it."""
+        error = self.summary.get("error", "").strip().split("\n")[0]
+        return f"{self.status}: {error}" if error else self.status
 
     @property
     def label(self) -> str:
@@ -43,12 +42,12 @@ class FinishedRun:
     @cached_property
     def dataset(self) -> dict:
         """Content of dataset.json."""
-        return _required(self.path / "dataset.json", _read_json)
+        return self._read("dataset.json")
 
     @cached_property
     def environment(self) -> dict:
         """Content of environment.json."""
-        return _required(self.path / "environment.json", _read_json)
+        return self._read("environment.json")
 
     @cached_property
     def metrics(self) -> list[dict]:
@@ -58,12 +57,12 @@ class FinishedRun:
     @cached_property
     def test(self) -> dict[str, np.ndarray]:
         """Test predictions: ids [N], labels int32 [N], logits float32 [N, K]."""
-        return _required(self.path / "predictions_test.npz", _read_arrays)
+        return self._read("predictions_test.npz")
 
     @cached_property
     def validation(self) -> dict[str, np.ndarray]:
         """Validation predictions, as `test`."""
-        return _required(self.path / "predictions_validation.npz", _read_arrays)
+        return self._read("predictions_validation.npz")
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -80,36 +79,47 @@ class FinishedRun:
         """Names in the order of the logits."""
         return self.dataset["class_names"]
 
+    def _read(self, name: str) -> dict:
+        path = self.path / name
+        try:
+            if path.suffix == ".json":
+                return json.loads(path.read_text(encoding="utf-8"))
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}): train that run again") from error
+
 
 Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accurate first
 
 
 def load_run(run_dir: Path) -> FinishedRun:
     """Returns the complete run of one directory; raises UserError if it is none."""
+    run = _read_run(run_dir)
+    if run.status != "complete":
+        state = run.state if run_dir.is_dir() else "no such folder"
+        raise UserError(f"{run_dir} is not the directory of a complete run ({state})")
+    return run
+
+
+def _read_run(run_dir: Path) -> FinishedRun:
+    """Returns a run in any state; one whose files are damaged has failed."""
     try:
-        config, summary = (_read(run_dir / f"{name}.json") for name in ("config", "summary"))
+        config = read_json(run_dir / "config.json")
+        summary = read_json(run_dir / "summary.json") if config else {}
     except ValueError as error:
-        raise UserError(f"{run_dir} holds unreadable JSON: {error}") from error
-    if summary.get("status") != "complete" or not config:
-        status = summary.get("status", "no summary.json" if run_dir.is_dir() else "no such folder")
-        raise UserError(f"{run_dir} is not the directory of a complete run ({status})")
-    return FinishedRun.of(run_dir, "/".join(run_dir.resolve().parts[-2:]), config, summary)
+        config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
+    *_, model, name = run_dir.absolute().parts
+    known = {"model": {"name": model}, "variant": "", "seed": -1}
+    config |= {key: value for key, value in known.items() if key not in config}
+    fields = config["model"]["name"], config["variant"], config["seed"]
+    return FinishedRun(run_dir, f"{model}/{name}", config, summary, *fields)
 
 
 def load_runs(workdir: Path) -> list[FinishedRun]:
     """Returns every run under a workdir, by model, variant and seed."""
-    runs = []
-    for file in sorted(workdir.glob("*/seed*/config.json")):
-        run_dir = file.parent
-        try:
-            config, summary = _read(file), _read(run_dir / "summary.json")
-        except ValueError as error:
-            config, summary = {}, {"status": "failed", "error": f"unreadable JSON: {error}"}
-        known = {"model": {"name": run_dir.parent.name}, "variant": "", "seed": -1}
-        config |= {key: value for key, value in known.items() if key not in config}
-        name = run_dir.relative_to(workdir).as_posix()
-        runs.append(FinishedRun.of(run_dir, name, config, summary))
-    return sorted(runs, key=lambda run: (run.model, run.variant, run.seed))
+    runs = [_read_run(path.parent) for path in workdir.glob("*/seed*/config.json")]
+    return sorted(runs, key=lambda run: (run.model, run.variant, run.seed, run.name))
 
 
 def chosen_runs(path: Path) -> list[FinishedRun]:
@@ -155,37 +165,9 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
 
 def read_plan(workdir: Path) -> dict:
     """Returns experiment.json: command, runs and compare; {} where a workdir has none."""
-    return _read(workdir / "experiment.json")
+    return read_json(workdir / "experiment.json")
 
 
 def read_audit(workdir: Path) -> dict | None:
     """Returns the content of audit.json, None where the images were not audited."""
-    return _read(workdir / "audit" / "audit.json") or None
-
-
-def read_status(run_dir: Path) -> str | None:
-    """Returns the status in a run's summary, None where there is no readable one."""
-    try:
-        return _read(run_dir / "summary.json").get("status")
-    except ValueError:
-        return None
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return dict(file)
-
-
-def _read(path: Path) -> dict:
-    return _read_json(path) if path.exists() else {}
-
-
-def _required(path: Path, read: Callable[[Path], dict]) -> dict:
-    try:
-        return read(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({error}): train that run again") from error
+    return read_json(workdir / "audit" / "audit.json") or None

@@ -1,7 +1,6 @@
 """How sure can we be? Intervals, paired differences and corrections from bool arrays [S, N].
 
-Such an array says which of N test images each of S seeds classifies correctly. Two things are drawn
-at random in a comparison, seeds and test images; each function says which of them it covers.
+Such an array says which of N test images each of S seeds classifies correctly.
 """
 
 import math
@@ -15,20 +14,16 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95
-RESAMPLES = 9999  # of a bootstrap
-BOOTSTRAP_SEED = 0
 
 Interval = tuple[float, float]
 UNKNOWN: Interval = (math.nan, math.nan)
 
 
-def seed_interval(
-    values: np.ndarray, how: str = "t", low: float = 0.0, high: float = 1.0
-) -> Interval:
+def seed_interval(values: np.ndarray, how: str = "t", least: float = 0.0) -> Interval:
     """Returns the 95 % interval of the mean over seeds, NaN where values [S] do not vary.
 
     "t" assumes normal values; "bootstrap" (percentile, seeded) does not, but is too narrow for
-    fewer than about ten seeds. The interval is cut to low..high.
+    fewer than about ten seeds. The interval is cut to least..1.
     """
     values = np.asarray(values, float)
     if len(values) < 2 or np.ptp(values) == 0:
@@ -36,14 +31,13 @@ def seed_interval(
     if how == "t":
         ends = stats.t.interval(LEVEL, len(values) - 1, values.mean(), stats.sem(values))
     else:
-        options = {"confidence_level": LEVEL, "n_resamples": RESAMPLES, "method": "percentile"}
-        rng = np.random.default_rng(BOOTSTRAP_SEED)
-        ends = stats.bootstrap((values,), np.mean, rng=rng, **options).confidence_interval
-    return _cut(*ends, low, high)
+        options = {"confidence_level": LEVEL, "method": "percentile", "rng": 0}
+        ends = stats.bootstrap((values,), np.mean, **options).confidence_interval
+    return _cut(*ends, least)
 
 
-def _cut(low: float, high: float, least: float, most: float) -> Interval:
-    return max(least, float(low)), min(most, float(high))
+def _cut(low: float, high: float, least: float) -> Interval:
+    return max(least, float(low)), min(1.0, float(high))
 
 
 def wilson(right: float, count: float) -> Interval:
@@ -55,14 +49,11 @@ def wilson(right: float, count: float) -> Interval:
 
 
 def image_interval(correct: np.ndarray) -> Interval:
-    """Returns the 95 % interval of accuracy over test images, for these trained models (Wilson).
-
-    Images are the units: the mean over seeds is treated as a share of the number of images at
-    which a share would vary as much as it does.
-    """
+    """Returns the 95 % interval of accuracy over test images, for these trained models (Wilson)."""
     images = np.asarray(correct, float).mean(axis=0)  # [N]
     mean, count = images.mean(), len(images)
     variance = images.var() / count
+    # A share of that many images would vary as the mean over seeds does.
     effective = mean * (1 - mean) / variance if variance > 0 else count
     return wilson(mean * effective, effective)
 
@@ -70,14 +61,9 @@ def image_interval(correct: np.ndarray) -> Interval:
 def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Compares two models, both bool [S, N], image by image and seed by seed.
 
-    Returns:
-      `difference`: accuracy of the first minus that of the second.
-      `both_ci95_*`, `seeds_ci95_*`, `images_ci95_*`: its 95 % interval for other seeds and images,
-      for other seeds on these images, and for these trained models on other images. Over seeds,
-      and over both, it is NaN for one seed.
-      `only_first`, `only_second`: images that one model alone gets right, mean over seeds.
-      `p_mcnemar`: see `mcnemar`; `p_both`: p-value over seeds and images, NaN for one seed.
-      `p`: the one that decides, `p_both` where there is one.
+    `difference` (first minus second) has intervals for other `seeds_`, other `images_` and `both_`.
+    `only_first` counts images that only the first gets right, mean over seeds. `p` decides:
+    `p_both`, or for one seed, where that is NaN, `p_mcnemar`.
     """
     difference = np.asarray(first, float) - np.asarray(second, float)  # [S, N]
     seeds, images = difference.shape
@@ -90,8 +76,8 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]
         "seeds": seeds,
         "difference": mean,
         **ends("both", both),
-        **ends("seeds", seed_interval(difference.mean(axis=1), low=-1.0)),
-        **ends("images", _cut(mean - half, mean + half, -1.0, 1.0)),
+        **ends("seeds", seed_interval(difference.mean(axis=1), least=-1.0)),
+        **ends("images", _cut(mean - half, mean + half, -1.0)),
         "only_first": float((difference > 0).sum(axis=1).mean()),
         "only_second": float((difference < 0).sum(axis=1).mean()),
         "p_mcnemar": p_mcnemar,
@@ -106,11 +92,11 @@ def ends(name: str, interval: Interval) -> dict[str, float]:
 
 
 def crossed(values: np.ndarray) -> tuple[Interval, float]:
-    """Returns 95 % interval and p-value of a mean over seeds and images, both drawn at random.
+    """Returns 95 % interval and p-value of the mean of values [S, N]; NaN for one seed.
 
-    Two-way random-effects analysis of variance of values [S, N]: the variance of the mean is
-    (MS_seeds + MS_images - MS_rest) / (S N), never taken below what seeds or images give alone,
-    with the degrees of freedom of Satterthwaite (1946). One seed gives NaN.
+    Two-way random-effects analysis of variance: the variance of the mean is (MS_seeds + MS_images
+    - MS_rest) / (S N), never below what seeds or images give alone, with the degrees of freedom of
+    Satterthwaite (1946).
     """
     seeds, images = values.shape
     if seeds < 2 or images < 2:
@@ -122,22 +108,21 @@ def crossed(values: np.ndarray) -> tuple[Interval, float]:
     of_seeds = images * ((by_seed - mean) ** 2).sum()
     of_images = seeds * ((by_image - mean) ** 2).sum()
     mean_squares = np.array([of_seeds, of_images, (rest**2).sum()]) / freedom
-    combined = mean_squares[0] + mean_squares[1] - mean_squares[2]
-    total = max(combined, mean_squares[0], mean_squares[1])
+    total = max(mean_squares[0] + mean_squares[1] - mean_squares[2], *mean_squares[:2])
     if total == 0:  # every value is the same
         return (float(mean), float(mean)), float(mean == 0)
     degrees = total**2 / (mean_squares**2 / freedom).sum()
     scale = math.sqrt(total / (seeds * images))
     half = stats.t.ppf((1 + LEVEL) / 2, degrees) * scale
     p = 2 * stats.t.sf(abs(mean) / scale, degrees)
-    return _cut(mean - half, mean + half, -1.0, 1.0), float(p)
+    return _cut(mean - half, mean + half, -1.0), float(p)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the two-sided p-value of the exact McNemar test: equal accuracy on the same images.
+    """Returns the two-sided p-value of the exact McNemar test; it says nothing of other seeds.
 
-    It says nothing about other seeds. Of several seeds, each pair is tested, and twice the median
-    p-value is returned, which is valid however the tests depend on each other (Vovk and Wang 2020).
+    Of several seeds, it is twice the median p-value, which is valid however the tests depend on
+    each other (Vovk and Wang 2020).
     """
     values = []
     for a, b in zip(first, second, strict=True):
@@ -156,10 +141,9 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def indistinct(count: int, established: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns (first, last) of the longest stretches of a ranking without established differences.
+    """Returns (first, last) of the longest stretches of ranks without an established pair (i < j).
 
-    They are the bars of a critical-difference diagram (Demsar 2006) of `count` models, numbered by
-    rank; `established` are pairs (i, j), i < j.
+    They are the bars of a critical-difference diagram (Demsar 2006) of `count` models.
     """
     stretches = []
     for first in range(count):
@@ -171,15 +155,11 @@ def indistinct(count: int, established: set[tuple[int, int]]) -> list[tuple[int,
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-    """Returns the points that no other beats in cost and value, in the order of cost.
-
-    Of points equal in both, all are returned; NaN are left out.
-    """
+    """Returns the points that no other beats in cost and value, by cost; NaN are left out."""
     costs, values = np.asarray(costs, float), np.asarray(values, float)
     front = []
-    for i in np.argsort(costs, kind="stable"):
-        as_good = (costs <= costs[i]) & (values >= values[i])
-        beaten = as_good & ((costs < costs[i]) | (values > values[i]))
-        if as_good[i] and not beaten.any():  # NaN is not as good as itself
+    for i in np.flatnonzero(~np.isnan(costs + values)):
+        better = (costs < costs[i]) & (values >= values[i])
+        if not (better | (costs <= costs[i]) & (values > values[i])).any():
             front.append(int(i))
-    return front
+    return sorted(front, key=lambda i: costs[i])

@@ -1,13 +1,8 @@
-"""The chapters of the report that need no model: from saved predictions, metrics and the audit.
-
-Each returns a section without its title, or None where it has nothing to say.
-"""
+"""The chapters of the report that need no model; None where there is nothing to say."""
 
 import json
-import os
 import shlex
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 
@@ -22,17 +17,15 @@ from analysis.page.tables import decimal, percent, printed_pairs, printed_table
 from analysis.runs import FinishedRun, read_plan
 from errors import UserError
 
-PHOTOS = 6  # in a row
+PHOTOS = 12  # of a picture of mistakes
 LISTED = 200  # names in a folded list
 
 
-def as_table(frame: pd.DataFrame, caption: str = "") -> Table:
-    """Returns a table of strings of a printed frame."""
+def _as_table(frame: pd.DataFrame, caption: str = "") -> Table:
     return Table(list(frame), frame.astype(str).values.tolist(), caption)
 
 
-def chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True) -> Picture:
-    """Draws and saves a chart of a comparison."""
+def _chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True) -> Picture:
     figure = draw(of)
     figure.tight_layout()
     save(figure, of.output / file)
@@ -45,23 +38,21 @@ def overview(comparison: Comparison) -> Section:
     interval = "t-interval" if options.seed_interval == "t" else "bootstrap"
     text = [
         f"Measured on {table.test_images[0]} test images with the weights of lowest validation "
-        "loss. Two sources of chance, kept apart: the interval over seeds says where other seeds "
-        f"would move the mean ({interval}), the interval over images what these very networks "
-        "would do on other photos of the same kind (Wilson's, images as units). F1 is the mean "
-        "over classes; NLL is the loss in nats; Brier is from 0 to 2; ECE is the calibration error "
-        "of the top class in 15 bins. Accuracies, F1 and ECE are in percent. Parameters and FLOPs "
-        "(matrix products and convolutions of one image forward, a multiply-add as two) are "
-        "counted; seconds and images/s are means over seeds, without compilation, measured on "
-        f"{_devices(table)}."
+        f"loss. The interval over seeds says where other seeds would move the mean ({interval}), "
+        "that over images what these very networks would do on other photos of the same kind "
+        "(Wilson's). F1 is the mean over classes, NLL the loss in nats, Brier from 0 to 2, ECE the "
+        "calibration error of the top class in 15 bins; accuracies, F1 and ECE are in percent. "
+        "FLOPs are matrix products and convolutions of one image forward, a multiply-add as two. "
+        "Seconds and images/s are means over seeds, without compilation, on "
+        f"{', '.join(sorted(set(table.device)))}."
     ]
     if options.reference:
         source = options.reference_source or "the config's compare.reference"
         text.append(f"Published figures, for orientation ({source}); not measured here.")
     if table.near_leaks.any():
         text.append(
-            f"The audit found {table.leaks.max()} test images with an exact copy in another part, "
-            f"and {table.near_leaks.max()} with an exact or a near one; “without” them, the "
-            "accuracy on the rest."
+            f"{table.leaks.max()} test images have an exact copy in another part, "
+            f"{table.near_leaks.max()} an exact or near one; “without” is the accuracy on the rest."
         )
     if "knn" in set(table.model):
         text.append("Nearest neighbours draw nothing at random: their seeds agree by construction.")
@@ -70,69 +61,55 @@ def overview(comparison: Comparison) -> Section:
         for label, runs in comparison.groups.items()
     ]
     behind = Details("The runs behind each row, with their test accuracy", lines)
-    return Section(text=text, tables=[as_table(printed_table(table))], details=[behind])
-
-
-def _devices(table: pd.DataFrame) -> str:
-    return ", ".join(sorted(set(table.device)))
+    return Section(text=text, tables=[_as_table(printed_table(table))], details=[behind])
 
 
 def costs(comparison: Comparison) -> Section:
     """Accuracy against parameters, FLOPs, training time and speed of prediction."""
-    caption = (
-        "Test accuracy against cost. Filled: no other model is both cheaper and more accurate (the "
-        "Pareto front, joined by the grey line). Bars are 95 % intervals over seeds, over images "
-        f"where there is one seed. Times on {_devices(comparison.table)}."
-    )
-    return Section(pictures=[chart(comparison, charts.draw_pareto, "pareto.svg", caption)])
+    caption = "Filled: no other model is both cheaper and more accurate (the Pareto front). Bars: "
+    caption += "95 % intervals over seeds, or over images where there is one seed."
+    return Section(pictures=[_chart(comparison, charts.draw_pareto, "pareto.svg", caption)])
 
 
 def curves(comparison: Comparison) -> Section:
     """Learning curves and what they say about over- and underfitting."""
-    caption = "Learning curves on validation images: thin lines are seeds, dashes are models fitted"
-    caption += " at once."
-    picture = chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
-    table = diagnosis_table(comparison.groups)
-    return Section(tables=[table], pictures=[picture], pictures_first=True)
+    caption = "On validation images: thin lines are seeds, dashes are models fitted at once."
+    picture = _chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
+    tables = [diagnosis_table(comparison.groups)]
+    return Section(tables=tables, pictures=[picture], pictures_first=True)
 
 
 def classes(comparison: Comparison) -> Section:
     """Per-class scores, confusion matrices, and the confused pairs with their photos."""
     best, runs = next(iter(comparison.groups.items()))
     scores = compare.class_scores(runs)
-    printed = scores.rename(columns={"f1": "F1"})
-    for name in ("precision", "recall", "F1"):
-        printed[name] = printed[name].map(percent)
-    for name in ("support", "predicted"):
-        printed[name] = printed[name].map("{:.4g}".format)
-    f1 = "F1 of every class, mean over seeds."
-    confusion = "Confusion on test images: number of images (mean over seeds), and colour and "
-    confusion += "percent by true class."
+    shares = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
+    counts = scores[["support", "predicted"]].map("{:.4g}".format)
+    printed = pd.concat([shares, counts], axis=1).reset_index()
+    confusion = "Test images (mean over seeds); colour and percent are shares of the true class."
     section = Section(
-        tables=[as_table(printed, f"{best}: percent and numbers of images, means over seeds.")],
+        tables=[_as_table(printed, f"{best}: percent and numbers of images, means over seeds.")],
         pictures=[
-            chart(comparison, charts.draw_class_scores, "classes.svg", f1),
-            chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
+            _chart(comparison, charts.draw_class_scores, "classes.svg", "F1, mean over seeds."),
+            _chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
         ],
     )
-    never = scores[scores.predicted == 0]["class"].tolist()
+    never = ", ".join(scores.index[scores.predicted == 0])
     if never:
-        section.text.append(f"{best} never predicts {', '.join(never)}: its precision there is 0.")
+        section.text.append(f"{best} never predicts {never}: its precision there is 0.")
     confused = compare.confused_along(comparison.groups)
     if len(confused):
-        caption = (
-            "The most confused pairs of classes from model to model, the least accurate first: "
-            "test images of one taken for the other, both ways, mean over seeds."
-        )
-        section.tables.append(as_table(confused.round(1), caption))
+        caption = "The most confused pairs of classes by model, the least accurate first: test "
+        caption += "images of one taken for the other, both ways, mean over seeds."
+        section.tables.append(_as_table(confused.round(1), caption))
     try:
-        section.pictures += mistakes(best, runs[0], comparison)
+        section.pictures += _mistakes(best, runs[0], comparison)
     except UserError as error:
         section.text.append(f"No photos can be shown: {error}")
     return section
 
 
-def mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Picture]:
+def _mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Picture]:
     """Draws photos of a run's most confused pair of classes, and those of highest loss."""
     photos, losses = load_test_images(run, comparison.data_path), evaluate.highest_losses(run)
     wrong = losses[losses.true != losses.predicted]
@@ -141,99 +118,85 @@ def mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Pictu
     most = evaluate.confused_pairs(evaluate.confusion_of(run)).iloc[0]
     pair = [run.class_names[int(i)] for i in most[["first", "second"]]]
     between = wrong[wrong.true.isin(pair) & wrong.predicted.isin(pair)]
-    about_pair = (
-        f"{pair[0]} taken for {pair[1]} or the other way, its most confused pair; highest loss "
-        "first. True class → predicted class."
-    )
+    about_pair = f"its most confused pair, {pair[0]} and {pair[1]}. True class → predicted class."
     about_loss = "the test images of highest loss. Wrong labels often stand here."
-    pictures = []
-    for file, rows, caption in (
-        ("confused_pair.png", between, about_pair),
-        ("highest_loss.png", wrong, about_loss),
-    ):
-        rows = rows.head(2 * PHOTOS)
+
+    def draw(file: str, rows: pd.DataFrame, about: str) -> Picture:
+        rows = rows.head(PHOTOS)
         titles = [
             f"{shortened(r.true)} →\n{shortened(r.predicted)} {100 * r.confidence:.0f} %"
             for r in rows.itertuples()
         ]
-        save(draw_photos([photos[i] for i in rows.row], titles, PHOTOS), comparison.output / file)
-        caption = f"{label}, seed {run.seed}: {caption} Files: {'; '.join(map(str, rows.id))}."
-        pictures.append(Picture(file, caption, wide=True))
-    return pictures
+        save(draw_photos(photos[rows.index], titles), comparison.output / file)
+        files = "; ".join(map(str, rows.id))
+        return Picture(file, f"{label}, seed {run.seed}: {about} Files: {files}.", wide=True)
+
+    return [
+        draw("confused_pair.png", between, about_pair),
+        draw("highest_loss.png", wrong, about_loss),
+    ]
 
 
 def pairs_of_models(comparison: Comparison) -> Section:
     """Ranks, paired differences, agreement, and images that only one model gets right."""
     groups, pairs = comparison.groups, comparison.pairs
-    caption = (
-        "Models by test accuracy. Thick: 95 % interval over seeds; thin: over test images. A black "
-        "bar at the right ties models between which no difference is established."
-    )
-    ranks = chart(comparison, charts.draw_ranks, "ranks.svg", caption)
+    caption = "Thick: 95 % interval over seeds; thin: over test images. A black bar at the right "
+    caption += "ties models between which no difference is established."
+    ranks = _chart(comparison, charts.draw_ranks, "ranks.svg", caption)
     section = Section(pictures=[ranks], pictures_first=True)
     if pairs.empty:
         return section
-    section.text.append(
-        "Differences are on the same test images and, seed by seed, in percentage points. The "
-        "interval over seeds and images takes both as drawn at random (two-way analysis of "
-        "variance); p is its p-value. McNemar's exact test asks whether these trained networks "
-        "differ, and nothing of other seeds; of several seeds it is twice the median p-value. "
-        "“p Holm” corrects for the number of pairs, and decides at 0.05; with one seed it is "
-        "McNemar's. Kappa is agreement beyond chance."
-    )
-    section.tables.append(as_table(printed_pairs(pairs)))
-    caption = "How often two models predict the same class, mean over seeds."
-    agreement = chart(comparison, charts.draw_agreement, "agreement.svg", caption, wide=False)
-    section.pictures.append(agreement)
     alone, right = compare.only_one_right(groups), compare.majority_right(groups)
     every, none = right.all(axis=1).sum(), (~right).all(axis=1).sum()
-    text = (
+    section.text = [
+        "Differences are on the same test images, seed by seed, in percentage points. The interval "
+        "over seeds and images takes both as drawn at random (two-way analysis of variance); p is "
+        "its p-value. McNemar's exact test asks whether these trained networks differ, and nothing "
+        "of other seeds; of several seeds it is twice the median p-value. “p Holm” corrects for "
+        "the number of pairs, and decides at 0.05; with one seed it is McNemar's. Kappa is "
+        "agreement beyond chance.",
         f"By the majority of its seeds, every model gets {every} of {len(right)} test images "
-        f"right, and none gets {none}."
-    )
+        f"right, and none gets {none}.",
+    ]
+    section.tables.append(_as_table(printed_pairs(pairs)))
+    caption = "How often two models predict the same class, mean over seeds."
+    agreement = _chart(comparison, charts.draw_agreement, "agreement.svg", caption, wide=False)
+    section.pictures.append(agreement)
     if len(alone):
-        counts = alone["model"].value_counts().items()
-        each = ", ".join(f"{label} {count}" for label, count in counts)
-        text += f" Images that one model alone gets right: {each}."
+        counts = ", ".join(f"{label} {n}" for label, n in alone["model"].value_counts().items())
         lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
-        title = f"Test images that only one model gets right ({len(alone)})"
-        section.details.append(Details(title, lines))
-    section.text.append(text)
+        section.details = [Details(f"Test images that one model alone gets right: {counts}", lines)]
     return section
 
 
 def calibration(comparison: Comparison) -> Section:
     """Reliability, temperature scaling, and accuracy when unsure predictions are left out."""
     table = comparison.table
-    printed = pd.DataFrame(
-        {
-            "model": list(comparison.groups),
-            "ECE %": table.ece_mean.map(percent),
-            "NLL": table.nll_mean.map(decimal),
-            "temperature": table.temperature_mean.map("{:.2f}".format),
-            "ECE % scaled": table.ece_scaled_mean.map(percent),
-            "NLL scaled": table.nll_scaled_mean.map(decimal),
-            "answered %": table.answered_mean.map(lambda share: percent(share, 1)),
-            "accuracy on these %": table.accuracy_answered_mean.map(percent),
-        }
-    )
+    columns = {
+        "model": list(comparison.groups),
+        "ECE %": table.ece_mean.map(percent),
+        "NLL": table.nll_mean.map(decimal),
+        "temperature": table.temperature_mean.map("{:.2f}".format),
+        "ECE % scaled": table.ece_scaled_mean.map(percent),
+        "NLL scaled": table.nll_scaled_mean.map(decimal),
+        "answered %": table.answered_mean.map(lambda share: percent(share, 1)),
+        "accuracy on these %": table.accuracy_answered_mean.map(percent),
+    }
     text = (
-        "The temperature is fitted on validation images and divides the logits: above 1 the model "
-        "was too sure, below 1 not sure enough; it changes no prediction. “Answered” are test "
-        "images whose scaled confidence reaches the threshold that gave 95 % accuracy on "
-        "validation images; the rest would go to a person. Means over seeds."
+        "The temperature, fitted on validation images, divides the logits: above 1 the model was "
+        "too sure, below 1 not sure enough. “Answered” are test images whose scaled confidence "
+        "reaches the threshold that gave 95 % accuracy on validation images; the rest would go to "
+        "a person. Means over seeds; the charts pool them, before scaling."
     )
-    reliability = "Reliability before scaling, seeds pooled. On the dashed line, confidence is "
-    coverage = "Accuracy when only the surest predictions are answered, seeds pooled, before "
-    pictures = [
-        chart(comparison, charts.draw_reliability, "reliability.svg", reliability + "accuracy."),
-        chart(comparison, charts.draw_coverage, "coverage.svg", coverage + "scaling."),
-    ]
-    return Section(text=[text], tables=[as_table(printed)], pictures=pictures)
+    caption = "Reliability: on the dashed line, confidence is accuracy."
+    pictures = [_chart(comparison, charts.draw_reliability, "reliability.svg", caption)]
+    caption = "Accuracy when only the surest predictions are answered."
+    pictures.append(_chart(comparison, charts.draw_coverage, "coverage.svg", caption))
+    return Section(text=[text], tables=[_as_table(pd.DataFrame(columns))], pictures=pictures)
 
 
 def transfer(comparison: Comparison) -> Section | None:
-    """What was done with pretrained weights, and whether the pixels matched; None without any."""
+    """What was done with pretrained weights, and whether the pixels matched."""
     rows, warnings = [], []
     for label, runs in comparison.groups.items():
         summary = runs[0].summary
@@ -250,23 +213,19 @@ def transfer(comparison: Comparison) -> Section | None:
         rows.append([label, summary["weights"], "; ".join(phases), state])
     if not rows:
         return None
-    text = (
-        "Before training, a batch went through each network, and what its first layers got was "
-        "compared with what the weights saw when they were trained. Each phase goes on from the "
-        "best weights so far."
-    )
+    text = "Pixels: what the first layers got of a batch before training, compared with what the "
+    text += "weights saw in theirs. Each phase goes on from the best weights so far."
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
     return Section(text=[text], tables=[table], warnings=warnings)
 
 
 def data(comparison: Comparison) -> Section | None:
-    """What the audit of the images found, and what the models were trained on; None without one."""
+    """What the audit found in the images, and what augmentation makes of them."""
     audit = comparison.audit
     if audit is None:
         return None
-    names = audit["class_names"]
-    rows = [[name, *(str(counts[name]) for counts in audit["counts"].values())] for name in names]
-    section = Section(tables=[Table(["class", *audit["counts"]], rows)])
+    counts = pd.DataFrame(audit["counts"], audit["class_names"]).rename_axis("class").reset_index()
+    section = Section(tables=[_as_table(counts)])
     count = {key: len(value) for key, value in audit.items() if isinstance(value, list)}
     if audit["leaks"] or audit["label_conflicts"]:
         section.warnings.append(
@@ -274,39 +233,29 @@ def data(comparison: Comparison) -> Section | None:
             f"{count['label_conflicts']} carry contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
-    sizes = "size" if audit["distinct_sizes"] == 1 else "sizes"
-    low, high = audit["value_range"]
-    near = "near duplicates were not looked for: too many images"
-    if audit["near_duplicates_checked"]:
-        near = f"{count['near_duplicates']} groups of near duplicates, "
-        near += f"{count['near_leaks']} across parts"
+    near = f"{count['near_duplicates']} groups, {count['near_leaks']} across parts"
+    if not audit["near_duplicates_checked"]:
+        near = "not looked for, too many images"
     section.text.append(
-        f"{audit['images']} images of {audit['distinct_sizes']} {sizes}, modes "
-        f"{', '.join(audit['modes'])}, values {low} to {high}; {count['unreadable']} unreadable "
-        f"files, {count['not_images']} files that are no image; {count['exact_duplicates']} groups "
-        f"of exact duplicates, of which {count['label_conflicts']} with contradictory labels and "
-        f"{count['leaks']} across parts; {near}."
+        f"Images: {audit['images']}; sizes: {audit['distinct_sizes']}; modes: "
+        f"{', '.join(audit['modes'])}; values: {' to '.join(map(str, audit['value_range']))}; "
+        f"unreadable files: {count['unreadable']}; files that are no image: {count['not_images']}; "
+        f"exact duplicates: {count['exact_duplicates']} groups, {count['label_conflicts']} with "
+        f"contradictory labels, {count['leaks']} across parts; near duplicates: {near}."
     )
-    for title, key in (
-        ("Leaks", "leaks"),
-        ("Contradictory labels", "label_conflicts"),
-        ("Unreadable files", "unreadable"),
-        ("Near duplicates across parts", "near_leaks"),
-    ):
+    titles = {"leaks": "Leaks", "label_conflicts": "Contradictory labels"}
+    titles |= {"unreadable": "Unreadable files", "near_leaks": "Near duplicates across parts"}
+    for key, title in titles.items():
         if entries := audit[key]:
             lines = [e if isinstance(e, str) else " = ".join(e) for e in entries[:LISTED]]
             section.details.append(Details(f"{title} ({len(entries)})", lines))
-
-    def relative(path: Path) -> str:
-        return os.path.relpath(path.resolve(), comparison.output.resolve())
-
-    sheet = comparison.workdir / "audit" / "contact_sheet.png"
+    sheet = comparison.workdir.resolve() / "audit" / "contact_sheet.png"
     if sheet.exists():
-        section.pictures.append(Picture(relative(sheet), "Samples of every class."))
+        section.pictures.append(Picture(str(sheet), "Samples of every class."))
     for label, runs in comparison.groups.items():
-        path = runs[0].path / "augmented_batch.png"
+        path = runs[0].path.resolve() / "augmented_batch.png"
         if path.exists():
-            picture = Picture(relative(path), f"Augmented images for {label}", pixelated=True)
+            picture = Picture(str(path), f"Augmented images for {label}", pixelated=True)
             title = f"{label}: images of the first batch, augmented"
             section.details.append(Details(title, picture=picture))
     return section
@@ -315,14 +264,14 @@ def data(comparison: Comparison) -> Section | None:
 def reproduce(comparison: Comparison) -> Section:
     """The command, versions, devices, seeds and every model's config."""
     workdir, runs = comparison.workdir, comparison.runs
-    command = ["python", *read_plan(workdir).get("command", ["main.py"])]
+    command = shlex.join(["python", *read_plan(workdir).get("command", ["main.py"])])
     about, dataset = runs[0].environment, runs[0].dataset
     commits = sorted({str(run.environment["git_commit"]) for run in runs})
     dirty = any(run.environment["git_dirty"] for run in runs)
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     text = [
-        f"Command: {shlex.join(command)}",
-        f"Commit {', '.join(commits)}{', with uncommitted changes' if dirty else ''}; Python "
+        f"Command: {command}",
+        f"Commit {', '.join(commits)}{', with uncommitted changes' * dirty}; Python "
         f"{about['python']}; {packages}; devices: {', '.join(about['devices'])} "
         f"({about['device_kind']}).",
         f"Images' fingerprint {dataset['fingerprint'][:16]}, split seed {dataset['split_seed']}; "
@@ -330,8 +279,8 @@ def reproduce(comparison: Comparison) -> Section:
         "The command again skips finished runs; --dry_run prints every config. Every figure here "
         f"comes from the run directories alone: python -m analysis.report {workdir.name}.",
     ]
-    details = []
-    for label, members in comparison.groups.items():
-        config = json.dumps(members[0].config, indent=2, ensure_ascii=False)
-        details.append(Details(f"Config of {label}, seed {members[0].seed}", code=config))
-    return Section(text=text, details=details)
+    section = Section(text=text)
+    for label, (run, *_) in comparison.groups.items():
+        config = json.dumps(run.config, indent=2, ensure_ascii=False)
+        section.details.append(Details(f"Config of {label}, seed {run.seed}", code=config))
+    return section

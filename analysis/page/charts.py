@@ -53,7 +53,9 @@ def draw_curves(comparison: Comparison) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for axis, value in zip(axes, ("accuracy", "loss"), strict=True):
         for runs, _, style in _models(comparison):
-            curves = [curve for run in runs if len(curve := _validation_curve(run, value))]
+            logs = [[x for x in run.metrics if x["split"] == "validation"] for run in runs]
+            curves = [pd.Series({x["epoch"]: x[value] for x in log}, dtype=float) for log in logs]
+            curves = [curve for curve in curves if len(curve)]
             if curves and max(map(len, curves)) == 1:  # fitted at once, without epochs
                 axis.axhline(np.mean([curve.iloc[0] for curve in curves]), ls="--", **style)
             elif curves:
@@ -68,11 +70,6 @@ def draw_curves(comparison: Comparison) -> plt.Figure:
     plain_ticks(axes[1].yaxis, high / low)
     figures.legend_beside(figure, axes)
     return figure
-
-
-def _validation_curve(run: FinishedRun, value: str) -> pd.Series:
-    lines = [line for line in run.metrics if line["split"] == "validation"]
-    return pd.Series({line["epoch"]: line[value] for line in lines}, dtype=float)
 
 
 def plain_ticks(axis, ratio: float) -> None:
@@ -93,7 +90,7 @@ def draw_confusion(comparison: Comparison) -> plt.Figure:
     for axis, (label, runs) in zip(axes, groups.items(), strict=True):
         names = [shortened(name) for name in runs[0].class_names]
         counts = compare.mean_confusion(runs)
-        share = evaluate.row_shares(counts)
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
         def write(i: int, j: int, counts=counts, share=share) -> str:
             if not counts[i, j] or len(counts) > 12:
@@ -107,37 +104,34 @@ def draw_confusion(comparison: Comparison) -> plt.Figure:
     return figure
 
 
-def _percent_map(
-    values: np.ndarray, rows: list[str], columns: list[str], size: tuple, shown: int, label: str
-) -> plt.Figure:
-    """A heat map of numbers up to 100, written out where there are at most `shown` columns."""
+def _percent_map(shares: pd.DataFrame, size: tuple, shown: int, label: str) -> plt.Figure:
+    """A heat map of shares in percent, written out where there are at most `shown` columns."""
+    values = 100 * shares.to_numpy(float)
 
     def write(i: int, j: int) -> str:
-        return "" if np.isnan(values[i, j]) or len(columns) > shown else f"{values[i, j]:.0f}"
+        return "" if np.isnan(values[i, j]) or len(values[0]) > shown else f"{values[i, j]:.0f}"
 
     figure, axis = plt.subplots(figsize=size)
-    image = figures.heat_map(axis, values, write, rows, columns, aspect="auto", vmax=100)
+    names = list(shares.index), list(shares)
+    image = figures.heat_map(axis, values, write, *names, aspect="auto", vmax=100)
     figure.colorbar(image, ax=axis, label=label)
     return figure
 
 
 def draw_class_scores(comparison: Comparison) -> plt.Figure:
     """A column a class, a row a model: F1 (mean over seeds) as a heat map."""
-    groups = comparison.groups
-    names = next(iter(groups.values()))[0].class_names
-    values = [compare.class_scores(runs)["f1"] for runs in groups.values()]  # [models][K]
-    size = (min(16, 2.5 + 0.75 * len(names)), 1.3 + 0.38 * len(groups))
-    return _percent_map(100 * np.array(values), list(groups), names, size, 24, "F1, %")
+    shares = pd.DataFrame({m: compare.class_scores(r).f1 for m, r in comparison.groups.items()}).T
+    size = (min(16, 2.5 + 0.75 * len(shares.columns)), 1.3 + 0.38 * len(shares))
+    return _percent_map(shares, size, 24, "F1, %")
 
 
 def draw_agreement(comparison: Comparison) -> plt.Figure:
     """Share of test images on which two models predict the same class."""
     labels = list(comparison.groups)
     shares = comparison.pairs.pivot(index="first", columns="second", values="agreement")
-    shares = shares.reindex(index=labels, columns=labels).to_numpy(float)
-    values = 100 * np.where(np.isnan(shares), shares.T, shares)
+    shares = shares.reindex(index=labels, columns=labels)
     size = (3.2 + 0.6 * len(labels), 2 + 0.6 * len(labels))
-    return _percent_map(values, labels, labels, size, 16, "same prediction, % of test images")
+    return _percent_map(shares.fillna(shares.T), size, 16, "same prediction, % of test images")
 
 
 def draw_pareto(comparison: Comparison) -> plt.Figure:

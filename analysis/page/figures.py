@@ -22,7 +22,7 @@ def colours(groups: dict) -> dict:
 
 
 def literal(name: str) -> str:
-    """Returns a name as matplotlib shows it letter by letter, without reading $ as mathematics."""
+    """Returns a name that matplotlib shows as it is, $ included."""
     return name.replace("$", r"\$")
 
 
@@ -43,7 +43,7 @@ def small_multiples(count: int, columns: int, size: tuple[float, float]) -> tupl
 
 
 def legend_beside(figure: plt.Figure, axes: Sequence[plt.Axes], **place) -> None:
-    """Puts one legend for all axes to the right of the figure, or at another place."""
+    """Puts one legend for all axes to the right of the figure, or at `place`."""
     handles = {}
     for axis in axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
@@ -59,14 +59,9 @@ def heat_map(
     columns: Sequence[str],
     **options,
 ):
-    """Draws a matrix with a text in each cell and a name at each row and column; returns the image.
+    """Draws a matrix [R, C] by `imshow(**options)`, and returns the image; NaN stays white.
 
-    Args:
-      axis: to draw on.
-      values: [R, C]; NaN stays white.
-      write: text of cell (i, j), "" for none.
-      rows, columns: names; [] for none, and none are shown where there are more than 40.
-      **options: of `imshow`, such as `cmap`, `vmin`, `vmax`.
+    `write(i, j)` is the text of a cell. More than 40 names of rows or columns are not shown.
     """
     image = axis.imshow(values, **options)
     for i, j in np.ndindex(values.shape):
@@ -75,19 +70,18 @@ def heat_map(
             dark = not np.isnan(values[i, j]) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             ink = "white" if dark else "black"
             axis.text(j, i, text, ha="center", va="center", fontsize=8, color=ink)
-    across = [literal(shortened(name)) for name in columns]
-    down = [literal(name) for name in rows]
-    if len(across) <= NAMED:
-        axis.set_xticks(range(len(across)), across, rotation=45, ha="right", fontsize=8)
-    if len(down) <= NAMED:
-        axis.set_yticks(range(len(down)), down, fontsize=8)
+    if len(columns) <= NAMED:
+        names = [literal(shortened(name)) for name in columns]
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    if len(rows) <= NAMED:
+        axis.set_yticks(range(len(rows)), map(literal, rows), fontsize=8)
     return image
 
 
-def draw_photos(images: list[np.ndarray], titles: list[str], columns: int = 6) -> plt.Figure:
-    """Draws photos, each uint8 [S, S, 3], in rows with a title of one or two lines above each."""
+def draw_photos(images: Sequence[np.ndarray], titles: list[str]) -> plt.Figure:
+    """Draws photos uint8 [S, S, 3] in rows, a title of one or two lines above each."""
     # At least a whole row, so that few photos are shown no larger than many.
-    figure, axes = small_multiples(max(len(images), columns), columns, (1.9, 2.25))
+    figure, axes = small_multiples(max(len(images), 6), 6, (1.9, 2.25))
     for axis in axes:
         axis.axis("off")
     for axis, image, title in zip(axes, images, titles, strict=False):
@@ -98,7 +92,7 @@ def draw_photos(images: list[np.ndarray], titles: list[str], columns: int = 6) -
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Writes an SVG (charts) or a PNG (photos), by the path's ending, and lets the figure go."""
+    """Writes a figure as SVG or PNG, by the path's ending, and closes it."""
     metadata = {"Date": None} if path.suffix == ".svg" else None  # the same bits every time
     figure.savefig(path, dpi=130, bbox_inches="tight", metadata=metadata)
     plt.close(figure)

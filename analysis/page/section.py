@@ -1,4 +1,4 @@
-"""A chapter of the report: words, tables and pictures, kept as JSON beside the pictures' files."""
+"""A chapter of the report: text, tables and pictures, kept as JSON beside the picture files."""
 
 import hashlib
 import json
@@ -31,16 +31,12 @@ class Picture:
 
 @dataclass
 class Details:
-    """What is folded away until a reader asks: lines, or a block of code, or a picture."""
+    """What is folded away until a reader asks: lines, code or a picture."""
 
     summary: str
     lines: list[str] = field(default_factory=list)
     code: str = ""
     picture: Picture | None = None
-
-    def __post_init__(self):
-        if isinstance(self.picture, dict):  # read from JSON
-            self.picture = Picture(**self.picture)
 
 
 @dataclass
@@ -56,33 +52,30 @@ class Section:
     pictures_first: bool = False  # before the tables
     data: dict = field(default_factory=dict)  # numbers, for readers of the JSON file
 
-    @classmethod
-    def from_dict(cls, content: dict) -> "Section":
-        """Returns the section that `asdict` turned into `content`."""
-        kinds = {"tables": Table, "pictures": Picture, "details": Details}
-        parts = {name: [kind(**item) for item in content[name]] for name, kind in kinds.items()}
-        return cls(**content | parts)
+
+def _part(content: dict):
+    """Returns the part of a section that `asdict` turned into `content`, or `content` itself."""
+    for kind in (Table, Picture, Details, Section):
+        if content.keys() == kind.__dataclass_fields__.keys():
+            return kind(**content)
+    return content
 
 
 def remembered(
     path: Path, runs: list[FinishedRun], options: dict, make: Callable[[], Section]
 ) -> Section:
-    """Returns the section kept in a JSON file of the report's folder, or makes and keeps it.
-
-    It is made anew if one of its runs was trained again, one of its options changed, or a picture
-    is gone.
-    """
+    """Returns the section kept in a JSON file; makes it if a run, option or picture changed."""
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for run in runs:
         digest.update(run.name.encode() + (run.path / "summary.json").read_bytes())
     key = digest.hexdigest()
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        section = Section.from_dict(stored["section"])
+        stored = json.loads(path.read_text(encoding="utf-8"), object_hook=_part)
+        section = stored["section"]
         pictures = [*section.pictures, *(d.picture for d in section.details if d.picture)]
         if stored["key"] == key and all((path.parent / p.file).exists() for p in pictures):
             return section
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # never made, or by another version
     section = make()
     write_json(path, {"key": key, "section": asdict(section)})

@@ -6,11 +6,17 @@ from pathlib import Path
 import pandas as pd
 
 NONE = "–"
+UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+
+
+def decimal(value: float, digits: int = 3, sign: str = "") -> str:
+    """Returns a number with fixed digits."""
+    return NONE if pd.isna(value) else f"{value:{sign}.{digits}f}"
 
 
 def percent(value: float, digits: int = 2) -> str:
     """Returns a share of 0..1 in percent, without the sign."""
-    return NONE if pd.isna(value) else f"{100 * value:.{digits}f}"
+    return decimal(100 * value, digits)
 
 
 def percents(low: float, high: float, digits: int = 2) -> str:
@@ -20,46 +26,32 @@ def percents(low: float, high: float, digits: int = 2) -> str:
 
 def points(value: float, digits: int = 2) -> str:
     """Returns a difference of shares in percentage points, with its sign."""
-    return NONE if pd.isna(value) else f"{100 * value:+.{digits}f}"
+    return decimal(100 * value, digits, "+")
 
 
 def scaled(value: float) -> str:
     """Returns three digits with k, M or G."""
     if pd.isna(value):
         return NONE
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.3g}"
+    unit, size = next((u for u in UNITS if value >= u[1]), ("", 1))
+    return f"{value / size:.3g} {unit}".strip()
 
 
 def p_value(value: float) -> str:
     """Returns a p-value with two digits, never as 0."""
-    if pd.isna(value):
-        return NONE
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
-
-
-def decimal(value: float, digits: int = 3) -> str:
-    """Returns a number with fixed digits."""
-    return NONE if pd.isna(value) else f"{value:.{digits}f}"
+    return NONE if pd.isna(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
 
 
 def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> list[str]:
     """Returns the 95 % interval called `name` in each row, both ends written by `write`."""
-    ends = zip(table[f"{name}_ci95_low"], table[f"{name}_ci95_high"], strict=True)
+    ends = table[[f"{name}_ci95_low", f"{name}_ci95_high"]].to_numpy()
     return [NONE if pd.isna(low) else f"{write(low)} to {write(high)}" for low, high in ends]
 
 
-def labels_of(table: pd.DataFrame) -> list[str]:
-    """Returns model and variant of each row, as a reader sees them."""
-    return [f"{r.model} ({r.variant})" if r.variant else r.model for r in table.itertuples()]
-
-
 def printed_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table as a reader sees it, with columns for leaks and others' figures if any."""
+    """Returns the table as a reader sees it; columns of leaks and of published figures if any."""
     columns = {
-        "model": labels_of(table),
+        "model": [f"{r.model} ({r.variant})" if r.variant else r.model for r in table.itertuples()],
         "seeds": table.seeds.astype(str),
         "test acc. %": table.test_accuracy_mean.map(percent),
         "std": table.test_accuracy_std.map(percent),
@@ -78,11 +70,8 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
         "train images/s": table.train_images_per_second.map(scaled),
         "predict images/s": table.inference_images_per_second.map(scaled),
     }
-    used = {
-        "published %": table.published.notna(),
-        "without leaks %": table.leaks,
-        "without near leaks %": table.near_leaks,
-    }
+    used = {"published %": table.published.notna(), "without leaks %": table.leaks}
+    used["without near leaks %"] = table.near_leaks
     return pd.DataFrame(columns).drop(columns=[name for name in used if not used[name].any()])
 
 
@@ -90,45 +79,35 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     """Returns the pairs as a reader sees them; differences in percentage points."""
     if pairs.empty:
         return pairs
-    return pd.DataFrame(
-        {
-            "models": pairs["first"] + " − " + pairs["second"],
-            "seeds": pairs.seeds.astype(str),
-            "difference": pairs.difference.map(points),
-            "95 % over seeds and images": intervals(pairs, "both", points),
-            "p Holm": pairs.p_holm.map(p_value),
-            "established": pairs.established.map({True: "yes", False: "no"}),
-            "95 % over images": intervals(pairs, "images", points),
-            "95 % over seeds": intervals(pairs, "seeds", points),
-            "only first right": pairs.only_first.map("{:.0f}".format),
-            "only second right": pairs.only_second.map("{:.0f}".format),
-            "p": pairs.p_both.map(p_value),
-            "p McNemar": pairs.p_mcnemar.map(p_value),
-            "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),
-            "kappa": pairs.kappa.map("{:.2f}".format),
-        }
-    )
-
-
-def to_markdown(table: pd.DataFrame) -> str:
-    """Returns a printed table in GitHub's Markdown."""
-
-    def line(cells: list) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |\n"
-
-    rule = ["---"] + ["---:"] * (len(table.columns) - 1)
-    return "".join(map(line, [list(table), rule, *table.values.tolist()]))
-
-
-def to_latex(table: pd.DataFrame) -> str:
-    """Returns a printed table for the booktabs package."""
-    columns = "l" + "r" * (len(table.columns) - 1)
-    text = table.to_latex(index=False, escape=True, column_format=columns)
-    return text.replace("–", "--").replace("−", "$-$")
+    columns = {
+        "models": pairs["first"] + " − " + pairs["second"],
+        "seeds": pairs.seeds.astype(str),
+        "difference": pairs.difference.map(points),
+        "95 % over seeds and images": intervals(pairs, "both", points),
+        "p Holm": pairs.p_holm.map(p_value),
+        "established": pairs.established.map({True: "yes", False: "no"}),
+        "95 % over images": intervals(pairs, "images", points),
+        "95 % over seeds": intervals(pairs, "seeds", points),
+        "only first right": pairs.only_first.map("{:.0f}".format),
+        "only second right": pairs.only_second.map("{:.0f}".format),
+        "p": pairs.p_both.map(p_value),
+        "p McNemar": pairs.p_mcnemar.map(p_value),
+        "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),
+        "kappa": pairs.kappa.map("{:.2f}".format),
+    }
+    return pd.DataFrame(columns)
 
 
 def write_table(table: pd.DataFrame, printed: pd.DataFrame, path: Path) -> None:
-    """Writes `path`.csv with every digit, and what is printed as `path`.md and `path`.tex."""
+    """Writes `path`.csv, and `printed` as `path`.md and `path`.tex; nothing of an empty table."""
+    if table.empty:
+        return
     table.to_csv(path.with_suffix(".csv"), index=False)
-    path.with_suffix(".md").write_text(to_markdown(printed), encoding="utf-8")
-    path.with_suffix(".tex").write_text(to_latex(printed), encoding="utf-8")
+    numbers = len(printed.columns) - 1
+    lines = [list(printed), ["---"] + ["---:"] * numbers, *printed.astype(str).values.tolist()]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    latex = printed.to_latex(index=False, escape=True, column_format="l" + "r" * numbers)
+    latex = latex.replace("–", "--").replace("−", "$-$")
+    path.with_suffix(".tex").write_text(latex, encoding="utf-8")
