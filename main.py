@@ -23,7 +23,7 @@ from analysis.runs import load_runs
 from errors import Interrupted, UserError
 from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
-from experiment.files import write_json
+from experiment.files import read_json, write_json
 from experiment.grid import Run, check_run_dir, expand, shard
 from experiment.runner import STOPPED, Signals, prepare_workdir, train_one
 from train import check_runs, train_and_evaluate
@@ -42,18 +42,26 @@ def main(argv: list[str]) -> int:
         for run in runs:
             print(f"{run.name}\n{json.dumps(stored_config(run.config), indent=2)}")
         return 0
+    if not runs:
+        print(f"--shard={SHARD.value}: the grid of {len(grid)} runs leaves this shard without any")
+        return 0
     workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
     use_compilation_cache(config.runtime.cache_dir)
-    check(runs, workdir)
-    plan = {"command": sys.argv, "runs": [run.name for run in grid]}
+    identities = check(runs, workdir)
+    plan = {"command": sys.argv, "runs": [run.name for run in grid], "identities": identities}
     write_json(workdir / "experiment.json", plan | {"compare": stored_config(config.compare)})
 
-    stop = Signals()
+    stop, held = Signals(), set()
     for number, run in enumerate(runs, start=1):
-        train_one(run, workdir, f"[{number}/{len(runs)}] {run.name}", train_and_evaluate, stop)
+        title = f"[{number}/{len(runs)}] {run.name}"
+        if not train_one(run, workdir, title, train_and_evaluate, stop):
+            held.add(run.name)
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
+    if len(held) == len(runs):
+        print("other processes train all of these runs; the last of them writes the report")
+        return 0
 
     def progress(text: str) -> None:
         print(text, flush=True)
@@ -67,16 +75,21 @@ def main(argv: list[str]) -> int:
         print(interrupted, file=sys.stderr)
         return STOPPED
     print(f"\n{made.text}\n\nreport: {made.page}")
-    ours = {run.name for run in runs}
+    ours = {run.name for run in runs} - held
     return 1 if any(name in ours for name in made.not_complete) else 0
 
 
-def check(runs: list[Run], workdir: Path) -> None:
-    """Finds every mistake that can be found before compute is spent; writes the audit."""
+def check(runs: list[Run], workdir: Path) -> list[str]:
+    """Finds every mistake that can be found before compute is spent; returns the data's identities.
+
+    Writes the audit.
+    """
     for run in runs:
         check_run_dir(run, workdir)
-    dataset = check_runs([run.config for run in runs], workdir)
-    print(audit.describe(audit.write_audit(dataset, workdir / "audit")), flush=True)
+    datasets = check_runs([run.config for run in runs], workdir)
+    print(audit.describe(audit.write_audit(datasets[0], workdir / "audit")), flush=True)
+    known = set(read_json(workdir / "experiment.json").get("identities", []))
+    return sorted(known | {dataset.identity for dataset in datasets})
 
 
 if __name__ == "__main__":

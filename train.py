@@ -213,10 +213,10 @@ def check_run(config: ConfigDict) -> None:
         first_trained_stage(phase_config(config, name).train, size)
 
 
-def check_runs(configs: list[ConfigDict], workdir: Path) -> Dataset:
+def check_runs(configs: list[ConfigDict], workdir: Path) -> list[Dataset]:
     """Checks every run of a grid, and that all runs of the workdir are of the same data.
 
-    Runs whose configs ask for other data may differ. Returns the data of the first run.
+    Runs whose configs ask for other data may differ. Returns the different data.
     """
     checked, datasets = set(), []
     for config in configs:
@@ -235,7 +235,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> Dataset:
                 check_data(dataset, config, run_dir)
     for _, dataset in datasets:
         write_table(dataset.identity_table, workdir / "audit", dataset.identity)
-    return datasets[0][1]
+    return [dataset for _, dataset in datasets]
 
 
 def same_data(first: dict, second: dict) -> bool:

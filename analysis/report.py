@@ -28,7 +28,8 @@ from analysis.page.section import Section, Table, remembered
 from analysis.page.tables import printed_table
 from analysis.runs import FinishedRun, load_runs, read_plan
 from errors import UserError
-from experiment.command import arguments, run_command
+from experiment.command import arguments, output_folder, run_command
+from experiment.machine import locked
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,13 @@ def write_report(
     comparison = compare(workdir, runs, options, data_path)
     page, sections = comparison.output / "index.html", {chapter.title: None for chapter in CHAPTERS}
     try:
-        write_tables(comparison)
-        for slow in (False, True) if models else (False,):  # a page before what may take minutes
-            for chapter in CHAPTERS:
-                if bool(chapter.file) == slow:
-                    sections[chapter.title] = make_section(chapter, comparison, progress)
-            page.write_text(render(comparison, reasons, sections), encoding="utf-8")
+        with locked(output_folder(comparison.output, "report") / ".lock", wait=True):
+            write_tables(comparison)
+            for slow in (False, True)[: 1 + models]:  # a page before what may take minutes
+                for chapter in CHAPTERS:
+                    if bool(chapter.file) == slow:
+                        sections[chapter.title] = make_section(chapter, comparison, progress)
+                page.write_text(render(comparison, reasons, sections), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write the report to {comparison.output}: {error}") from error
     lines = [printed_table(comparison.table).to_string(index=False) + "\n"] if runs else []
@@ -117,7 +119,8 @@ def write_report(
 
 def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
     """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
-    reasons = {name: "not started" for name in read_plan(workdir).get("runs", [])}
+    plan = read_plan(workdir)
+    reasons = {name: "not started" for name in plan.get("runs", [])}
     for run in runs:
         reasons.pop(run.name, None)
         if run.status != "complete":
@@ -127,6 +130,10 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
             _ = run.test, run.validation, run.dataset, run.environment
         except UserError as error:
             reasons[run.name] = f"damaged: {error}"
+            continue
+        identity = run.dataset.get("identity")
+        if identity and identity not in plan.get("identities", [identity]):
+            reasons[run.name] = "its images, labels or parts are not those of the experiment"
     return reasons
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -86,7 +87,7 @@ class FinishedRun:
                 return json.loads(path.read_text(encoding="utf-8"))
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"{path} cannot be read ({error}): train that run again") from error
 
 
