@@ -18,14 +18,10 @@ Outcomes = dict[Condition, np.ndarray]  # right or wrong: bool [N] of one run, [
 CLEAN: Condition = ("clean", 0)
 
 
-# --- tables ---------------------------------------------------------------------------------------
-
-
 def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
-    """Returns a row per model and condition, from outcomes bool [S, N].
+    """Returns accuracy and its interval over images for each model and condition, in 0..1.
 
-    Columns: model, corruption, severity (0 for clean; epsilon in grey levels for FGSM and PGD),
-    accuracy, ci95_low and ci95_high (Wilson, over images), images, seeds. Shares are in 0..1.
+    `severity` is 0 for clean, and epsilon in grey levels for attacks.
     """
     order = ["clean", *CORRUPTIONS, *ATTACKS]
     rows = []
@@ -41,20 +37,14 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
 def corruption_errors(accuracy: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Returns errors as shares of a baseline's; their mean is mCE (Hendrycks & Dietterich 2019).
 
-    `accuracy` has a row per corruption (mean over severities) and a column per model, as the result
-    has; it is NaN where the baseline makes no error.
+    There is a row per corruption and a column per model; NaN where the baseline makes no error.
     """
     errors = 1 - accuracy
     return errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
 
 
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns a row per model from the rows of `accuracy_table`.
-
-    Columns: model, clean, ci95_low, ci95_high, corrupted (mean over corruptions and severities),
-    kept (corrupted / clean), mce, fgsm, pgd (at SHOWN_EPSILON), worst (corruption) and
-    worst_accuracy. Shares are in 0..1.
-    """
+    """Returns a row per model from the rows of `accuracy_table`; shares are in 0..1."""
     clean = table[table.corruption == CLEAN[0]].set_index("model")
     corrupted = table[table.corruption.isin(list(CORRUPTIONS))]
     by_corruption = corrupted.groupby(["corruption", "model"], sort=False).accuracy.mean().unstack()
@@ -92,9 +82,6 @@ def printed(summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-# --- words ----------------------------------------------------------------------------------------
-
-
 def mean_interval(differences: np.ndarray) -> Interval:
     """Returns the 95 % bootstrap interval of a mean over two images or more, [N]."""
     interval = stats.bootstrap(
@@ -109,15 +96,11 @@ def mean_interval(differences: np.ndarray) -> Interval:
 
 
 def conclude(outcomes: dict[str, Outcomes]) -> str:
-    """Returns which model is most accurate under corruption, and whether the images establish it.
-
-    Two models are compared on the same images, by the share of corruptions under which each image
-    is classified rightly.
-    """
+    """Returns which model is most accurate under corruption, and whether that is established."""
     shares = {
         model: np.mean([x for (name, _), x in right.items() if name in CORRUPTIONS], axis=(0, 1))
         for model, right in outcomes.items()
-    }  # [N] each
+    }  # [N], the share of corruptions under which each image is classified rightly
     ranked = sorted(shares, key=lambda model: (-shares[model].mean(), model))
     accuracy = [percent(shares[model].mean(), 1) for model in ranked]
     text = f"{ranked[0]} has the highest accuracy under corruption, {accuracy[0]} %"

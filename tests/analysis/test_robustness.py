@@ -238,7 +238,7 @@ def test_section_compares_every_model(section, groups):
     baseline = min(clean.index, key=lambda model: (clean[model], model))
     assert shown.loc[baseline, "mCE %"] == "100.0"
     assert f"that of {baseline}, lower is better" in made.tables[0].caption
-    assert "50 images of the test part" in made.tables[0].caption
+    assert "50 test images, spread" in made.tables[0].caption
     assert len(made.text) == 1 and "95 % interval" in made.text[0]
 
 
@@ -256,6 +256,7 @@ def test_a_chosen_baseline_counts_as_all_errors(groups, tmp_path):
     made = robustness.robustness_section(pair, tmp_path, 40, "mlp", corruptions=CHEAP[:1])
     row = next(row for row in made.tables[0].rows if row[0] == "mlp")
     assert row[made.tables[0].columns.index("mCE %")] == "100.0"
+    assert "mean over one corruption at 5 severities" in made.tables[0].caption
     with pytest.raises(UserError, match="baseline: 'lineal' is not known.*Did you mean 'linear'"):
         robustness.robustness_section(pair, tmp_path, 40, "lineal", corruptions=CHEAP[:1])
 
