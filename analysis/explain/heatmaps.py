@@ -27,7 +27,7 @@ class View:
 
 
 def overlay(photo: np.ndarray | None, heat: np.ndarray | None) -> np.ndarray:
-    """Returns [S, S, 3] in 0..1: a heat map by its maximum over a pale grey photo, or one alone."""
+    """Returns [S, S, 3] in 0..1: a heat map over a pale grey photo, or one of them alone."""
     if heat is None:
         return photo / 255
     share = heat / (heat.max() or 1)
@@ -95,7 +95,7 @@ class ExplainedRun:
         return View(f"true:\n{self.name(self.labels[row])}", self.photos[row])
 
     def views(self, rows: Sequence[int], targets: np.ndarray) -> list[View]:
-        """Returns maps over photos, under class and confidence, coloured where it was predicted."""
+        """Returns maps over photos, titled with class and confidence."""
         views, heats = [], self.explain(self.photos[rows], targets)
         for row, target, heat in zip(rows, targets, heats, strict=True):
             mark, colour = "for", "black"

@@ -28,23 +28,19 @@ PATH_STEPS = 32  # of integrated gradients, each at the middle of its part of th
 WINDOWS = 7  # places of the occluding square in each direction; its side is a quarter of the image
 
 
-# --- stages ---------------------------------------------------------------------------------------
-
-
 def to_map(model: Classifier, x: jax.Array, stage: int) -> jax.Array:
-    """[B, S, S, 3] preprocessed -> the input of a stage, [B, h, w, C] where that is a map."""
-    # The last one's is a map even where stages return tokens.
+    """[B, S, S, 3] preprocessed -> the input of a stage; the last one's is a map [B, h, w, C]."""
     return model.features(x) if stage == len(model.stages) - 1 else model.run(x, 0, stage)
 
 
 def from_map(model: Classifier, x: jax.Array, stage: int) -> jax.Array:
-    """Input of a stage, as `to_map` returns it -> logits [B, K] float32."""
+    """Input of a stage -> logits [B, K] float32."""
     last = stage == len(model.stages) - 1
     return (model.classify(x) if last else model.run(x, stage)).astype(jnp.float32)
 
 
 def map_side(model: Classifier, image_size: int, stage: int) -> int:
-    """Returns the side of the square map that is a stage's input, 0 if the input is no such map."""
+    """Returns the side of the square map that is a stage's input, 0 if it is none."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shape = jax.eval_shape(lambda x: to_map(model, x, stage), image).shape
     return shape[1] if len(shape) == 4 and shape[1] == shape[2] else 0
@@ -65,7 +61,7 @@ def logit_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _patches(model: Classifier, x: jax.Array) -> jax.Array:
-    """Leaves out the class token that a vision transformer's map carries at every place alike."""
+    """Leaves out the class token, which a vision transformer's map has at every place alike."""
     return x[..., : model.width] if isinstance(model, VisionTransformer) else x
 
 
@@ -111,9 +107,9 @@ def _mean_of_gradients(model, copies: jax.Array, targets: jax.Array) -> jax.Arra
 def integrated_gradients(
     model: Classifier, images: jax.Array, targets: jax.Array, steps: int = PATH_STEPS
 ) -> jax.Array:
-    """[B, S, S, 3] float in 0..255, [B] -> [B, S, S, 3], signed shares of each value in the logit.
+    """[B, S, S, 3] float in 0..255, [B] -> [B, S, S, 3], each value's share in the logit.
 
-    Over an image they sum up to the difference of logits between it and a black image.
+    They sum up to its difference from the logit of a black image.
     """
     places = (jnp.arange(steps) + 0.5) / steps
     path = images[:, None] * places[:, None, None, None]
@@ -159,15 +155,11 @@ def _occlusion(model, images, targets, stage, seed):
     return jax.nn.relu(total / masks.sum(axis=0))
 
 
-# --- all of them ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to explain a logit."""
 
-    # (model, images [B, S, S, 3] float32 in 0..255, targets [B], stage, seed) -> [B, S, S] >= 0
-    maps: Callable
+    maps: Callable  # (model, images float32 in 0..255, targets, stage, seed) -> [B, S, S] >= 0
     title: str  # as a reader sees it
     kind: str  # "map" of a stage's input, "pixels" by gradient, "logits" of any classifier
     copies: int = 1  # of an image, in memory at once
@@ -194,11 +186,10 @@ def explainer(
     seed: int = 0,
     batch: int = 64,
 ) -> Callable[..., np.ndarray]:
-    """Returns a function that maps where in images the evidence for a class lies, compiled once.
+    """Returns a function of images uint8 [N, S, S, 3] and classes [N] to maps float32 [N, S, S].
 
-    It takes images uint8 [N, S, S, 3], the classes to explain int [N], and optionally another model
-    of the same architecture; it returns raw maps, float32 [N, S, S]. Raises UserError for an
-    unknown method, an unsuited stage, or a model without the gradients that the method needs.
+    It is compiled once, and also takes another model of the same architecture. Raises UserError for
+    a method or stage that does not suit the model.
 
     Args:
       model: in evaluation mode.

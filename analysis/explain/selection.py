@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analysis.runs import FinishedRun
 from errors import UserError
@@ -15,7 +16,7 @@ def in_turn(
 ) -> list[int]:
     """Returns up to `count` of the rows: the first of each class, then the second, and so on.
 
-    Labels are those of all images. Classes of rows that are `taken` already wait for the others.
+    `labels` are of all images; classes of rows that are `taken` already wait for the others.
     """
     classes = pd.Series(labels[[*taken, *rows]])
     turns = classes.groupby(classes).cumcount().to_numpy()[len(taken) :]
@@ -30,12 +31,9 @@ def sample_images(labels: np.ndarray, count: int) -> list[int]:
 def by_disagreement(votes: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
     """Returns rows of images: half where models disagree most, the rest where all of them agree.
 
-    Votes are the predicted classes, int [M, N]. Both halves are spread over the labels, int [N].
-    There are fewer than `count` rows where models agree on fewer.
+    Votes are the predicted classes, int [M, N]; both halves are spread over the labels [N].
     """
-    classes = np.arange(max(votes.max(), labels.max()) + 1)
-    majority = (votes == classes[:, None, None]).sum(axis=1).max(axis=0)  # [N]
-    dissent = len(votes) - majority
+    dissent = len(votes) - stats.mode(votes, axis=0).count  # [N]
     order = np.random.default_rng(0).permutation(len(labels))
     order = order[np.argsort(-dissent[order], kind="stable")]
     disputed = in_turn(order[dissent[order] > 0], labels, count // 2)

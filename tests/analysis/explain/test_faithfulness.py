@@ -152,7 +152,7 @@ def test_maps_of_zeros_are_counted_and_left_out_of_means(model, images):
     assert scores["zero"].all()
     row = faithfulness.summarise(scores)
     assert math.isnan(row["half_area"][0]) and not math.isnan(row["gain"][0])
-    table = faithfulness.score_table({"x": scores}, [0.5], ["8x8"])
+    table = faithfulness.score_table({"x": scores}, {"x": (0.5, "8x8")})
     (cells,) = table.rows
     assert len(cells) == len(table.columns) and cells[:3] == ["x", "50.00", "8x8"]
     assert cells[-3:] == ["–", "–", "12 of 12"]
