@@ -59,7 +59,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _facts_in(file: Path) -> dict:
-    """Returns the metadata of our own file of weights, {} if it is gone or of somebody else."""
+    """Returns what a file of weights states, {} if it is gone or somebody else's."""
     try:
         return dict(json.loads(read_metadata(file)[KEY]))
     except (UserError, KeyError, ValueError, TypeError):

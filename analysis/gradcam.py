@@ -8,7 +8,6 @@ Of a run: photo, heat map and both for some test images, and the raw maps as .np
 pictures and tables of the report. The methods are in `analysis/explain/methods.py`.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,6 @@ from experiment.command import arguments, output_folder, run_command
 from models import MODELS
 
 SCORED = 32  # test images of the faithfulness table
-PAIRS = 3  # of confused classes that are shown, with
-EXAMPLES = 2  # images of each direction
 SCALE = "Colour is the share of each map's own maximum; strengths of maps cannot be compared."
 
 
@@ -118,11 +115,9 @@ def best_pictures(
     save(_draw_confused(explained), output / confused)
     captions = (
         f"{label}, the most accurate model with maps: test images that it predicts rightly and "
-        "wrongly, the most confident of each true class. Maps are of the predicted class. "
-        f"{SCALE}",
+        f"wrongly, the most confident of each true class. Maps are of the predicted class. {SCALE}",
         f"{label}: its most confused pairs of classes, in both directions, with the most confident "
-        "errors. Each photo is followed by the map for the predicted class and the map for the "
-        f"true one. {SCALE}",
+        f"errors. After each photo, the maps for the predicted class and for the true one. {SCALE}",
     )
     return [Picture(right_wrong, captions[0], wide=True), Picture(confused, captions[1], wide=True)]
 
@@ -130,26 +125,19 @@ def best_pictures(
 def _draw_confused(explained: ExplainedRun) -> plt.Figure:
     labels, predicted = explained.labels, explained.run.predicted
     rows, names = [], []
-    for pair in confused_pairs(confusion_of(explained.run)).head(PAIRS).itertuples():
+    for pair in confused_pairs(confusion_of(explained.run)).head(3).itertuples():
         for true, taken in ((pair.first, pair.second), (pair.second, pair.first)):
             errors = np.flatnonzero((labels == true) & (predicted == taken))
             if not len(errors):
                 continue
-            chosen, views = explained.surest(errors)[:EXAMPLES], []
+            chosen, views = explained.surest(errors)[:2], []
             both = [explained.views(chosen, np.full(len(chosen), c)) for c in (taken, true)]
             for row, *heats in zip(chosen, *both, strict=True):
                 views += [explained.photo(row), *heats]
-            rows.append(views + [None] * (3 * EXAMPLES - len(views)))
+            rows.append(views + [None] * (6 - len(views)))
             number = "one image" if len(errors) == 1 else f"{len(errors)} images"
             names.append(f"{explained.name(true)}\nas {explained.name(taken)}\n({number})")
     return draw_views(rows, names)
-
-
-def choose_targets(run: FinishedRun, rows: Sequence[int], target: str) -> np.ndarray:
-    """Returns the class to explain of each row, given "predicted", "true", or a class's name."""
-    if target in ("predicted", "true"):
-        return (run.predicted if target == "predicted" else run.test["labels"])[rows]
-    return np.full(len(rows), run.class_names.index(choose("target", target, run.class_names)))
 
 
 def explain_run(
@@ -168,7 +156,11 @@ def explain_run(
     choose("method", method, METHODS)
     rows, title = find_images(run, images), METHODS[method].title
     explained = ExplainedRun(run, method, stage, data_path)
-    targets = choose_targets(run, rows, target)
+    if target in ("predicted", "true"):
+        targets = (run.predicted if target == "predicted" else run.test["labels"])[rows]
+    else:
+        number = run.class_names.index(choose("target", target, run.class_names))
+        targets = np.full(len(rows), number)
     views = explained.views(rows, targets)
     cells = [
         [explained.photo(row), View(f"{title}\nof {explained.name(number)}", heat=view.heat), view]
@@ -189,7 +181,7 @@ def explain_run(
 
 
 def main(argv: list[str]) -> int:
-    """Explains a run, or compares the models of a workdir; returns the exit code."""
+    """Explains a run, or compares the models of a workdir."""
     usage = "analysis.gradcam RUN_OR_WORKDIR [--method=gradcam] ..."
     path = Path(arguments(argv, usage)[0]).expanduser()
     if (path / "config.json").exists():

@@ -157,8 +157,8 @@ def picture_filters(groups: Groups, output: Path) -> Picture:
         raise NothingToShow(f"{', '.join(groups)}: no weights on the image; choose another model")
     save(draw_filters(filters, names), output / "inspect_filters.png")
     caption = (
-        "Weights of the first layer, first seed, each scaled by its largest: grey is zero, brighter is "
-        "positive, darker negative. Filters of dense layers are as large as the image."
+        "Weights of the first layer, first seed, scaled by the largest of each: grey is zero, "
+        "brighter positive, darker negative. Filters of dense layers are as large as the image."
     )
     return Picture("inspect_filters.png", caption, wide=True, pixelated=True)
 

@@ -44,8 +44,6 @@ TARGETS = (0.9, 0.95, 0.99)  # accuracies that an export knows review thresholds
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
 COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error")
 
-# --- which model ----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Predictor:
@@ -101,9 +99,6 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
     return Predictor(classifier_from(file, facts), facts)
 
 
-# --- which files ----------------------------------------------------------------------------------
-
-
 def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
     """Returns the paths of images that files, folders and patterns name, each file once, in order.
 
@@ -144,9 +139,6 @@ def _is_image(path: str) -> bool:
 
 def _refuse(error: OSError) -> None:
     raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
-
-
-# --- predictions ----------------------------------------------------------------------------------
 
 
 def predict(
@@ -199,9 +191,6 @@ def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:
         return np.asarray(image), ""
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
         return 0, " ".join(str(error).split()) or type(error).__name__
-
-
-# --- the table ------------------------------------------------------------------------------------
 
 
 @contextmanager

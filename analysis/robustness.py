@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,6 @@ from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
 
-SEED = 0  # of noise, directions and PGD's start
 BATCH = 32  # images; a gradient of a large network takes far more memory than its prediction
 EXPLANATION = (
     "Intervals are over images (Wilson, 95 %). Corrupted: mean over {corruptions} at "
@@ -48,33 +48,31 @@ def predicted_classes(model: Classifier, images: jax.Array) -> jax.Array:
 
 
 def predict_under(
-    models: dict[str, Classifier],
+    models: dict[Any, Classifier],
     images: np.ndarray,
     labels: np.ndarray,
-    corruptions: Sequence[str] = tuple(CORRUPTIONS),
-    seed: int = SEED,
-) -> dict[str, Outcomes]:
+    corruptions: Sequence[str],
+) -> dict[Any, Outcomes]:
     """Returns which images, uint8 [N, S, S, 3], each model gets right, bool [N] by condition.
 
     Conditions are clean, corruptions at every severity, and attacks where a model has a gradient.
-    An image's draws depend on the seed and its number.
     """
     programs = {name: compiled(model, predicted_classes) for name, model in models.items()}
-    outcomes: dict[str, Outcomes] = {name: {} for name in models}
+    outcomes = {name: {} for name in models}
     for condition in [CLEAN, *itertools.product(corruptions, SEVERITIES)]:
-        shown = images if condition == CLEAN else corrupt(images, *condition, seed)
+        shown = images if condition == CLEAN else corrupt(images, *condition)
         for name, program in programs.items():
             classes = in_batches(lambda x, f=program: f(x.astype(jnp.float32)), shown, size=BATCH)
             outcomes[name][condition] = classes == labels
     for name, model in models.items():
         if model.trained_by_gradient:
-            outcomes[name] |= _attacked(model, images, labels, seed)
+            outcomes[name] |= _attacked(model, images, labels)
     return outcomes
 
 
-def _attacked(model: Classifier, images: np.ndarray, labels: np.ndarray, seed: int) -> Outcomes:
+def _attacked(model: Classifier, images: np.ndarray, labels: np.ndarray) -> Outcomes:
     classes, gradient = compiled(model, predicted_classes), compiled(model, loss_gradient)
-    key = jax.random.split(jax.random.key(seed))[1]  # starts PGD where earlier versions did
+    key = jax.random.split(jax.random.key(0))[1]  # starts PGD where earlier versions did
 
     def under_attack(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Outcomes:
         images, right = images.astype(jnp.float32), {}
@@ -102,11 +100,10 @@ def group_outcomes(
     Raises UserError where runs have different test images.
     """
     chosen = {label: runs[:seeds] for label, runs in groups.items()}
-    first = next(iter(chosen.values()))[0]
-    labels = first.test["labels"]
-    rows = spread(labels, count)
+    first, *_ = all_runs = list(itertools.chain(*chosen.values()))
+    rows = spread(first.test["labels"], count)
     by_data: dict[str, list] = {}
-    for run in itertools.chain(*chosen.values()):
+    for run in all_runs:
         if not same_images(run, first):
             raise UserError(
                 f"{run.path} and {first.path} were tested on different images: measure their "
@@ -117,28 +114,25 @@ def group_outcomes(
     for runs in by_data.values():
         images = load_test_images(runs[0], data_path)[rows]
         sample = max(sample, images[0], key=len)
-        models = {str(run.path): load_classifier(run) for run in runs}
-        by_run |= predict_under(models, images, labels[rows], corruptions)
+        models = {run.path: load_classifier(run) for run in runs}
+        by_run |= predict_under(models, images, first.test["labels"][rows], corruptions)
     outcomes = {}
     for label, runs in chosen.items():
-        of_seeds = [by_run[str(run.path)] for run in runs]
+        of_seeds = [by_run[run.path] for run in runs]
         outcomes[label] = {c: np.stack([right[c] for right in of_seeds]) for c in of_seeds[0]}
     return outcomes, sample
 
 
 def baseline_labels(baseline: str, groups: Groups) -> list[str]:
-    """Returns the labels that a baseline may mean: itself, or the variants of a model.
-
-    "" means cnn, the least accurate model being no yardstick: corruption hardly harms one that is
-    near chance. Without a cnn it is any label.
-    """
+    """Returns the labels that a baseline may mean: itself, the variants of a model; "" is cnn."""
     models = {label: runs[0].model for label, runs in groups.items()}
-    if not baseline:
-        return [label for label, model in models.items() if model == "cnn"] or list(groups)
     if baseline in groups:
         return [baseline]
-    choose("baseline", baseline, sorted({*models, *models.values()}))
-    return [label for label, model in models.items() if model == baseline]
+    if baseline:
+        choose("baseline", baseline, sorted({*models, *models.values()}))
+    # The least accurate model is no yardstick: corruption hardly harms one that is near chance.
+    labels = [label for label, model in models.items() if model == (baseline or "cnn")]
+    return labels or list(groups)
 
 
 def robustness_section(
@@ -150,17 +144,10 @@ def robustness_section(
     seeds: int = 1,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
 ) -> Section:
-    """Tests every model, and writes robustness.csv and two pictures into an existing folder.
+    """Tests the first seeds of every model on `count` images; writes a table and two pictures.
 
-    Args:
-      groups: complete runs by label.
-      output: the folder.
-      count: of test images, spread evenly over the classes.
-      baseline: label or model whose errors count as 100 %, the least accurate one of its variants;
-        "" is cnn, else the least accurate of all.
-      data_path: where the data lies now, "" for where the runs found it.
-      seeds: of each model, the first ones.
-      corruptions: names in `CORRUPTIONS`.
+    `baseline` is the label or model whose errors count as 100 %, the least accurate one if it has
+    variants; "" is cnn, else the least accurate of all.
     """
     candidates = baseline_labels(baseline, groups)
     outcomes, sample = group_outcomes(groups, count, corruptions, seeds, data_path)
@@ -168,7 +155,7 @@ def robustness_section(
     table = summary.accuracy_table(outcomes)
     table.to_csv(output / "robustness.csv", index=False)
     save(draw_accuracies(outcomes), output / "robustness.svg")
-    save(draw_corruptions(sample, list(corruptions), SEED), output / "corruptions.png")
+    save(draw_corruptions(sample, list(corruptions)), output / "corruptions.png")
     by_model = summary.summarise(table, baseline)
     shown = summary.printed(by_model)
     runs = "first seed" if seeds == 1 else f"first {seeds} seeds"

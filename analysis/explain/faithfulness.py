@@ -30,11 +30,6 @@ BLUR = 1 / 8  # standard deviation of the blur that takes information away, in i
 Scores = dict[str, np.ndarray]  # what `score_maps` returns
 
 
-def random_maps(count: int, size: int, seed: int = 0) -> np.ndarray:
-    """Returns [count, size, size], uniform noise."""
-    return np.random.default_rng(seed).random((count, size, size))
-
-
 def blurred(images: np.ndarray) -> np.ndarray:
     """Returns images [N, S, S, 3] without their information, float32."""
     sigma = BLUR * images.shape[1]
@@ -68,11 +63,6 @@ def deletion_and_insertion(
         deletion.append(predict(np.where(chosen, blur, images))[rows, targets])
         insertion.append(predict(np.where(chosen, images, blur))[rows, targets])
     return np.stack(deletion, axis=1), np.stack(insertion, axis=1)
-
-
-def area_under(curves: np.ndarray) -> np.ndarray:
-    """Returns the areas [N] under curves [N, STEPS + 1] over 0..1."""
-    return np.trapezoid(curves, dx=1 / (curves.shape[1] - 1), axis=1)
 
 
 def half_area(maps: np.ndarray) -> np.ndarray:
@@ -118,7 +108,8 @@ def score_maps(
     }
     program = compiled(model, lambda m, x: jax.nn.softmax(m(m.preprocess(x))))
     predict = partial(in_batches, program)
-    for name, order in (("map", maps), ("random", random_maps(*images.shape[:2]))):
+    noise = np.random.default_rng(0).random(maps.shape)
+    for name, order in (("map", maps), ("random", noise)):
         curves = deletion_and_insertion(predict, images, order, targets)
         scores[f"deletion_{name}"], scores[f"insertion_{name}"] = curves
     return scores
@@ -136,7 +127,8 @@ def summarise(scores: Scores) -> dict[str, tuple[float, float]]:
     `gain` is insertion less deletion, less what a random map reaches on the same image.
     """
     values = {key: scores[key] for key in ("half_area", "similarity")}
-    values |= {key: area_under(curves) for key, curves in scores.items() if curves.ndim == 2}
+    curves = {key: score for key, score in scores.items() if score.ndim == 2}
+    values |= {key: np.trapezoid(curve, dx=1 / STEPS) for key, curve in curves.items()}
     random_order = values["insertion_random"] - values["deletion_random"]
     values["gain"] = values["insertion_map"] - values["deletion_map"] - random_order
     return {key: mean_and_interval(value) for key, value in values.items()}

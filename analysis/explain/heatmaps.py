@@ -13,7 +13,6 @@ from analysis.runs import FinishedRun
 
 COLOURS = plt.get_cmap("YlOrRd")
 RIGHT, WRONG = "#1a7f37", "#c62828"
-ZERO = "map is zero: no\npositive evidence"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ def draw_views(rows: list[list[View | None]], names: list[str]) -> plt.Figure:
     for axis, view in zip(axes.flat, sum(rows, []), strict=True):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        axis.grid(False)
         if view is not None:
             _draw(axis, view)
     for axis, name in zip(axes[:, 0], names, strict=True):
@@ -70,7 +68,7 @@ def _draw(axis: plt.Axes, view: View) -> None:
     if view.heat is not None and not view.heat.any():
         box = {"color": "white", "alpha": 0.85, "pad": 2}
         place = {"ha": "center", "va": "center", "transform": axis.transAxes}
-        axis.text(0.5, 0.5, ZERO, fontsize=8, bbox=box, **place)
+        axis.text(0.5, 0.5, "map is zero: no\npositive evidence", fontsize=8, bbox=box, **place)
 
 
 class ExplainedRun:

@@ -52,9 +52,6 @@ def default_stage(model: Classifier, image_size: int) -> int:
     return next((s for s in late_first if map_side(model, image_size, s) >= SMALLEST_MAP), 0)
 
 
-# --- class activation maps ------------------------------------------------------------------------
-
-
 def logit_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """[B, K], int [B] -> [B], the logit of each image's target."""
     return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
@@ -88,9 +85,6 @@ def _positive_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     divisor = 2 * squared + x.sum(axis=(1, 2), keepdims=True) * gradient**3
     alpha = jnp.where(divisor == 0, 0.0, squared / jnp.where(divisor == 0, 1.0, divisor))
     return (alpha * jax.nn.relu(gradient)).sum(axis=(1, 2), keepdims=True)
-
-
-# --- gradients of the pixels ----------------------------------------------------------------------
 
 
 def pixel_gradient(model: Classifier, images: jax.Array, targets: jax.Array) -> jax.Array:
@@ -131,9 +125,6 @@ def _smooth_gradient(model, images, targets, stage, seed):
 
 def _integrated(model, images, targets, stage, seed):
     return jnp.abs(integrated_gradients(model, images, targets)).sum(axis=-1)
-
-
-# --- logits alone ---------------------------------------------------------------------------------
 
 
 def windows(size: int) -> np.ndarray:

@@ -39,7 +39,7 @@ def draw_accuracies(outcomes: dict[str, Outcomes]) -> Figure:
     return figure
 
 
-def draw_corruptions(image: np.ndarray, names: list[str], seed: int) -> Figure:
+def draw_corruptions(image: np.ndarray, names: list[str]) -> Figure:
     """A row per corruption: the image uint8 [S, S, 3], then the five severities."""
     columns = 1 + len(SEVERITIES)
     size = ((columns + 1.3) / columns, 1)  # room for the names
@@ -47,7 +47,7 @@ def draw_corruptions(image: np.ndarray, names: list[str], seed: int) -> Figure:
     for axis, title in zip(axes, ["clean", *map(str, SEVERITIES)], strict=False):
         axis.set_title(title, fontsize=10)
     for name, row in zip(names, range(0, len(axes), columns), strict=True):
-        shown = [corrupt(image[None], name, severity, seed)[0] for severity in SEVERITIES]
+        shown = [corrupt(image[None], name, severity)[0] for severity in SEVERITIES]
         for axis, pixels in zip(axes[row : row + columns], [image, *shown], strict=True):
             axis.imshow(pixels, interpolation="nearest")
             axis.set(xticks=[], yticks=[])

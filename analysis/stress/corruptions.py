@@ -8,7 +8,6 @@ its values. Lengths in pixels are for a side of 224, and shrink with the image t
 """
 
 import io
-from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
@@ -22,30 +21,18 @@ from errors import UserError, choose
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def corrupt(
-    images: np.ndarray,
-    name: str,
-    severity: int,
-    seed: int = 0,
-    indices: Iterable[int] | None = None,
-) -> np.ndarray:
-    """Corrupts images, uint8 [N, S, S, 3], by draws of seed, corruption, severity and index.
-
-    Indices of the images in their data set are 0 .. N - 1 by default.
-    """
+def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.ndarray:
+    """Corrupts images, uint8 [N, S, S, 3], by draws of seed, corruption, severity and row."""
     choose("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"severity of {name}: {severity!r} is not one of 1, 2, 3, 4, 5")
     number, (apply, constants) = list(CORRUPTIONS).index(name), CORRUPTIONS[name]
     corrupted = np.empty_like(images)
-    for row, index in enumerate(range(len(images)) if indices is None else indices):
-        draw = np.random.default_rng([seed, number, severity, index])
-        changed = apply(draw, images[row], constants[severity - 1])
+    for row, image in enumerate(images):
+        draw = np.random.default_rng([seed, number, severity, row])
+        changed = apply(draw, image, constants[severity - 1])
         corrupted[row] = np.clip(np.round(changed), 0, 255)
     return corrupted
-
-
-# --- noise ----------------------------------------------------------------------------------------
 
 
 def gaussian_noise(draw: Generator, image: np.ndarray, deviation: float) -> np.ndarray:
@@ -62,9 +49,6 @@ def impulse_noise(draw: Generator, image: np.ndarray, amount: float) -> np.ndarr
     """Sets a share of the values to 0 or 255, as often the one as the other."""
     uniform = draw.random(image.shape)
     return np.where(uniform < amount / 2, 0, np.where(uniform > 1 - amount / 2, 255, image))
-
-
-# --- blur -----------------------------------------------------------------------------------------
 
 
 def length_scale(side: int) -> float:
@@ -114,9 +98,6 @@ def motion_blur(draw: Generator, image: np.ndarray, lengths: tuple[float, float]
     return blur(image, streak(draw.uniform(-np.pi / 4, np.pi / 4), 2 * radius, deviation))
 
 
-# --- colour and compression -----------------------------------------------------------------------
-
-
 def brightness(draw: Generator, image: np.ndarray, added: float) -> np.ndarray:
     """Adds to the V of HSV: hue and saturation stay."""
     return 255 * hsv_to_rgb(np.clip(rgb_to_hsv(image / 255) + [0, 0, added], 0, 1))
@@ -147,9 +128,6 @@ def pixelate(draw: Generator, image: np.ndarray, share: float) -> np.ndarray:
     blocks = max(int(side * share), 1)
     shrunk = Image.fromarray(image).resize((blocks, blocks), box)
     return np.asarray(shrunk.resize((side, side), box))
-
-
-# --- geometry -------------------------------------------------------------------------------------
 
 
 def rotation(draw: Generator, image: np.ndarray, degrees: float) -> np.ndarray:

@@ -34,29 +34,24 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "images", "seeds"])
 
 
-def corruption_errors(accuracy: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns errors as shares of a baseline's; their mean is mCE (Hendrycks & Dietterich 2019).
-
-    There is a row per corruption and a column per model; NaN where the baseline makes no error.
-    """
-    errors = 1 - accuracy
-    return errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
-
-
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns a row per model from the rows of `accuracy_table`; shares are in 0..1."""
+    """Returns a row per model from the rows of `accuracy_table`; shares are in 0..1.
+
+    mCE is that of Hendrycks & Dietterich 2019, NaN where the baseline makes no error.
+    """
     clean = table[table.corruption == CLEAN[0]].set_index("model")
     corrupted = table[table.corruption.isin(list(CORRUPTIONS))]
     by_corruption = corrupted.groupby(["corruption", "model"], sort=False).accuracy.mean().unstack()
     attacked = table[table.severity == SHOWN_EPSILON].set_index(["corruption", "model"]).accuracy
-    mean = by_corruption.mean()
+    mean, errors = by_corruption.mean(), 1 - by_corruption
+    ratios = errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
     columns = {
         "clean": clean.accuracy,
         "ci95_low": clean.ci95_low,
         "ci95_high": clean.ci95_high,
         "corrupted": mean,
         "kept": mean / clean.accuracy.where(clean.accuracy > 0),
-        "mce": corruption_errors(by_corruption, baseline).mean(skipna=False),
+        "mce": ratios.mean(skipna=False),
         **{name.lower(): attacked.get(name, np.nan) for name in ATTACKS},
         "worst": by_corruption.idxmin(),
         "worst_accuracy": by_corruption.min(),
