@@ -9,6 +9,7 @@ logits become answers; `--config.weights=archcompare:FILE` reads it too. README.
 """
 
 import json
+import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -37,7 +38,9 @@ def export_run(run: FinishedRun, folder: Path) -> None:
     predictor, weights = predictor_of(run), run.summary.get("weights", "none")
     licence = licence_of(weights)
     card = model_card(run, predictor, licence)
-    known = {"began": _short(weights), "licence": licence, "versions": _versions(run)}
+    about = run.environment
+    versions = {"python": about["python"], **about["packages"], "git_commit": about["git_commit"]}
+    known = {"began": _short(weights), "licence": licence, "versions": versions}
     output_folder(folder, "OUTPUT_DIR")
     write_own(folder / WEIGHTS, arrays_of(predictor.model), predictor.facts | known)
     try:
@@ -64,11 +67,6 @@ def _facts_in(file: Path) -> dict:
         return dict(json.loads(read_metadata(file)[KEY]))
     except (UserError, KeyError, ValueError, TypeError):
         return {}
-
-
-def _versions(run: FinishedRun) -> dict:
-    known = run.environment
-    return {"python": known["python"], **known["packages"], "git_commit": known["git_commit"]}
 
 
 def licence_of(weights: str) -> str:
@@ -113,14 +111,13 @@ def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
         licence_id=licence.lower() if licence in ("Apache-2.0", "BSD-3-Clause") else "unknown",
         excluded=Counter(reason.partition(":")[0] for reason in run.dataset["excluded"].values()),
         audit=_audit(run),
-        versions=_versions(run),
         **_results(run, predictor),
     )
 
 
 def _results(run: FinishedRun, predictor: Predictor) -> dict:
     """Returns what the test predictions say, for the model card."""
-    correct, names, counts = run.correct, run.class_names, confusion_of(run)
+    correct, counts = run.correct, confusion_of(run)
     confidence = softmax(run.test["logits"], predictor.facts["temperature"]).max(axis=1)
     table = classes_of(run).to_dict("records")
     for row, right in zip(table, np.diag(counts), strict=True):
@@ -137,10 +134,7 @@ def _results(run: FinishedRun, predictor: Predictor) -> dict:
         "numbers": evaluate(run),
         "classes": table,
         "weakest": min((row for row in table if row["support"]), key=lambda row: row["recall"]),
-        "pairs": [
-            (names[pair.first], names[pair.second], pair.forth, pair.back)
-            for pair in confused_pairs(counts).head(3).itertuples()
-        ],
+        "pairs": list(confused_pairs(counts).head(3).itertuples()),
         "confident_errors": int((~correct & (confidence >= CONFIDENT)).sum()),
         "confident_answers": int((confidence >= CONFIDENT).sum()),
         "confident": CONFIDENT,
@@ -161,8 +155,7 @@ def _audit(run: FinishedRun) -> str:
 
 def _markdown(text: object) -> str:
     """Returns text that Markdown shows as it is, on one line."""
-    line = " ".join(str(text).split())
-    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>|#~$&" else sign for sign in line)
+    return re.sub(r"[\\`*_{}\[\]<>|#~$&]", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def main(argv: list[str]) -> int:

@@ -124,8 +124,8 @@ def draw_predictions(run: FinishedRun, images: np.ndarray, rows: Sequence[int]) 
     return figure
 
 
-def add_similarity(section: Section, groups: Groups, output: Path, data_path: str) -> None:
-    """Adds inspect_cka.svg and its numbers."""
+def picture_similarity(section: Section, groups: Groups, output: Path, data_path: str) -> Picture:
+    """Writes inspect_cka.svg; adds its numbers to the section."""
     similarity = representations.compare_representations(groups, data_path)
     if np.isnan(similarity.matrix).all():
         raise NothingToShow("representations need two models, or two seeds of one, to be compared")
@@ -136,10 +136,10 @@ def add_similarity(section: Section, groups: Groups, output: Path, data_path: st
         "of two seeds of one model, “–” where there is but one. Features are averaged over places; "
         "“pixels” stands for models without features before their classifier."
     )
-    section.pictures.append(Picture("inspect_cka.svg", caption))
     section.text.append(representations.describe(similarity))
     matrix = plain(similarity.matrix.tolist())
     section.data["cka"] = {"labels": similarity.labels, "matrix": matrix}
+    return Picture("inspect_cka.svg", caption)
 
 
 def picture_filters(groups: Groups, output: Path) -> Picture:
@@ -218,16 +218,16 @@ def add_part(
         case "curves":
             runs = [run for group in groups.values() for run in group]
             section.text += [f"{run.name}: {diagnose(run).sentence}" for run in runs]
+            return
         case "cka":
-            add_similarity(section, groups, output, data_path)
+            picture = picture_similarity(section, groups, output, data_path)
         case "filters":
-            section.pictures.append(picture_filters(groups, output))
+            picture = picture_filters(groups, output)
         case "features":
-            shown = picture_features(groups, output, data_path, stage, image_id)
-            section.pictures.append(shown)
+            picture = picture_features(groups, output, data_path, stage, image_id)
         case "predictions":
-            shown = picture_predictions(groups, output, data_path, image_id, count)
-            section.pictures.append(shown)
+            picture = picture_predictions(groups, output, data_path, image_id, count)
+    section.pictures.append(picture)
 
 
 def inspect_section(groups: Groups, output: Path, data_path: str = "") -> Section:

@@ -75,10 +75,6 @@ def _activation_map(weigh: Callable) -> Callable:
     return maps
 
 
-def _mean_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    return gradient.mean(axis=(1, 2), keepdims=True)
-
-
 def _positive_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Grad-CAM++'s weights, up to a factor of each image: its target is the exponential logit."""
     squared = gradient**2
@@ -110,10 +106,6 @@ def integrated_gradients(
     return images * _mean_of_gradients(model, path, targets)
 
 
-def _gradient(model, images, targets, stage, seed):
-    return jnp.abs(pixel_gradient(model, images, targets)).sum(axis=-1)
-
-
 def _smooth_gradient(model, images, targets, stage, seed):
     # The same noise for every image, so that a map does not depend on the others of its batch.
     noise = jax.random.normal(jax.random.key(seed), (SAMPLES, *images.shape[1:]))
@@ -123,8 +115,9 @@ def _smooth_gradient(model, images, targets, stage, seed):
     return jnp.abs(_mean_of_gradients(model, noisy, targets)).sum(axis=-1)
 
 
-def _integrated(model, images, targets, stage, seed):
-    return jnp.abs(integrated_gradients(model, images, targets)).sum(axis=-1)
+def _over_channels(attribute: Callable) -> Callable:
+    """Returns the method that adds up what `attribute` gives for the channels of a pixel."""
+    return lambda model, images, targets, *_: jnp.abs(attribute(model, images, targets)).sum(-1)
 
 
 def windows(size: int) -> np.ndarray:
@@ -159,12 +152,16 @@ class Method:
 # With their papers on arXiv. Score-CAM (1910.01279) is left out: on 100 test images of the digits,
 # its gain over a random map was 0.14 (cnn) and 0.28 (cnn_deep), HiResCAM's 0.21 and 0.37.
 METHODS = {
-    "gradcam": Method(_activation_map(_mean_gradient), "Grad-CAM", "map"),  # 1610.02391
+    "gradcam": Method(  # 1610.02391
+        _activation_map(lambda x, g: g.mean((1, 2), keepdims=True)), "Grad-CAM", "map"
+    ),
     "gradcam++": Method(_activation_map(_positive_gradient), "Grad-CAM++", "map"),  # 1710.11063
     "hirescam": Method(_activation_map(lambda x, g: g), "HiResCAM", "map"),  # 2011.08891
-    "gradient": Method(_gradient, "gradient", "pixels"),  # 1312.6034
+    "gradient": Method(_over_channels(pixel_gradient), "gradient", "pixels"),  # 1312.6034
     "smoothgrad": Method(_smooth_gradient, "SmoothGrad", "pixels", SAMPLES),  # 1706.03825
-    "integrated": Method(_integrated, "integrated gradients", "pixels", PATH_STEPS),  # 1703.01365
+    "integrated": Method(  # 1703.01365
+        _over_channels(integrated_gradients), "integrated gradients", "pixels", PATH_STEPS
+    ),
     "occlusion": Method(_occlusion, "occlusion", "logits", WINDOWS**2),  # 1311.2901
 }
 
@@ -179,16 +176,9 @@ def explainer(
 ) -> Callable[..., np.ndarray]:
     """Returns a function of images uint8 [N, S, S, 3] and classes [N] to maps float32 [N, S, S].
 
-    It is compiled once, and also takes another model of the same architecture. Raises UserError for
-    a method or stage that does not suit the model.
-
-    Args:
-      model: in evaluation mode.
-      image_size: height and width in pixels.
-      method: a key of `METHODS`.
-      stage: of CAM methods, the stage whose input is the map; None is `default_stage`.
-      seed: of SmoothGrad's noise.
-      batch: images in memory at once, copies that a method makes of them included.
+    It is compiled once, and also takes another model of the same architecture. `stage` is the one
+    whose input is the map of a CAM, None the default one; `batch` counts the copies that a method
+    makes of images. Raises UserError for a method or stage that does not suit the model.
     """
     entry = METHODS[choose("method", method, METHODS)]
     if entry.kind != "logits" and not model.trained_by_gradient:

@@ -106,14 +106,9 @@ def centred_gram(features: np.ndarray) -> np.ndarray:
     return gram / norm if norm > 0 else np.full_like(gram, np.nan)
 
 
-def sees_pixels(model: Classifier) -> bool:
-    """Returns whether all of a model is its head, so that its features are the image."""
-    return len(model.stages) == 1
-
-
 def representation(model: Classifier, images: np.ndarray) -> np.ndarray:
     """Returns a model's last features, averaged over places [n, C], or the pixels."""
-    if sees_pixels(model):
+    if len(model.stages) == 1:
         return images.reshape(len(images), -1)
     pooled = compiled(model, lambda m, x: m.features(m.preprocess(x)).mean(axis=(1, 2)))
     return in_batches(pooled, images)
@@ -146,15 +141,15 @@ def compare_representations(
             continue
         for run in runs[:2]:
             model = load_classifier(run)
-            name = PIXELS if sees_pixels(model) else label
+            name = PIXELS if len(model.stages) == 1 else label
             if name == PIXELS and PIXELS in grams:
                 break
             features = representation(model, load_test_images(run, data_path)[rows])
             grams.setdefault(name, []).append(centred_gram(features))
     first = np.stack([seeds[0].ravel() for seeds in grams.values()])
     matrix = first @ first.T
-    for i, seeds in enumerate(grams.values()):
-        matrix[i, i] = np.vdot(*seeds) if len(seeds) > 1 else np.nan
+    own = [np.vdot(*seeds) if len(seeds) > 1 else np.nan for seeds in grams.values()]
+    np.fill_diagonal(matrix, own)
     return Similarity(list(grams), matrix, len(rows), left_out)
 
 
