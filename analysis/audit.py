@@ -86,8 +86,8 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
 
 def near_duplicates(decoded: Decoded, exact: list[np.ndarray]) -> list[np.ndarray]:
     """Returns groups of rows whose hashes and thumbnails are alike; of exact copies, the first."""
-    copies = {row for group in exact for row in group[1:]}
-    rows = np.array([i for i, e in enumerate(decoded.errors) if not e and i not in copies], int)
+    copies = [row for group in exact for row in group[1:]]
+    rows = np.setdiff1d(np.flatnonzero(np.array(decoded.errors) == ""), copies)
     if not 2 <= len(rows) <= NEAR_LIMIT:
         return []
     bits = np.unpackbits(decoded.facts["hash"][rows, None].view(np.uint8), axis=1)  # [n, 64]
@@ -135,8 +135,7 @@ def describe(findings: dict) -> str:
         ("near_duplicates", "groups of near duplicates"),
         ("near_leaks", "of them across parts"),
     ):
-        if findings[key]:
-            first = findings[key][0]
+        for first in findings[key][:1]:
             first = first if isinstance(first, str) else " = ".join(first[:3])
             first += f": {findings['reasons'][first]}" if key == "unreadable" else ""
             lines.append(f"  {len(findings[key])} {what}, such as {first}")

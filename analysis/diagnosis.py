@@ -108,13 +108,11 @@ def diagnosis_table(groups: Groups) -> Table:
     """Returns a row per model: the verdict on each seed, and means over seeds."""
     rows = []
     for label, runs in groups.items():
-        diagnoses = [diagnose(run) for run in runs]
-        seeds: dict[str, list[str]] = {}
-        for run, diagnosis in zip(runs, diagnoses, strict=True):
-            seeds.setdefault(diagnosis.verdict, []).append(str(run.seed))
-        by_seed = "; ".join(f"{verdict} (seed {', '.join(n)})" for verdict, n in seeds.items())
-        verdict = by_seed if len(seeds) > 1 else diagnoses[0].verdict
-        mean = pd.DataFrame(diagnoses).mean(numeric_only=True)  # leaves out NaN
+        diagnoses = pd.DataFrame([diagnose(run) for run in runs], index=[str(r.seed) for r in runs])
+        seeds = diagnoses.groupby("verdict", sort=False).groups.items()
+        by_seed = "; ".join(f"{verdict} (seed {', '.join(of)})" for verdict, of in seeds)
+        verdict = by_seed if len(seeds) > 1 else diagnoses.verdict.iloc[0]
+        mean = diagnoses.mean(numeric_only=True)  # leaves out NaN
         accuracies = mean.training_accuracy, mean.validation_accuracy
         gaps = accuracies[0] - accuracies[1], mean.late_gap
         cells = [decimal(epoch, 1) for epoch in (mean.epoch, mean.last_epoch)]

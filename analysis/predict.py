@@ -64,10 +64,7 @@ class Predictor:
 
 
 def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
-    """Returns the classifier of a run directory, an exported folder, or the file of weights in it.
-
-    Raises UserError where it is none of them or has no threshold for `target_accuracy`.
-    """
+    """Returns the classifier of a run directory, or of an exported folder or its weights."""
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         if (path / CARD).exists():
@@ -142,10 +139,7 @@ def _refuse(error: OSError) -> None:
 
 
 def predict(
-    predictor: Predictor,
-    paths: Sequence[str],
-    target_accuracy: float = 0.95,
-    batch_size: int = 64,
+    predictor: Predictor, paths: Sequence[str], target_accuracy: float = 0.95, batch_size: int = 64
 ) -> Iterator[dict[str, str | float]]:
     """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value.
 
@@ -167,17 +161,12 @@ def predict(
                 images[i] = image
             probabilities = softmax(np.asarray(program(images)), facts["temperature"])
             for path, (_, error), row in zip(paths[start:], decoded, probabilities, strict=False):
-                cells = dict.fromkeys(COLUMNS, "") | {"path": path, "review": "yes", "error": error}
-                yield cells if error else cells | _answer(row, facts["class_names"], threshold)
-
-
-def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[str, str | float]:
-    """Returns the cells of an image with these probabilities [K]."""
-    cells: dict[str, str | float] = {"review": "no" if row.max() >= threshold else "yes"}
-    best = np.argsort(-row, kind="stable")
-    for (name, confidence), label in zip(RANKS, best, strict=False):
-        cells |= {name: class_names[label], confidence: float(row[label])}
-    return cells
+                sure = not error and row.max() >= threshold
+                cells = {"path": path, "review": "no" if sure else "yes", "error": error}
+                best = [] if error else np.argsort(-row, kind="stable")
+                for (name, confidence), label in zip(RANKS, best, strict=False):
+                    cells |= {name: facts["class_names"][label], confidence: float(row[label])}
+                yield dict.fromkeys(COLUMNS, "") | cells
 
 
 def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:

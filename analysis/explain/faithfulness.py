@@ -26,13 +26,12 @@ from models import Classifier
 from models.classifier import merge_model, split_model
 
 STEPS = 16  # of deletion and insertion, each an equal share of the pixels
-BLUR = 1 / 8  # standard deviation of the blur that takes information away, in image sides
 Scores = dict[str, np.ndarray]  # what `score_maps` returns
 
 
 def blurred(images: np.ndarray) -> np.ndarray:
-    """Returns images [N, S, S, 3] without their information, float32."""
-    sigma = BLUR * images.shape[1]
+    """Returns images [N, S, S, 3], float32, blurred by an eighth of their side."""
+    sigma = images.shape[1] / 8
     return ndimage.gaussian_filter(images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest")
 
 

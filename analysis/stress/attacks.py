@@ -25,11 +25,7 @@ def loss_gradient(model: Classifier, images: jax.Array, labels: jax.Array) -> ja
 def fgsm(
     gradient: Callable, images: jax.Array, labels: jax.Array, epsilon: float, keys: jax.Array
 ) -> jax.Array:
-    """Moves every value by epsilon up its gradient's sign (Goodfellow et al. 2015).
-
-    `gradient` is `loss_gradient` of a model; images are [B, S, S, 3] float32 in 0..255, labels are
-    the true ones, and only `pgd` draws from the keys [B].
-    """
+    """Moves every value of 0..255 by epsilon up its gradient's sign (Goodfellow et al. 2015)."""
     return jnp.clip(images + epsilon * jnp.sign(gradient(images, labels)), 0, 255)
 
 
