@@ -114,10 +114,10 @@ def diagnosis_table(groups: Groups) -> Table:
         verdict = by_seed if len(seeds) > 1 else diagnoses.verdict.iloc[0]
         mean = diagnoses.mean(numeric_only=True)  # leaves out NaN
         accuracies = mean.training_accuracy, mean.validation_accuracy
-        gaps = accuracies[0] - accuracies[1], mean.late_gap
         cells = [decimal(epoch, 1) for epoch in (mean.epoch, mean.last_epoch)]
         cells += [percent(accuracy, 1) for accuracy in accuracies]
-        rows.append([label, verdict, *cells, *(points(gap, 1) for gap in gaps)])
+        cells += [points(gap, 1) for gap in (accuracies[0] - accuracies[1], mean.late_gap)]
+        rows.append([label, verdict, *cells])
     columns = ["model", "verdict", "best epoch", "last epoch", "training acc. %"]
     columns += ["validation acc. %", "gap, points", "gap at the end, points"]
     caption = (

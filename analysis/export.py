@@ -92,13 +92,9 @@ def _short(weights: str) -> str:
 
 def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
     """Returns README.md; every number in it comes from the run directory."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %", "text": _markdown}
     weights = run.summary.get("weights", "none")
     return environment.get_template("model_card.md.j2").render(

@@ -25,18 +25,13 @@ from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import MODELS
 
-SCORED = 32  # test images of the faithfulness table
 SCALE = "Colour is the share of each map's own maximum; strengths of maps cannot be compared."
 
 
 def gradcam_section(
     groups: Groups, output: Path, count: int, data_path: str = "", method: str = "gradcam"
 ) -> Section:
-    """Returns what the first seed of each model looked at, and how far to trust that.
-
-    Pictures of `count` images in a row are written into `output`; `data_path` says where the images
-    lie now, "" for where the runs found them.
-    """
+    """Returns what the first seed of each model looked at in `count` images, and its worth."""
     if count < 1:
         raise UserError(f"heat maps of {count} images: at least one is needed")
     title = METHODS[choose("method", method, METHODS)].title
@@ -51,7 +46,7 @@ def gradcam_section(
         if not rows:  # the most accurate one
             votes = np.stack([run.predicted for run in runs.values()])
             chosen = by_disagreement(votes, explained.labels, count)
-            sample = sample_images(explained.labels, SCORED)
+            sample = sample_images(explained.labels, 32)  # whose maps are scored
             rows = [[explained.photo(row) for row in chosen]]
             section.pictures = best_pictures(label, explained, output, method, count)
             ids = "; ".join(map(str, run.test["ids"][chosen]))
@@ -71,8 +66,7 @@ def gradcam_section(
     captions = (
         "The same test images through every model, each with the class it predicts and its "
         f"confidence; ✓ right, ✗ wrong. First those on which {', '.join(runs)} disagree most, then "
-        "as many on which all of them agree; both are spread over the true classes. "
-        f"{SCALE} Files: {ids}.",
+        f"those on which all agree, spread over the true classes. {SCALE} Files: {ids}.",
         "How fast the probability of the predicted class falls while pixels are blurred in the "
         f"order of the map, and rises while they return: mean over {len(sample)} test images, "
         "spread over the classes. Dotted: in random order.",
@@ -159,8 +153,8 @@ def explain_run(
     if target in ("predicted", "true"):
         targets = (run.predicted if target == "predicted" else run.test["labels"])[rows]
     else:
-        number = run.class_names.index(choose("target", target, run.class_names))
-        targets = np.full(len(rows), number)
+        choose("target", target, run.class_names)
+        targets = np.full(len(rows), run.class_names.index(target))
     views = explained.views(rows, targets)
     cells = [
         [explained.photo(row), View(f"{title}\nof {explained.name(number)}", heat=view.heat), view]

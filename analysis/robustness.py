@@ -53,10 +53,7 @@ def predict_under(
     labels: np.ndarray,
     corruptions: Sequence[str],
 ) -> dict[Any, Outcomes]:
-    """Returns which images, uint8 [N, S, S, 3], each model gets right, bool [N] by condition.
-
-    Conditions are clean, corruptions at every severity, and attacks where a model has a gradient.
-    """
+    """Returns which images, uint8 [N, S, S, 3], each model gets right, bool [N] by condition."""
     programs = {name: compiled(model, predicted_classes) for name, model in models.items()}
     outcomes = {name: {} for name in models}
     for condition in [CLEAN, *itertools.product(corruptions, SEVERITIES)]:
@@ -95,10 +92,7 @@ def spread(labels: np.ndarray, count: int) -> np.ndarray:
 def group_outcomes(
     groups: Groups, count: int, corruptions: Sequence[str], seeds: int = 1, data_path: str = ""
 ) -> tuple[dict[str, Outcomes], np.ndarray]:
-    """Returns the outcomes of each label, bool [S, N], and the first image at the largest size.
-
-    Raises UserError where runs have different test images.
-    """
+    """Returns the outcomes of each label, bool [S, N], and the first image at the largest size."""
     chosen = {label: runs[:seeds] for label, runs in groups.items()}
     first, *_ = all_runs = list(itertools.chain(*chosen.values()))
     rows = spread(first.test["labels"], count)
@@ -146,8 +140,7 @@ def robustness_section(
 ) -> Section:
     """Tests the first seeds of every model on `count` images; writes a table and two pictures.
 
-    `baseline` is the label or model whose errors count as 100 %, the least accurate one if it has
-    variants; "" is cnn, else the least accurate of all.
+    `baseline` is the label, or the model of the least accurate variant, whose errors are 100 %.
     """
     candidates = baseline_labels(baseline, groups)
     outcomes, sample = group_outcomes(groups, count, corruptions, seeds, data_path)

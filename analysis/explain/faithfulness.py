@@ -51,10 +51,7 @@ def deletion_and_insertion(
     maps: np.ndarray,
     targets: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the probability of the target while pixels go, and while they come back.
-
-    Both are [N, STEPS + 1]; the largest values of the maps [N, S, S] are first.
-    """
+    """Returns the target's probability [N, STEPS + 1] while pixels go, and while they return."""
     rank, blur = ranks(maps)[..., None], blurred(images)
     rows, deletion, insertion = np.arange(len(images)), [], []
     for step in range(STEPS + 1):
@@ -94,10 +91,7 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def score_maps(
     model: Classifier, explain: Callable[..., np.ndarray], images: np.ndarray, targets: np.ndarray
 ) -> Scores:
-    """Returns the scores [N] and curves [N, STEPS + 1] of a model's maps of images and targets.
-
-    `explain` is from `methods.explainer`; `similarity` is that to the map of shuffled weights.
-    """
+    """Returns the scores [N] and curves [N, STEPS + 1] of the maps that an `explainer` gives."""
     maps = explain(images, targets)
     shuffled = explain(images, targets, shuffled_model(model))
     scores = {

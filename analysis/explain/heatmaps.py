@@ -56,12 +56,9 @@ def draw_views(rows: list[list[View | None]], names: list[str]) -> plt.Figure:
         axis.imshow(overlay(view.photo, view.heat), interpolation="nearest")
         axis.set_title(literal(view.title), fontsize=8, color=view.colour, pad=3)
         if view.heat is not None and not view.heat.any():
-            box, middle = (
-                {"color": "white", "alpha": 0.85, "pad": 2},
-                {"ha": "center", "va": "center"},
-            )
-            text = "map is zero: no\npositive evidence"
-            axis.text(0.5, 0.5, text, fontsize=8, bbox=box, transform=axis.transAxes, **middle)
+            box = {"color": "white", "alpha": 0.85, "pad": 2}
+            place = {"ha": "center", "va": "center", "transform": axis.transAxes}
+            axis.text(0.5, 0.5, "map is zero: no\npositive evidence", fontsize=8, bbox=box, **place)
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.set_ylabel(literal(name), fontsize=9)
     bar = figure.add_axes([1 - (right - 0.15) / width, 0.02, 0.12 / width, min(0.85, 2.4 / height)])

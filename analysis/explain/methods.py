@@ -65,7 +65,7 @@ def _patches(model: Classifier, x: jax.Array) -> jax.Array:
 def _activation_map(weigh: Callable) -> Callable:
     """Returns the method that adds up channels by the weights `weigh(map, gradient)` gives."""
 
-    def maps(model, images, targets, stage, seed):
+    def maps(model, images, targets, stage):
         x = to_map(model, model.preprocess(images), stage)
         gradient = jax.grad(lambda x: logit_of(from_map(model, x, stage), targets).sum())(x)
         x, gradient = (_patches(model, y).astype(jnp.float32) for y in (x, gradient))
@@ -106,18 +106,17 @@ def integrated_gradients(
     return images * _mean_of_gradients(model, path, targets)
 
 
-def _smooth_gradient(model, images, targets, stage, seed):
+def _smooth_gradient(model, images, targets, stage):
     # The same noise for every image, so that a map does not depend on the others of its batch.
-    noise = jax.random.normal(jax.random.key(seed), (SAMPLES, *images.shape[1:]))
-    axes = (1, 2, 3)
-    spread = NOISE * (images.max(axes, keepdims=True) - images.min(axes, keepdims=True))
+    noise = jax.random.normal(jax.random.key(0), (SAMPLES, *images.shape[1:]))
+    spread = NOISE * jnp.ptp(images, axis=(1, 2, 3), keepdims=True)
     noisy = images[:, None] + spread[:, None] * noise
     return jnp.abs(_mean_of_gradients(model, noisy, targets)).sum(axis=-1)
 
 
 def _over_channels(attribute: Callable) -> Callable:
     """Returns the method that adds up what `attribute` gives for the channels of a pixel."""
-    return lambda model, images, targets, *_: jnp.abs(attribute(model, images, targets)).sum(-1)
+    return lambda model, images, targets, stage: jnp.abs(attribute(model, images, targets)).sum(-1)
 
 
 def windows(size: int) -> np.ndarray:
@@ -128,7 +127,7 @@ def windows(size: int) -> np.ndarray:
     return (inside[:, None, :, None] & inside[None, :, None, :]).reshape(-1, size, size)
 
 
-def _occlusion(model, images, targets, stage, seed):
+def _occlusion(model, images, targets, stage):
     masks = windows(images.shape[1])
     mean = images.mean(axis=(1, 2), keepdims=True)[:, None]
     occluded = jnp.where(masks[..., None], mean, images[:, None])  # [B, W, S, S, 3]
@@ -143,7 +142,7 @@ def _occlusion(model, images, targets, stage, seed):
 class Method:
     """A way to explain a logit."""
 
-    maps: Callable  # (model, images float32 in 0..255, targets, stage, seed) -> [B, S, S] >= 0
+    maps: Callable  # (model, images float32 in 0..255, targets, stage) -> [B, S, S] >= 0
     title: str  # as a reader sees it
     kind: str  # "map" of a stage's input, "pixels" by gradient, "logits" of any classifier
     copies: int = 1  # of an image, in memory at once
@@ -171,7 +170,6 @@ def explainer(
     image_size: int,
     method: str = "gradcam",
     stage: int | None = None,
-    seed: int = 0,
     batch: int = 64,
 ) -> Callable[..., np.ndarray]:
     """Returns a function of images uint8 [N, S, S, 3] and classes [N] to maps float32 [N, S, S].
@@ -198,7 +196,7 @@ def explainer(
 
     @jax.jit
     def maps(model: Classifier, images, targets) -> jax.Array:
-        return entry.maps(model, images.astype(jnp.float32), targets, stage, seed)
+        return entry.maps(model, images.astype(jnp.float32), targets, stage)
 
     size = max(1, batch // entry.copies)
 

@@ -19,7 +19,6 @@ from errors import UserError
 from models import Classifier
 from models.classifier import split_model, stage_of
 
-IMAGES = 512  # of the test images, at most
 PIXELS = "pixels"  # the row of models whose features are the image itself
 
 
@@ -28,10 +27,7 @@ class NothingToShow(UserError):
 
 
 def first_filters(model: Classifier) -> np.ndarray:
-    """Returns the weights of a first convolution or dense layer on the pixels, [N, h, w, 3] in RGB.
-
-    Raises NothingToShow if there is none, as in nearest neighbours.
-    """
+    """Returns the weights of a first convolution or dense layer on pixels, [N, h, w, 3] in RGB."""
     params = split_model(model)[1].items()
     kernels = [np.asarray(x, np.float32) for path, x in params if stage_of(path) == 0]
     filters = [x.transpose(3, 0, 1, 2) for x in kernels if x.ndim == 4 and x.shape[2] == 3]
@@ -124,13 +120,8 @@ class Similarity:
     left_out: list[str]  # models that were tested on other images than the first one
 
 
-def compare_representations(
-    groups: Groups, data_path: str = "", images: int = IMAGES
-) -> Similarity:
-    """Compares the first seed of every model with that of every other, and with its second seed.
-
-    Models whose features are the pixels share one row. `images` is the most that are used.
-    """
+def compare_representations(groups: Groups, data_path: str = "", images: int = 512) -> Similarity:
+    """Compares the first seed of every model with that of every other, and with its second."""
     first_run = next(iter(groups.values()))[0]
     rows = evenly_spaced(len(first_run.test["ids"]), images)
     grams: dict[str, list[np.ndarray]] = {}

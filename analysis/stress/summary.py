@@ -10,8 +10,6 @@ from analysis.stress.corruptions import CORRUPTIONS, spoken
 from analysis.uncertainty import Interval, image_interval
 
 SHOWN_EPSILON = 2  # of attacks in the table, in grey levels of 255
-RESAMPLES = 2000
-BOOTSTRAP_SEED = 0
 
 Condition = tuple[str, int]  # corruption and severity, or attack and epsilon
 Outcomes = dict[Condition, np.ndarray]  # right or wrong: bool [N] of one run, [S, N] of its seeds
@@ -19,10 +17,7 @@ CLEAN: Condition = ("clean", 0)
 
 
 def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
-    """Returns accuracy and its interval over images for each model and condition, in 0..1.
-
-    `severity` is 0 for clean, and epsilon in grey levels for attacks.
-    """
+    """Returns accuracy in 0..1 and its interval over images for each model and condition."""
     order = ["clean", *CORRUPTIONS, *ATTACKS]
     rows = []
     for model, by_condition in outcomes.items():
@@ -35,10 +30,7 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns a row per model from the rows of `accuracy_table`; shares are in 0..1.
-
-    mCE is that of Hendrycks & Dietterich 2019, NaN where the baseline makes no error.
-    """
+    """Returns a row per model; mCE (Hendrycks & Dietterich 2019) is NaN without baseline errors."""
     clean = table[table.corruption == CLEAN[0]].set_index("model")
     corrupted = table[table.corruption.isin(list(CORRUPTIONS))]
     by_corruption = corrupted.groupby(["corruption", "model"], sort=False).accuracy.mean().unstack()
@@ -82,10 +74,10 @@ def mean_interval(differences: np.ndarray) -> Interval:
     interval = stats.bootstrap(
         (differences,),
         np.mean,
-        n_resamples=RESAMPLES,
+        n_resamples=2000,
         batch=100,
         method="percentile",
-        rng=np.random.default_rng(BOOTSTRAP_SEED),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return float(interval.low), float(interval.high)
 
