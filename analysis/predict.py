@@ -99,8 +99,7 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
 def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
     """Returns the paths of images that files, folders and patterns name, each file once, in order.
 
-    A named file counts whatever its ending; in folders and patterns, hidden files and those without
-    the ending of an image do not. Raises UserError for an argument that names no image.
+    A named file counts whatever its ending, and even if it is hidden.
     """
     paths: dict[str, str] = {}  # by the file they lead to
     for argument in photos:
@@ -141,11 +140,7 @@ def _refuse(error: OSError) -> None:
 def predict(
     predictor: Predictor, paths: Sequence[str], target_accuracy: float = 0.95, batch_size: int = 64
 ) -> Iterator[dict[str, str | float]]:
-    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value.
-
-    A file that cannot be read has a row with its `error`; an answer below the review threshold of
-    the target accuracy has `review` "yes".
-    """
+    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value."""
     facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
     program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
     size, side = max(1, min(batch_size, len(paths))), facts["image_size"]

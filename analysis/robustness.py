@@ -11,7 +11,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +47,9 @@ def predicted_classes(model: Classifier, images: jax.Array) -> jax.Array:
 
 
 def predict_under(
-    models: dict[Any, Classifier],
-    images: np.ndarray,
-    labels: np.ndarray,
-    corruptions: Sequence[str],
-) -> dict[Any, Outcomes]:
-    """Returns which images, uint8 [N, S, S, 3], each model gets right, bool [N] by condition."""
+    models: dict, images: np.ndarray, labels: np.ndarray, corruptions: Sequence[str]
+) -> dict:
+    """Returns the `Outcomes` bool [N] of models on images uint8 [N, S, S, 3], under equal keys."""
     programs = {name: compiled(model, predicted_classes) for name, model in models.items()}
     outcomes = {name: {} for name in models}
     for condition in [CLEAN, *itertools.product(corruptions, SEVERITIES)]:

@@ -46,10 +46,7 @@ def ranks(maps: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def deletion_and_insertion(
-    predict: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
-    maps: np.ndarray,
-    targets: np.ndarray,
+    predict: Callable, images: np.ndarray, maps: np.ndarray, targets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the target's probability [N, STEPS + 1] while pixels go, and while they return."""
     rank, blur = ranks(maps)[..., None], blurred(images)

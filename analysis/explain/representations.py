@@ -36,10 +36,7 @@ def first_filters(model: Classifier) -> np.ndarray:
         if kernel.ndim == 2 and kernel.shape[0] == 3 * side * side:
             filters.append(kernel.T.reshape(-1, side, side, 3))
     if not filters:
-        raise NothingToShow(
-            "the first layer of this model has no weights on the image: choose a model that is "
-            "trained by gradient"
-        )
+        raise NothingToShow("the first layer has no weights on the image: choose another model")
     return filters[0][..., ::-1] if model.preprocessing.channels == "bgr" else filters[0]
 
 
