@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from absl import flags
 from matplotlib import pyplot as plt
 from ml_collections import config_flags
@@ -35,35 +36,29 @@ NEAR_LIMIT = 100_000  # images; comparing all pairs of more would take too long
 
 
 def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
-    """Returns everything the audit knows, as plain values for JSON.
+    """Returns the findings on N images and their parts, as plain values for JSON.
 
-    These are numbers of images by part and class, sizes, modes, value range and imbalance; files
-    that are unreadable or no image; and groups of ids: `exact_duplicates` (all of them), of which
-    `label_conflicts` lie in several classes and `leaks` in several parts, and `near_duplicates`.
-    Images left out by a config count as neither leak nor conflict.
-
-    Args:
-      listing: N images.
-      decoded: their facts.
-      parts: the part of each image.
+    Duplicates are groups of ids: `label_conflicts` and `leaks` are those `exact_duplicates` that
+    lie in several classes or parts. Images left out by a config count as neither.
     """
     ids, labels = np.array(listing.ids, object), listing.labels
-    readable = np.array([not error for error in decoded.errors])
-    facts = decoded.facts[readable]
-    exact = exact_duplicates(decoded)
+    part_of, readable = np.array(parts, object), np.array(decoded.errors) == ""
+    facts, exact = decoded.facts[readable], exact_duplicates(decoded)
     near = near_duplicates(decoded, exact)
 
     def named(groups: list[np.ndarray]) -> list[list[str]]:
         return [sorted(ids[group].tolist()) for group in groups]
 
-    def across(groups: list[np.ndarray], values: Sequence) -> list[np.ndarray]:
-        used = [np.array([i for i in group if parts[i] != LEFT_OUT]) for group in groups]
-        return [group for group in used if len({values[i] for i in group}) > 1]
+    def across(groups: list[np.ndarray], values: Sequence) -> list[list[str]]:
+        used = [group[part_of[group] != LEFT_OUT] for group in groups]
+        return named([group for group in used if len({values[i] for i in group}) > 1])
 
-    order = [part for part in (*PARTS, "all", LEFT_OUT) if part in parts]
-    counts = {part: dict.fromkeys(listing.class_names, 0) for part in order}
-    for i in np.flatnonzero(readable):
-        counts[parts[i]][listing.class_names[labels[i]]] += 1
+    counts, imbalance = {}, {}
+    for part in [part for part in (*PARTS, "all", LEFT_OUT) if part in parts]:
+        inside = labels[readable & (part_of == part)]
+        numbers = np.bincount(inside, minlength=len(listing.class_names)).tolist()
+        counts[part] = dict(zip(listing.class_names, numbers, strict=True))
+        imbalance[part] = max(numbers) / min(numbers) if min(numbers) else None
     sizes = Counter(f"{fact['width']}x{fact['height']}" for fact in facts)
     modes = Counter(decoded.modes[i] for i in np.flatnonzero(readable))
     constant = decoded.facts["low"] == decoded.facts["high"]
@@ -71,7 +66,7 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         "images": len(ids),
         "class_names": listing.class_names,
         "counts": counts,
-        "imbalance": {part: _imbalance(by_class) for part, by_class in counts.items()},
+        "imbalance": imbalance,
         "sizes": dict(sizes.most_common(20)),
         "distinct_sizes": len(sizes),
         "modes": dict(modes.most_common()),
@@ -81,28 +76,18 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         "reasons": {ids[i]: decoded.errors[i] for i in np.flatnonzero(~readable)},
         "not_images": listing.strays,
         "exact_duplicates": named(exact),
-        "label_conflicts": named(across(exact, labels)),
-        "leaks": named(across(exact, parts)),
+        "label_conflicts": across(exact, labels),
+        "leaks": across(exact, parts),
         "near_duplicates": named(near),
-        "near_leaks": named(across(near, parts)),
+        "near_leaks": across(near, parts),
         "near_duplicates_checked": len(ids) <= NEAR_LIMIT,
     }
 
 
-def _imbalance(by_class: dict[str, int]) -> float | None:
-    """Returns the largest class count divided by the smallest."""
-    low = min(by_class.values())
-    return max(by_class.values()) / low if low else None
-
-
 def near_duplicates(decoded: Decoded, exact: list[np.ndarray]) -> list[np.ndarray]:
-    """Returns groups of rows that look alike but are not the same pixels.
-
-    Two images are alike if their perceptual hashes and their thumbnails both are; exact copies are
-    represented by the first of them.
-    """
-    copies = {row for group in exact for row in group[1:]}
-    rows = np.array([i for i, e in enumerate(decoded.errors) if not e and i not in copies], int)
+    """Returns groups of rows whose hashes and thumbnails are alike; of exact copies, the first."""
+    copies = [row for group in exact for row in group[1:]]
+    rows = np.setdiff1d(np.flatnonzero(np.array(decoded.errors) == ""), copies)
     if not 2 <= len(rows) <= NEAR_LIMIT:
         return []
     bits = np.unpackbits(decoded.facts["hash"][rows, None].view(np.uint8), axis=1)  # [n, 64]
@@ -119,9 +104,7 @@ def near_duplicates(decoded: Decoded, exact: list[np.ndarray]) -> list[np.ndarra
     left, right = np.concatenate(pairs, axis=1)
     graph = coo_array((np.ones(len(left)), (left, right)), shape=(len(rows), len(rows)))
     _, group = connected_components(graph, directed=False)
-    members = np.argsort(group, kind="stable")
-    groups = np.split(rows[members], np.flatnonzero(np.diff(group[members])) + 1)
-    return [np.sort(rows) for rows in groups if len(rows) > 1]
+    return [x.to_numpy() for _, x in pd.Series(rows).groupby(group) if len(x) > 1]
 
 
 def describe(findings: dict) -> str:
@@ -152,8 +135,7 @@ def describe(findings: dict) -> str:
         ("near_duplicates", "groups of near duplicates"),
         ("near_leaks", "of them across parts"),
     ):
-        if findings[key]:
-            first = findings[key][0]
+        for first in findings[key][:1]:
             first = first if isinstance(first, str) else " = ".join(first[:3])
             first += f": {findings['reasons'][first]}" if key == "unreadable" else ""
             lines.append(f"  {len(findings[key])} {what}, such as {first}")
@@ -167,16 +149,15 @@ def describe(findings: dict) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(listing: Listing, decoded: Decoded, path: Path, columns: int = 10) -> None:
+def contact_sheet(listing: Listing, decoded: Decoded, path: Path) -> None:
     """Draws a row of samples a class, chosen evenly over its files; up to 20 classes."""
-    readable = np.array([not error for error in decoded.errors])
-    names = listing.class_names[:20]
+    readable = np.array(decoded.errors) == ""
+    names, columns = listing.class_names[:20], 10
     figure, axes = small_multiples(len(names) * columns, columns, (1, 1.05))
     for axis in axes:
         axis.axis("off")
     for label, name in enumerate(names):
-        row = axes[label * columns :]
-        rows = np.flatnonzero((listing.labels == label) & readable)
+        rows, row = np.flatnonzero((listing.labels == label) & readable), axes[label * columns :]
         for axis, place in zip(row, evenly_spaced(len(rows), columns), strict=False):
             axis.imshow(decoded.images[rows[place]])
         row[0].set_title(literal(name), loc="left", fontsize=9, pad=2)
@@ -204,19 +185,22 @@ def main(argv: list[str]) -> int:
     """Audits a folder, or the data of a config; returns the exit code."""
     config, usage = CONFIG.value, "analysis.audit DATA_DIR | --config=configs/..."
     given = arguments(argv, usage, least=config is None, most=config is None)
-    if config is None:
-        config = base.get_config()
-        config.data.path, config.data.image_size = given[0], 128
-        output = OUTPUT.value or f"runs/audit/{Path(given[0]).resolve().name}"
-        listing = list_source(config.data)
-        decoded = decode_all(listing, config.data, config.runtime.cache_dir)
-        parts = [part or "all" for part in listing.parts]
-        findings = _write(listing, decoded, parts, Path(output))
-    else:
+    if config is not None:
         config = expand(config, config_overrides(CONFIG))[0].config
         config.data.unreadable = "skip"
-        output = OUTPUT.value or f"runs/audit/{Path(config.data.path or config.data.source).name}"
-        findings = write_audit(load_dataset(config.data, config.runtime.cache_dir), Path(output))
+        name = Path(config.data.path or config.data.source).name
+    else:
+        config = base.get_config()
+        config.data.path, config.data.image_size = given[0], 128
+        name = Path(given[0]).resolve().name
+    data, cache_dir = config.data, config.runtime.cache_dir
+    output = Path(OUTPUT.value or f"runs/audit/{name}")
+    if given:
+        listing = list_source(data)
+        parts = [part or "all" for part in listing.parts]
+        findings = _write(listing, decode_all(listing, data, cache_dir), parts, output)
+    else:
+        findings = write_audit(load_dataset(data, cache_dir), output)
     print(f"{describe(findings)}\ncontact sheet: {output}/contact_sheet.png")
     if JSON.value:
         try:

@@ -3,8 +3,8 @@
     python -m analysis.benchmark --config=configs/folder.py:resnet18 --config.data.path=DATA \
         --config.weights=WEIGHTS --config.phases=head
 
-Trains the first run of the experiment with and without stored features, after one epoch of each
-that compiles the programs. Prints seconds, their ratio, and test accuracies, which should agree.
+Trains the first run with and without stored features, after an epoch of each that compiles the
+programs. Prints seconds, their ratio, and test accuracies, which should agree.
 """
 
 import tempfile
@@ -41,10 +41,11 @@ def main(argv: list[str]) -> int:
             if stored and not any(phase["stored_features"] for phase in summary["phases"]):
                 raise UserError("no phase of this run can store features: try --config.phases=head")
             measured[stored] = seconds = summary["cost"]["seconds"]
-            steps, accuracy = summary["steps"], summary["metrics"]["test"]["accuracy"]
-            print(
-                f"{name}: {seconds:.1f} s, {steps} steps, test accuracy {accuracy:.4f}", flush=True
+            accuracy = summary["metrics"]["test"]["accuracy"]
+            text = (
+                f"{name}: {seconds:.1f} s, {summary['steps']} steps, test accuracy {accuracy:.4f}"
             )
+            print(text, flush=True)
     device = summary["cost"]["device"]
     print(f"{measured[False] / measured[True]:.1f} times faster with stored features ({device})")
     return 0

@@ -8,9 +8,6 @@ the validation loss over a tenth of all evaluations (at least 3). The rules, in 
   epoch is in the last quarter, and early stopping did not end the run;
 * overfits: the late training accuracy lies 10 points above the late validation accuracy;
 * stopped improving: none of these.
-
-The thresholds are rules of thumb. Training metrics are measured while the weights move, under
-augmentation, dropout and label smoothing: the true gap is usually larger than the one given here.
 """
 
 import math
@@ -43,10 +40,9 @@ class Diagnosis:
 
 
 def read_curve(lines: list[dict]) -> pd.DataFrame:
-    """Returns a row per evaluation: epoch, phase, loss and accuracy of training and validation.
+    """Returns epoch, phase, loss and accuracy of every evaluation that has training before it.
 
-    Training values are means since the evaluation before, weighted by steps. An evaluation without
-    training before it, and training without an evaluation after it, are left out.
+    Training values are means since the evaluation before, weighted by steps.
     """
     rows, since, last_step = [], [], 0
     for line in lines:
@@ -112,27 +108,24 @@ def diagnosis_table(groups: Groups) -> Table:
     """Returns a row per model: the verdict on each seed, and means over seeds."""
     rows = []
     for label, runs in groups.items():
-        diagnoses = [diagnose(run) for run in runs]
-        seeds: dict[str, list[str]] = {}
-        for run, diagnosis in zip(runs, diagnoses, strict=True):
-            seeds.setdefault(diagnosis.verdict, []).append(str(run.seed))
-        by_seed = "; ".join(f"{verdict} (seed {', '.join(n)})" for verdict, n in seeds.items())
-        verdict = by_seed if len(seeds) > 1 else diagnoses[0].verdict
-        mean = pd.DataFrame(diagnoses).mean(numeric_only=True)  # leaves out NaN
+        diagnoses = pd.DataFrame([diagnose(run) for run in runs], index=[str(r.seed) for r in runs])
+        seeds = diagnoses.groupby("verdict", sort=False).groups.items()
+        by_seed = "; ".join(f"{verdict} (seed {', '.join(of)})" for verdict, of in seeds)
+        verdict = by_seed if len(seeds) > 1 else diagnoses.verdict.iloc[0]
+        mean = diagnoses.mean(numeric_only=True)  # leaves out NaN
         accuracies = mean.training_accuracy, mean.validation_accuracy
-        gaps = accuracies[0] - accuracies[1], mean.late_gap
         cells = [decimal(epoch, 1) for epoch in (mean.epoch, mean.last_epoch)]
         cells += [percent(accuracy, 1) for accuracy in accuracies]
-        rows.append([label, verdict, *cells, *(points(gap, 1) for gap in gaps)])
+        cells += [points(gap, 1) for gap in (accuracies[0] - accuracies[1], mean.late_gap)]
+        rows.append([label, verdict, *cells])
     columns = ["model", "verdict", "best epoch", "last epoch", "training acc. %"]
     columns += ["validation acc. %", "gap, points", "gap at the end, points"]
     caption = (
-        "What the learning curves say; numbers are means over seeds. Accuracies and their gap "
-        "(training minus validation) are those of the best epoch, the one of the lowest validation "
-        "loss, whose weights are kept. Training accuracy is measured under augmentation and "
-        "dropout, so the true gap is usually larger. Overfits: the validation loss ends more "
-        f"than {RISE:.0%} above its lowest, or the gap ends above {100 * GAP:.0f} points. Still "
-        "improving: the validation loss fell to the last, so more epochs may help. Stopped "
-        "improving: neither. These limits are rules of thumb."
+        "What the learning curves say; numbers are means over seeds. Accuracies and their gap are "
+        "those of the best epoch, of the lowest validation loss, whose weights are kept. Training "
+        "accuracy is measured under augmentation and dropout, so the true gap is usually larger. "
+        f"Overfits: the validation loss ends more than {RISE:.0%} above its lowest, or the gap "
+        f"ends above {100 * GAP:.0f} points. Still improving: the validation loss fell to the "
+        "last, so more epochs may help. Stopped improving: neither. Limits are rules of thumb."
     )
     return Table(columns, rows, caption)

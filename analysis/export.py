@@ -5,19 +5,20 @@
 
 model.safetensors holds the weights, and in its metadata how photos become the model's input and
 logits become answers; `--config.weights=archcompare:FILE` reads it too. README.md is the model card
-(Mitchell et al. 2019). The folder depends on nothing outside it. Exporting again replaces its
-files.
+(Mitchell et al. 2019). Exporting again replaces both.
 """
 
 import json
+import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
 import numpy as np
 
 from analysis import audit
-from analysis.evaluate import confused_pairs, confusion, evaluate, per_class, softmax
+from analysis.evaluate import classes_of, confused_pairs, confusion_of, evaluate, softmax
 from analysis.predict import CARD, WEIGHTS, Predictor, predictor_of
 from analysis.runs import FinishedRun, load_run, read_audit
 from analysis.uncertainty import wilson
@@ -27,23 +28,19 @@ from models.weights.formats import read_metadata
 from models.weights.own import KEY, arrays_of, write_own
 from models.weights.published import PUBLISHED
 
-CONFIDENT = 0.9  # confidence from which on an error counts as a confident one
+CONFIDENT = 0.9  # the confidence from which the card counts errors
 OWNERS = "to be decided by the owners of the data it was trained on"
-
-# --- writing --------------------------------------------------------------------------------------
 
 
 def export_run(run: FinishedRun, folder: Path) -> None:
-    """Writes model.safetensors and README.md of a complete run into a folder.
-
-    Raises:
-      UserError: the folder holds other things, cannot be written, or the run cannot be read.
-    """
+    """Writes model.safetensors and README.md of a complete run into a folder."""
     _check_folder(folder)
     predictor, weights = predictor_of(run), run.summary.get("weights", "none")
     licence = licence_of(weights)
     card = model_card(run, predictor, licence)
-    known = {"began": _short(weights), "licence": licence, "versions": _versions(run)}
+    about = run.environment
+    versions = {"python": about["python"], **about["packages"], "git_commit": about["git_commit"]}
+    known = {"began": _short(weights), "licence": licence, "versions": versions}
     output_folder(folder, "OUTPUT_DIR")
     write_own(folder / WEIGHTS, arrays_of(predictor.model), predictor.facts | known)
     try:
@@ -53,11 +50,10 @@ def export_run(run: FinishedRun, folder: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a folder in which other things than an earlier export would be overwritten."""
+    """Raises UserError for a folder that holds anything but an earlier export."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a new one")
-    # Hidden files, such as those of a repository to publish from, are in nobody's way.
-    names = sorted(path.name for path in folder.glob("[!.]*"))
+    names = sorted(path.name for path in folder.glob("[!.]*"))  # .git may publish it
     if names and "review_thresholds" not in _facts_in(folder / WEIGHTS):
         raise UserError(
             f"{folder} is not empty and no earlier export (it holds {names[0]!r}): name a new "
@@ -66,61 +62,41 @@ def _check_folder(folder: Path) -> None:
 
 
 def _facts_in(file: Path) -> dict:
-    """Returns the metadata of our own file of weights, {} if it is gone or of somebody else."""
+    """Returns what a file of weights states, {} if it is gone or somebody else's."""
     try:
         return dict(json.loads(read_metadata(file)[KEY]))
     except (UserError, KeyError, ValueError, TypeError):
         return {}
 
 
-def _versions(run: FinishedRun) -> dict:
-    known = run.environment
-    return {"python": known["python"], **known["packages"], "git_commit": known["git_commit"]}
-
-
-# --- the model card -------------------------------------------------------------------------------
-
-
 def licence_of(weights: str) -> str:
-    """Returns the licence that comes with the weights (a name as in `models/pretrained.py`).
-
-    A run is followed back to what it began from, as long as its directory exists.
-    """
+    """Returns the licence of what training began from, followed back through runs that exist."""
     if weights == "none":
         return OWNERS
     if weights in PUBLISHED:
         return PUBLISHED[weights].licence
     family, _, path = weights.partition(":")
-    licence = ""
+    licence = _facts_in(Path(path)).get("licence") if family == "archcompare" else ""
     if family == "run":
-        try:
+        with suppress(OSError, ValueError):  # that run is gone
             summary = json.loads((Path(path) / "summary.json").read_text(encoding="utf-8"))
             licence = licence_of(summary.get("weights", "none"))
-        except (OSError, ValueError):
-            pass  # that run is gone
-    elif family == "archcompare":
-        licence = _facts_in(Path(path)).get("licence")
     return licence or f"unknown: began from {_short(weights)}"
 
 
 def _short(weights: str) -> str:
-    """Returns the name of weights with the end of its path, all that says anything elsewhere."""
+    """Returns the name of weights with no more than the end of its path."""
     family, colon, path = weights.partition(":")
     return f"{family}:{'/'.join(Path(path).parts[-2:])}" if colon else weights
 
 
 def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
-    """Returns README.md: every number in it is computed from the run directory."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": _percent, "text": _markdown}
+    """Returns README.md; every number in it comes from the run directory."""
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %", "text": _markdown}
     weights = run.summary.get("weights", "none")
-    excluded = Counter(reason.partition(":")[0] for reason in run.dataset["excluded"].values())
     return environment.get_template("model_card.md.j2").render(
         run=run,
         model=predictor.model,
@@ -129,21 +105,17 @@ def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
         began="from scratch" if weights == "none" else f"from the weights {_short(weights)}",
         licence=licence,
         licence_id=licence.lower() if licence in ("Apache-2.0", "BSD-3-Clause") else "unknown",
-        fields=dict(predictor.model.fields),
-        excluded=excluded,
+        excluded=Counter(reason.partition(":")[0] for reason in run.dataset["excluded"].values()),
         audit=_audit(run),
-        versions=_versions(run),
         **_results(run, predictor),
     )
 
 
 def _results(run: FinishedRun, predictor: Predictor) -> dict:
     """Returns what the test predictions say, for the model card."""
-    labels, logits = run.test["labels"], run.test["logits"]
-    correct, names = run.correct, run.class_names
-    confidence = softmax(logits, predictor.facts["temperature"]).max(axis=1)
-    counts = confusion(labels, run.predicted, len(names))
-    table = per_class(labels, run.predicted, names).to_dict("records")
+    correct, counts = run.correct, confusion_of(run)
+    confidence = softmax(run.test["logits"], predictor.facts["temperature"]).max(axis=1)
+    table = classes_of(run).to_dict("records")
     for row, right in zip(table, np.diag(counts), strict=True):
         row["interval"] = wilson(right, row["support"])
     trusted = []
@@ -152,43 +124,34 @@ def _results(run: FinishedRun, predictor: Predictor) -> dict:
         accuracy = correct[answered].mean() if answered.any() else None
         trusted.append((entry["target"], entry["confidence"], answered.mean(), accuracy))
     return {
-        "count": len(labels),
+        "count": len(correct),
         "correct": int(correct.sum()),
-        "interval": wilson(correct.sum(), len(labels)),
+        "interval": wilson(correct.sum(), len(correct)),
         "numbers": evaluate(run),
         "classes": table,
         "weakest": min((row for row in table if row["support"]), key=lambda row: row["recall"]),
-        "pairs": [
-            (names[pair.first], names[pair.second], pair.forth, pair.back)
-            for pair in confused_pairs(counts).head(3).itertuples()
-        ],
-        "confident": CONFIDENT,
+        "pairs": list(confused_pairs(counts).head(3).itertuples()),
         "confident_errors": int((~correct & (confidence >= CONFIDENT)).sum()),
         "confident_answers": int((confidence >= CONFIDENT).sum()),
+        "confident": CONFIDENT,
         "trusted": trusted,
     }
 
 
 def _audit(run: FinishedRun) -> str:
-    """Returns the audit of the experiment's data as text, "" if there was none."""
+    """Returns the audit of the workdir as text, "" if there is none."""
     workdir = run.path.resolve().parents[1]
     try:
-        findings = read_audit(workdir)
-        return audit.describe(findings) if findings else ""
+        return audit.describe(findings) if (findings := read_audit(workdir)) else ""
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{workdir}/audit/audit.json cannot be read ({error}): audit the data again"
         ) from error
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _markdown(text: object) -> str:
     """Returns text that Markdown shows as it is, on one line."""
-    line = " ".join(str(text).split())
-    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>|#~$&" else sign for sign in line)
+    return re.sub(r"[\\`*_{}\[\]<>|#~$&]", r"\\\g<0>", " ".join(str(text).split()))
 
 
 def main(argv: list[str]) -> int:

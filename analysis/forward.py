@@ -14,6 +14,7 @@ from configs import base
 from errors import UserError
 from input_pipeline import load_dataset
 from models import Classifier, create_model
+from models.weights.own import read_own
 from training.weights import find_weights
 
 
@@ -35,17 +36,22 @@ def cache_dir_of(run: FinishedRun) -> str:
     return str(path)
 
 
+def classifier_from(file: Path, facts: dict) -> Classifier:
+    """Returns the model, in evaluation mode, of a file of weights and the facts that it states."""
+    return create_model(
+        facts["model"],
+        facts["num_classes"],
+        weights=f"archcompare:{file}",
+        image_size=facts["image_size"],
+        dtype=facts["compute_dtype"],
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
+    )
+
+
 def load_classifier(run: FinishedRun) -> Classifier:
     """Returns the model of a complete run with its best weights, in evaluation mode."""
-    fields = dict(run.summary["model"])
-    return create_model(
-        fields.pop("name"),
-        len(run.class_names),
-        weights=f"archcompare:{find_weights(run.path)}",
-        image_size=run.summary["image_size"],
-        dtype=run.config["compute_dtype"],
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()},
-    )
+    file = find_weights(run.path)
+    return classifier_from(file, read_own(file))
 
 
 def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:

@@ -4,17 +4,16 @@
         [--stage=N] [--images=8 | --images=ID,ID] [--data=PATH] [--output=DIR]
     python -m analysis.gradcam WORKDIR [--method=...] [--images=8] [--data=PATH] [--output=DIR]
 
-Of a run: photo, heat map and both for some of its test images, and the raw maps as .npz. Of a
-workdir: the pictures and tables of the report. Methods: see `analysis/explain/methods.py`.
+Of a run: photo, heat map and both for some test images, and the raw maps as .npz. Of a workdir: the
+pictures and tables of the report. The methods are in `analysis/explain/methods.py`.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from analysis.evaluate import confused_pairs, confusion
+from analysis.evaluate import confused_pairs, confusion_of
 from analysis.explain import faithfulness
 from analysis.explain.heatmaps import ExplainedRun, View, draw_views
 from analysis.explain.methods import METHODS, SMALLEST_MAP
@@ -26,26 +25,19 @@ from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import MODELS
 
-SCORED = 32  # test images of the faithfulness table
-PAIRS = 3  # of confused classes that are shown, with
-EXAMPLES = 2  # images of each direction
 SCALE = "Colour is the share of each map's own maximum; strengths of maps cannot be compared."
 
 
 def gradcam_section(
     groups: Groups, output: Path, count: int, data_path: str = "", method: str = "gradcam"
 ) -> Section:
-    """Returns what the first seed of each model looked at, and how far to trust that.
-
-    Pictures of `count` images in a row are written into `output`. Raises UserError for an unknown
-    method, no image, or data at `data_path` ("": where the runs found it) that is not the runs'.
-    """
+    """Returns what the first seed of each model looked at in `count` images, and its worth."""
     if count < 1:
         raise UserError(f"heat maps of {count} images: at least one is needed")
     title = METHODS[choose("method", method, METHODS)].title
     section = Section("What the models looked at", [f"Heat maps by {title}."], pictures_first=True)
     runs, left_out = _comparable(groups, METHODS[method].kind)
-    rows, scores, resolutions = [], {}, []
+    rows, scores, about = [], {}, {}
     for label, run in runs.items():
         explained = ExplainedRun(run, method, data_path=data_path)
         if explained.only_pixels:
@@ -54,28 +46,34 @@ def gradcam_section(
         if not rows:  # the most accurate one
             votes = np.stack([run.predicted for run in runs.values()])
             chosen = by_disagreement(votes, explained.labels, count)
-            sample = sample_images(explained.labels, SCORED)
+            sample = sample_images(explained.labels, 32)  # whose maps are scored
             rows = [[explained.photo(row) for row in chosen]]
             section.pictures = best_pictures(label, explained, output, method, count)
+            ids = "; ".join(map(str, run.test["ids"][chosen]))
         rows.append(explained.views(chosen, run.predicted[chosen]))
         photos, targets = explained.photos[sample], run.predicted[sample]
         scores[label] = faithfulness.score_maps(explained.model, explained.explain, photos, targets)
-        resolutions.append(explained.resolution)
+        about[label] = run.correct.mean(), explained.resolution
     section.text += [f"{label} is left out: {why}." for label, why in left_out.items()]
     if not rows:
         return section
-    names = [(runs[label].model, runs[label].variant) for label in scores]
-    names = ["\n".join(shortened(part, 18) for part in parts if part) for parts in names]
-    save(draw_views(rows, ["photo", *names]), output / f"{method}_models.png")
-    curves = faithfulness.draw_faithfulness(scores, title, colours(groups))
-    save(curves, output / f"{method}_faithfulness.svg")
-    ids = "; ".join(map(str, run.test["ids"][chosen]))
-    captions = _captions(list(runs), ids, len(sample))
-    models = Picture(f"{method}_models.png", captions[0], wide=True)
-    faithful = Picture(f"{method}_faithfulness.svg", captions[1], wide=True)
-    section.pictures = [models, *section.pictures, faithful]
-    accuracies = [runs[label].correct.mean() for label in scores]
-    section.tables = [faithfulness.score_table(scores, accuracies, resolutions)]
+    names = ["photo"]
+    for run in (runs[label] for label in scores):
+        names.append("\n".join(shortened(x, 18) for x in (run.model, run.variant) if x))
+    models, curves = f"{method}_models.png", f"{method}_faithfulness.svg"
+    save(draw_views(rows, names), output / models)
+    save(faithfulness.draw_faithfulness(scores, title, colours(groups)), output / curves)
+    captions = (
+        "The same test images through every model, each with the class it predicts and its "
+        f"confidence; ✓ right, ✗ wrong. First those on which {', '.join(runs)} disagree most, then "
+        f"those on which all agree, spread over the true classes. {SCALE} Files: {ids}.",
+        "How fast the probability of the predicted class falls while pixels are blurred in the "
+        f"order of the map, and rises while they return: mean over {len(sample)} test images, "
+        "spread over the classes. Dotted: in random order.",
+    )
+    first, last = Picture(models, captions[0], wide=True), Picture(curves, captions[1], wide=True)
+    section.pictures = [first, *section.pictures, last]
+    section.tables = [faithfulness.score_table(scores, about)]
     section.data = {label: faithfulness.summarise(values) for label, values in scores.items()}
     return section
 
@@ -91,19 +89,6 @@ def _comparable(groups: Groups, kind: str) -> tuple[dict[str, FinishedRun], dict
         else:
             runs[label] = run
     return runs, left_out
-
-
-def _captions(labels: list[str], ids: str, scored: int) -> tuple[str, str]:
-    """Returns what is seen in the pictures of all models: their maps, and the curves."""
-    return (
-        "The same test images through every model, each with the class it predicts and its "
-        f"confidence; ✓ right, ✗ wrong. First those on which {', '.join(labels)} disagree most, "
-        "then as many on which all of them agree; both are spread over the true classes, and ties "
-        f"are drawn with a fixed seed. {SCALE} Files: {ids}.",
-        "How fast the probability of the predicted class falls while pixels are blurred in the "
-        f"order of the map, and rises while they return: mean over {scored} test images, spread "
-        "over the classes. Dotted: in random order.",
-    )
 
 
 def best_pictures(
@@ -124,39 +109,29 @@ def best_pictures(
     save(_draw_confused(explained), output / confused)
     captions = (
         f"{label}, the most accurate model with maps: test images that it predicts rightly and "
-        "wrongly, the most confident of each true class. Maps are of the predicted class. "
-        f"{SCALE}",
+        f"wrongly, the most confident of each true class. Maps are of the predicted class. {SCALE}",
         f"{label}: its most confused pairs of classes, in both directions, with the most confident "
-        "errors. Each photo is followed by the map for the predicted class and the map for the "
-        f"true one. {SCALE}",
+        f"errors. After each photo, the maps for the predicted class and for the true one. {SCALE}",
     )
     return [Picture(right_wrong, captions[0], wide=True), Picture(confused, captions[1], wide=True)]
 
 
 def _draw_confused(explained: ExplainedRun) -> plt.Figure:
     labels, predicted = explained.labels, explained.run.predicted
-    counts = confusion(labels, predicted, len(explained.run.class_names))
     rows, names = [], []
-    for pair in confused_pairs(counts).head(PAIRS).itertuples():
+    for pair in confused_pairs(confusion_of(explained.run)).head(3).itertuples():
         for true, taken in ((pair.first, pair.second), (pair.second, pair.first)):
             errors = np.flatnonzero((labels == true) & (predicted == taken))
             if not len(errors):
                 continue
-            chosen, views = explained.surest(errors)[:EXAMPLES], []
+            chosen, views = explained.surest(errors)[:2], []
             both = [explained.views(chosen, np.full(len(chosen), c)) for c in (taken, true)]
             for row, *heats in zip(chosen, *both, strict=True):
                 views += [explained.photo(row), *heats]
-            rows.append(views + [None] * (3 * EXAMPLES - len(views)))
-            name = f"{explained.name(true)}\nas {explained.name(taken)}"
-            names.append(f"{name}\n({len(errors)} images)")
+            rows.append(views + [None] * (6 - len(views)))
+            number = "one image" if len(errors) == 1 else f"{len(errors)} images"
+            names.append(f"{explained.name(true)}\nas {explained.name(taken)}\n({number})")
     return draw_views(rows, names)
-
-
-def choose_targets(run: FinishedRun, rows: Sequence[int], target: str) -> np.ndarray:
-    """Returns int [n], the class to explain of each row: "predicted", "true", or a class's name."""
-    if target in ("predicted", "true"):
-        return (run.predicted if target == "predicted" else run.test["labels"])[rows]
-    return np.full(len(rows), run.class_names.index(choose("target", target, run.class_names)))
 
 
 def explain_run(
@@ -168,15 +143,18 @@ def explain_run(
     stage: int | None = None,
     data_path: str = "",
 ) -> tuple[Path, str]:
-    """Writes photo, heat map and both of some test images, and the raw maps.
+    """Writes photo, heat map and both of some test images, and their raw maps [n, S, S] as .npz.
 
-    Files are <method>.png and <method>.npz (maps [n, S, S], ids, targets, stage). Returns the path
-    of the picture, and what the maps are of.
+    Returns the path of the picture, and what the maps are of.
     """
     choose("method", method, METHODS)
     rows, title = find_images(run, images), METHODS[method].title
     explained = ExplainedRun(run, method, stage, data_path)
-    targets = choose_targets(run, rows, target)
+    if target in ("predicted", "true"):
+        targets = (run.predicted if target == "predicted" else run.test["labels"])[rows]
+    else:
+        choose("target", target, run.class_names)
+        targets = np.full(len(rows), run.class_names.index(target))
     views = explained.views(rows, targets)
     cells = [
         [explained.photo(row), View(f"{title}\nof {explained.name(number)}", heat=view.heat), view]
@@ -197,7 +175,7 @@ def explain_run(
 
 
 def main(argv: list[str]) -> int:
-    """Explains a run, or compares the models of a workdir; returns the exit code."""
+    """Explains a run, or compares the models of a workdir."""
     usage = "analysis.gradcam RUN_OR_WORKDIR [--method=gradcam] ..."
     path = Path(arguments(argv, usage)[0]).expanduser()
     if (path / "config.json").exists():

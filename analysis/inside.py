@@ -7,6 +7,7 @@ Of a workdir, filters, curves and cka show every model, predictions the best one
 best one that has feature maps.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +25,11 @@ from analysis.runs import FinishedRun, Groups, chosen_runs, evenly_spaced, group
 from errors import choose
 from experiment.command import arguments, output_folder, run_command
 from experiment.files import plain
-from models import Classifier
 
 PARTS = ("filters", "features", "predictions", "curves", "cka")
 PREDICTIONS = 12  # test images with predictions
-CHANNELS = 16  # of feature maps
 NAMED = 12  # classes whose templates bear their names, at most
 RIGHT, WRONG, OTHER = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind readers too
-
-
-# --- drawing --------------------------------------------------------------------------------------
 
 
 def as_colours(filters: np.ndarray) -> np.ndarray:
@@ -54,17 +50,15 @@ def mosaic(tiles: np.ndarray, columns: int, gap: int) -> np.ndarray:
 def draw_filters(filters: dict[str, np.ndarray], names: dict[str, list[str]]) -> plt.Figure:
     """Draws a mosaic of the strongest filters [N, h, w, 3] of each model, with names if given."""
     shown = {label: representations.strongest(weights) for label, weights in filters.items()}
-    columns = {label: min(len(x), 6 if label in names else 16) for label, x in shown.items()}
-    heights = [
-        8 * -(-len(x) // columns[label]) / columns[label] + 0.4 for label, x in shown.items()
-    ]
+    columns = [min(len(tiles), 6 if label in names else 16) for label, tiles in shown.items()]
+    heights = [8 * -(-len(x) // n) / n + 0.4 for x, n in zip(shown.values(), columns, strict=True)]
     figure, axes = plt.subplots(
         len(filters), 1, figsize=(8, sum(heights)), squeeze=False, height_ratios=heights
     )
-    for axis, (label, tiles) in zip(axes.flat, shown.items(), strict=True):
+    for axis, across, (label, tiles) in zip(axes.flat, columns, shown.items(), strict=True):
         count, side = len(filters[label]), tiles.shape[1]
         gap = max(1, side // 16)
-        axis.imshow(mosaic(as_colours(tiles), columns[label], gap), interpolation="nearest")
+        axis.imshow(mosaic(as_colours(tiles), across, gap), interpolation="nearest")
         axis.axis("off")
         what = "class templates" if label in names else "filters"
         title = f"{literal(label)}: {len(tiles)} {what} of {side}×{side} pixels"
@@ -72,15 +66,15 @@ def draw_filters(filters: dict[str, np.ndarray], names: dict[str, list[str]]) ->
         axis.set_title(title, loc="left", fontsize=10)
         box = {"color": "white", "alpha": 0.75, "pad": 1, "linewidth": 0}
         for i, name in enumerate(names.get(label, [])):
-            place = np.array([i % columns[label], i // columns[label]]) * (side + gap) + 0.03 * side
+            place = np.array([i % across, i // across]) * (side + gap) + 0.03 * side
             axis.text(*place, literal(shortened(name)), fontsize=8, va="top", bbox=box)
     figure.tight_layout()
     return figure
 
 
 def draw_feature_maps(maps: np.ndarray, image: np.ndarray, title: str) -> plt.Figure:
-    """Draws an image, and the channels of the highest mean of maps [h, w, C], on one scale."""
-    chosen = np.argsort(-maps.mean(axis=(0, 1)), kind="stable")[:CHANNELS]
+    """Draws an image, and the 16 channels of the highest mean of maps [h, w, C], on one scale."""
+    chosen = np.argsort(-maps.mean(axis=(0, 1)), kind="stable")[:16]
     columns = min(8, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = plt.figure(figsize=(2.8 + 1.15 * columns, max(3.0, 1.35 * rows)), layout="constrained")
@@ -103,7 +97,7 @@ def draw_feature_maps(maps: np.ndarray, image: np.ndarray, title: str) -> plt.Fi
     return figure
 
 
-def draw_predictions(run: FinishedRun, images: np.ndarray, rows: np.ndarray) -> plt.Figure:
+def draw_predictions(run: FinishedRun, images: np.ndarray, rows: Sequence[int]) -> plt.Figure:
     """Draws test images with their true class, right or wrong, and the three likeliest classes."""
     labels, probabilities = run.test["labels"][rows], softmax(run.test["logits"][rows])
     names = [literal(shortened(name)) for name in run.class_names]
@@ -130,25 +124,22 @@ def draw_predictions(run: FinishedRun, images: np.ndarray, rows: np.ndarray) -> 
     return figure
 
 
-# --- the parts ------------------------------------------------------------------------------------
-
-
-def add_similarity(section: Section, groups: Groups, output: Path, data_path: str) -> None:
-    """Adds inspect_cka.svg and its numbers; raises NothingToShow of a single representation."""
+def picture_similarity(section: Section, groups: Groups, output: Path, data_path: str) -> Picture:
+    """Writes inspect_cka.svg; adds its numbers to the section."""
     similarity = representations.compare_representations(groups, data_path)
     if np.isnan(similarity.matrix).all():
         raise NothingToShow("representations need two models, or two seeds of one, to be compared")
     save(representations.draw_similarity(similarity), output / "inspect_cka.svg")
     caption = (
         f"How alike the last features are on {similarity.images} test images: linear CKA, debiased "
-        "(1: the same but for rotation and scale; 0: unrelated). First seed of every model; on the "
-        "diagonal two seeds of one model, “–” where there is but one. Features are averaged over "
-        "places; “pixels” stands for models that have no features before their classifier."
+        "(1: the same but for rotation and scale; 0: unrelated), of first seeds; on the diagonal, "
+        "of two seeds of one model, “–” where there is but one. Features are averaged over places; "
+        "“pixels” stands for models without features before their classifier."
     )
-    section.pictures.append(Picture("inspect_cka.svg", caption))
     section.text.append(representations.describe(similarity))
     matrix = plain(similarity.matrix.tolist())
     section.data["cka"] = {"labels": similarity.labels, "matrix": matrix}
+    return Picture("inspect_cka.svg", caption)
 
 
 def picture_filters(groups: Groups, output: Path) -> Picture:
@@ -166,49 +157,47 @@ def picture_filters(groups: Groups, output: Path) -> Picture:
         raise NothingToShow(f"{', '.join(groups)}: no weights on the image; choose another model")
     save(draw_filters(filters, names), output / "inspect_filters.png")
     caption = (
-        "Weights of the first layer, first seed, as colour images. Each is scaled by its own "
-        "largest weight: grey is zero, brighter is positive, darker negative. Filters of dense "
-        "layers are as large as the image."
+        "Weights of the first layer, first seed, scaled by the largest of each: grey is zero, "
+        "brighter positive, darker negative. Filters of dense layers are as large as the image."
     )
     return Picture("inspect_filters.png", caption, wide=True, pixelated=True)
 
 
 def picture_predictions(
-    label: str, run: FinishedRun, rows: np.ndarray, output: Path, data_path: str
+    groups: Groups, output: Path, data_path: str, image_id: str, count: int
 ) -> Picture:
-    """Writes inspect_predictions.png, of some rows of the test images."""
+    """Writes inspect_predictions.png, of the first model and one image or several."""
+    label, (run, *_) = next(iter(groups.items()))
+    ids = run.test["ids"]
+    rows = [find_image(run, image_id)] if image_id else evenly_spaced(len(ids), count)
     photos = load_test_images(run, data_path)[rows]
     save(draw_predictions(run, photos, rows), output / "inspect_predictions.png")
     caption = (
         f"Predictions of {label}, seed {run.seed}: true class, right or wrong, and the three "
-        "likeliest classes; blue is the true one. Files: "
-        f"{'; '.join(map(str, run.test['ids'][rows]))}."
+        f"likeliest classes; blue is the true one. Files: {'; '.join(map(str, ids[rows]))}."
     )
     return Picture("inspect_predictions.png", caption, wide=True)
-
-
-def _first_with_maps(groups: Groups) -> tuple[str, FinishedRun, Classifier, int]:
-    for label, (run, *_) in groups.items():
-        model = load_classifier(run)
-        stage = representations.telling_stage(model, run.summary["image_size"])
-        if stage is not None:
-            return label, run, model, stage
-    raise NothingToShow(f"no stage of {', '.join(groups)} returns a feature map: choose a CNN")
 
 
 def picture_features(
     groups: Groups, output: Path, data_path: str, stage: int | None, image_id: str
 ) -> Picture:
     """Writes inspect_features.png, of the first model with maps; by default of the middle image."""
-    label, run, model, default = _first_with_maps(groups)
+    for run, *_ in groups.values():
+        model = load_classifier(run)
+        default = representations.telling_stage(model, run.summary["image_size"])
+        if default is not None:
+            break
+    else:
+        raise NothingToShow(f"no stage of {', '.join(groups)} returns a feature map: choose a CNN")
     row = find_image(run, image_id) if image_id else len(run.test["ids"]) // 2
     image = load_test_images(run, data_path)[row]
     stage = default if stage is None else stage
     maps = representations.feature_maps(model, image, stage)
-    title = f"{label}, stage {stage} (of 0 to {len(model.stages) - 1})"
+    title = f"{run.label}, stage {stage} (of 0 to {len(model.stages) - 1})"
     save(draw_feature_maps(maps, image, title), output / "inspect_features.png")
     caption = (
-        f"Feature maps of {label}, seed {run.seed}, for {run.test['ids'][row]}: the output of "
+        f"Feature maps of {run.label}, seed {run.seed}, for {run.test['ids'][row]}: the output of "
         f"stage {stage} (counted from 0); the channels of the highest mean activation, by number."
     )
     return Picture("inspect_features.png", caption, wide=True, pixelated=True)
@@ -225,32 +214,24 @@ def add_part(
     count: int = PREDICTIONS,
 ) -> None:
     """Adds one of `PARTS` to a section; raises NothingToShow where the models have no such part."""
-    best, (run, *_) = next(iter(groups.items()))
     match part:
         case "curves":
             runs = [run for group in groups.values() for run in group]
             section.text += [f"{run.name}: {diagnose(run).sentence}" for run in runs]
+            return
         case "cka":
-            add_similarity(section, groups, output, data_path)
+            picture = picture_similarity(section, groups, output, data_path)
         case "filters":
-            section.pictures.append(picture_filters(groups, output))
+            picture = picture_filters(groups, output)
         case "features":
-            options = (data_path, stage, image_id)
-            section.pictures.append(picture_features(groups, output, *options))
+            picture = picture_features(groups, output, data_path, stage, image_id)
         case "predictions":
-            rows = evenly_spaced(len(run.test["ids"]), count)
-            rows = np.array([find_image(run, image_id)]) if image_id else rows
-            section.pictures.append(picture_predictions(best, run, rows, output, data_path))
-
-
-# --- the report and the command -------------------------------------------------------------------
+            picture = picture_predictions(groups, output, data_path, image_id, count)
+    section.pictures.append(picture)
 
 
 def inspect_section(groups: Groups, output: Path, data_path: str = "") -> Section:
-    """Returns the chapter on what is inside the models, the best first, and writes its pictures.
-
-    Raises UserError if the images at `data_path` ("": where the runs found them) are not the runs'.
-    """
+    """Returns the chapter on what is inside the models, and writes its pictures."""
     section = Section("Looking inside")
     for part in ("cka", "predictions", "filters", "features"):
         try:

@@ -2,15 +2,11 @@
 
     python -m analysis.predict MODEL PHOTOS... --output=predictions.csv
 
-MODEL is the directory of a complete run, a folder that `python -m analysis.export` wrote, or the
-model.safetensors in it. PHOTOS are image files, folders, or quoted patterns such as
-'photos/**/*.jpg'. The table has a row an image: the three likeliest classes with their confidences,
-whether to review the answer, and what is wrong with a file that cannot be read. Confidences are
-probabilities after temperature scaling, fitted on the run's validation images alone; an answer is
-to be reviewed if its confidence is below the one that gave --target_accuracy on those images.
-Photos unlike the training images may get confident wrong answers.
-
-Exit codes: 0 every image was read, 1 some could not be, 2 a mistake in the command.
+MODEL is the directory of a complete run, or what `python -m analysis.export` wrote. PHOTOS are
+image files, folders, or quoted patterns such as 'photos/**/*.jpg'. Confidences are probabilities
+after temperature scaling; an answer is to be reviewed if its confidence is below the one that gave
+--target_accuracy on the run's validation images. Photos unlike the training images may get
+confident wrong answers. Exit codes: 0 every image was read, 1 some could not be, 2 a mistake.
 """
 
 import csv
@@ -19,7 +15,7 @@ import math
 import os
 import sys
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,19 +24,18 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from analysis.evaluate import choose_threshold, fit_temperature, softmax
-from analysis.forward import compiled
+from analysis.forward import classifier_from, compiled
 from analysis.runs import FinishedRun, load_run
 from data.decoding import resize, to_rgb
 from data.sources import SUFFIXES
 from errors import UserError
 from experiment.command import arguments, run_command
 from experiment.files import plain
-from models import Classifier, create_model
+from models import Classifier
 from models.weights.own import read_own
 from training.weights import find_weights
 
@@ -49,21 +44,13 @@ TARGETS = (0.9, 0.95, 0.99)  # accuracies that an export knows review thresholds
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
 COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error")
 
-# --- which model ----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Predictor:
-    """A trained classifier and the facts in its file of weights.
-
-    Attributes:
-      model: in evaluation mode.
-      facts: as `training.weights.save_weights` states them, and two that are fitted on validation
-        images: `temperature`, which divides logits before softmax, and `review_thresholds`.
-    """
+    """A trained classifier, and what is known of its input and output."""
 
     model: Classifier
-    facts: dict
+    facts: dict  # of `training.weights.save_weights`, and `temperature` and `review_thresholds`
 
     def threshold(self, target: float) -> float:
         """Returns the confidence below which to review answers, for this accuracy of the others."""
@@ -77,11 +64,7 @@ class Predictor:
 
 
 def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
-    """Returns the classifier of a run directory, an exported folder, or the file of weights in it.
-
-    Raises:
-      UserError: it is none of them, is damaged, or has no threshold for `target_accuracy`.
-    """
+    """Returns the classifier of a run directory, or of an exported folder or its weights."""
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         if (path / CARD).exists():
@@ -110,35 +93,27 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
             "or export the run again"
         )
     del facts["arrays"]
-    model = create_model(
-        facts["model"],
-        facts["num_classes"],
-        weights=f"archcompare:{file}",
-        image_size=facts["image_size"],
-        dtype=facts["compute_dtype"],
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
-    )
-    return Predictor(model, facts)
-
-
-# --- which files ----------------------------------------------------------------------------------
+    return Predictor(classifier_from(file, facts), facts)
 
 
 def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
-    """Returns the paths of images that arguments name, each file once, in their order.
+    """Returns the paths of images that files, folders and patterns name, each file once, in order.
 
-    An argument is a file, whatever its ending; a folder, for every file with the ending of an image
-    in it and, if `recursive`, in its folders, hidden ones aside; or a pattern with *, ?, [...], and
-    ** for any folders. Raises UserError where it does not exist, matches nothing or holds no image.
+    A named file counts whatever its ending, and even if it is hidden.
     """
     paths: dict[str, str] = {}  # by the file they lead to
     for argument in photos:
-        path = os.path.expanduser(argument)
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        path, images = os.path.expanduser(argument), []
+        named = os.path.exists(path)
+        matches = [path] if named else sorted(glob.glob(path, recursive=True))
         if not matches:
             what = "matches nothing" if glob.has_magic(path) else "does not exist"
             raise UserError(f"{argument} {what}: give images, folders of images, or a pattern")
-        images = [x for match in matches for x in _images_at(match, recursive, match == path)]
+        for match in matches:
+            if os.path.isdir(match):
+                images += _images_in(match, recursive)
+            elif named or _is_image(match):
+                images.append(match)
         if not images:
             endings = " ".join(sorted(SUFFIXES))
             raise UserError(f"{argument} holds no image, that is no file ending in {endings}")
@@ -147,11 +122,7 @@ def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
     return list(paths.values())
 
 
-def _images_at(path: str, recursive: bool, named: bool) -> Iterator[str]:
-    if not os.path.isdir(path):
-        if named or _is_image(path):
-            yield path
-        return
+def _images_in(path: str, recursive: bool) -> Iterator[str]:
     for folder, folders, files in os.walk(path, onerror=_refuse):
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
         yield from (os.path.join(folder, name) for name in sorted(files) if _is_image(name))
@@ -166,80 +137,44 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"cannot list {error.filename}: {error.strerror}") from error
 
 
-# --- predictions ----------------------------------------------------------------------------------
-
-
 def predict(
-    predictor: Predictor,
-    paths: Sequence[str],
-    target_accuracy: float = 0.95,
-    batch_size: int = 64,
+    predictor: Predictor, paths: Sequence[str], target_accuracy: float = 0.95, batch_size: int = 64
 ) -> Iterator[dict[str, str | float]]:
-    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value.
-
-    Two batches are in memory at a time: one is read by threads while the other is classified.
-
-    Args:
-      predictor: as `load_predictor` returns it.
-      paths: of image files; one that cannot be read gets a row with its `error`.
-      target_accuracy: answers below its review threshold have `review` "yes".
-      batch_size: images classified at once.
-    """
+    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value."""
     facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
     program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
-    size, side, names = min(batch_size, len(paths)), facts["image_size"], iter(paths)
-    for decoded in _decoded_batches(facts, paths, size):
-        images = np.zeros((size, side, side, 3), np.uint8)
-        for i, result in enumerate(decoded):
-            if not isinstance(result, str):
-                images[i] = result
-        probabilities = softmax(np.asarray(program(jnp.asarray(images))), facts["temperature"])
-        for result, row in zip(decoded, probabilities, strict=False):
-            cells = (
-                {"review": "yes", "error": result}
-                if isinstance(result, str)
-                else _answer(row, facts["class_names"], threshold)
-            )
-            yield dict.fromkeys(COLUMNS, "") | {"path": next(names)} | cells
-
-
-def _answer(row: np.ndarray, class_names: list[str], threshold: float) -> dict[str, str | float]:
-    """Returns the cells of an image with these probabilities [K]."""
-    cells: dict[str, str | float] = {}
-    best = np.argsort(-row, kind="stable")
-    for (name, confidence), label in zip(RANKS, best, strict=False):
-        cells |= {name: class_names[label], confidence: float(row[label])}
-    return cells | {"review": "no" if row[best[0]] >= threshold else "yes"}
-
-
-def _decoded_batches(
-    facts: dict, paths: Sequence[str], size: int
-) -> Iterator[list[np.ndarray | str]]:
-    """Yields lists of images uint8 [S, S, 3], or of what is wrong with them, one list ahead."""
+    size, side = max(1, min(batch_size, len(paths))), facts["image_size"]
+    decode = partial(_decode, facts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque = deque()
-        for start in range(0, len(paths), size or 1):
-            waiting.append(pool.map(partial(_decode, facts), paths[start : start + size]))
-            if len(waiting) == 2:
-                yield list(waiting.popleft())
-        if waiting:
-            yield list(waiting.popleft())
+        waiting = pool.map(decode, paths[:size])
+        for start in range(0, len(paths), size):
+            decoded = list(waiting)
+            # The next batch is read while this one is classified.
+            waiting = pool.map(decode, paths[start + size : start + 2 * size])
+            images = np.zeros((size, side, side, 3), np.uint8)
+            for i, (image, _) in enumerate(decoded):
+                images[i] = image
+            probabilities = softmax(np.asarray(program(images)), facts["temperature"])
+            for path, (_, error), row in zip(paths[start:], decoded, probabilities, strict=False):
+                sure = not error and row.max() >= threshold
+                cells = {"path": path, "review": "no" if sure else "yes", "error": error}
+                best = [] if error else np.argsort(-row, kind="stable")
+                for (name, confidence), label in zip(RANKS, best, strict=False):
+                    cells |= {name: facts["class_names"][label], confidence: float(row[label])}
+                yield dict.fromkeys(COLUMNS, "") | cells
 
 
-def _decode(facts: dict, path: str) -> np.ndarray | str:
-    """Returns an image as training would see it, without augmentation, or why there is none."""
+def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:
+    """Returns an image as evaluation sees it, and ""; or 0, and why there is none."""
     data = facts["data"]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
             image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]))
         image = resize(image, facts["image_size"], data["resize"], data["interpolation"])
-        return np.asarray(image)
+        return np.asarray(image), ""
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
-        return " ".join(str(error).split()) or type(error).__name__
-
-
-# --- the table ------------------------------------------------------------------------------------
+        return 0, " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
@@ -299,14 +234,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     OUTPUT = flags.DEFINE_string("output", "-", "CSV file of the table; - is standard output")
-    TARGET = flags.DEFINE_float(
-        "target_accuracy",
-        0.95,
-        "Accuracy wanted of answers that nobody reviews; it decides the least confidence, by the "
-        "validation images",
-        lower_bound=0.0,
-        upper_bound=1.0,
-    )
+    goal = "Accuracy, by the validation images, of the answers that nobody reviews"
+    TARGET = flags.DEFINE_float("target_accuracy", 0.95, goal, lower_bound=0, upper_bound=1)
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at once", lower_bound=1)
     RECURSIVE = flags.DEFINE_bool("recursive", True, "Search folders in folders too")
     run_command(main)

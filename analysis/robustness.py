@@ -4,8 +4,7 @@
         [--corruptions=a,b] [--data=PATH] [--output=DIR]
 
 Writes robustness.csv and two pictures, and prints the table. Every model sees the same corrupted
-pixels; models of another image size see the same corruptions of their own images. Attacks need a
-gradient, so nearest neighbours are only corrupted.
+pixels, at its own image size. Attacks need a gradient, so nearest neighbours are only corrupted.
 """
 
 import itertools
@@ -32,17 +31,14 @@ from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
 
-SEED = 0  # of noise, directions and PGD's start
 BATCH = 32  # images; a gradient of a large network takes far more memory than its prediction
 EXPLANATION = (
-    "Intervals are over images (Wilson, 95 %). Corrupted: mean over {corruptions} corruptions at "
+    "Intervals are over images (Wilson, 95 %). Corrupted: mean over {corruptions} at "
     f"{len(SEVERITIES)} severities; kept: its share of the clean accuracy. mCE: mean over "
     "corruptions of the error divided by that of {baseline}, lower is better. FGSM and PGD "
     f"({PGD_STEPS} steps): accuracy when no value moves by more than {SHOWN_EPSILON} grey levels "
     "of 255, – without a gradient. In brackets: accuracy in percent."
 )
-
-# --- right or wrong -------------------------------------------------------------------------------
 
 
 def predicted_classes(model: Classifier, images: jax.Array) -> jax.Array:
@@ -51,45 +47,27 @@ def predicted_classes(model: Classifier, images: jax.Array) -> jax.Array:
 
 
 def predict_under(
-    models: dict[str, Classifier],
-    images: np.ndarray,
-    labels: np.ndarray,
-    corruptions: Sequence[str] = tuple(CORRUPTIONS),
-    seed: int = SEED,
-) -> dict[str, Outcomes]:
-    """Returns for each model which images it gets right, bool [N], by condition.
-
-    The conditions are clean, every corruption at every severity, and, for a model with a gradient,
-    every attack at every epsilon. An image's draws depend on the seed and its number in `images`.
-
-    Args:
-      models: by name, of one image size; each image is corrupted once for all of them.
-      images: uint8 [N, S, S, 3].
-      labels: int [N].
-      corruptions: names in `CORRUPTIONS`.
-      seed: of all draws.
-    """
+    models: dict, images: np.ndarray, labels: np.ndarray, corruptions: Sequence[str]
+) -> dict:
+    """Returns the `Outcomes` bool [N] of models on images uint8 [N, S, S, 3], under equal keys."""
     programs = {name: compiled(model, predicted_classes) for name, model in models.items()}
-    outcomes: dict[str, Outcomes] = {name: {} for name in models}
+    outcomes = {name: {} for name in models}
     for condition in [CLEAN, *itertools.product(corruptions, SEVERITIES)]:
-        shown = images if condition == CLEAN else corrupt(images, *condition, seed)
+        shown = images if condition == CLEAN else corrupt(images, *condition)
         for name, program in programs.items():
             classes = in_batches(lambda x, f=program: f(x.astype(jnp.float32)), shown, size=BATCH)
             outcomes[name][condition] = classes == labels
     for name, model in models.items():
         if model.trained_by_gradient:
-            outcomes[name] |= predict_attacked(model, images, labels, seed)
+            outcomes[name] |= _attacked(model, images, labels)
     return outcomes
 
 
-def predict_attacked(
-    model: Classifier, images: np.ndarray, labels: np.ndarray, seed: int
-) -> Outcomes:
-    """Returns which images a model gets right under every attack at every epsilon."""
+def _attacked(model: Classifier, images: np.ndarray, labels: np.ndarray) -> Outcomes:
     classes, gradient = compiled(model, predicted_classes), compiled(model, loss_gradient)
-    key = jax.random.split(jax.random.key(seed))[1]  # starts PGD where earlier versions did
+    key = jax.random.split(jax.random.key(0))[1]  # starts PGD where earlier versions did
 
-    def attacked(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Outcomes:
+    def under_attack(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Outcomes:
         images, right = images.astype(jnp.float32), {}
         for epsilon in EPSILONS:
             by_image = jax.vmap(jax.random.fold_in, (None, 0))
@@ -99,69 +77,52 @@ def predict_attacked(
                 right[name, epsilon] = classes(changed) == labels
         return right
 
-    return in_batches(attacked, images, labels, np.arange(len(images)), size=BATCH)
+    return in_batches(under_attack, images, labels, np.arange(len(images)), size=BATCH)
 
 
 def spread(labels: np.ndarray, count: int) -> np.ndarray:
-    """Returns up to `count` rows, evenly spaced over the images in the order of their classes."""
+    """Returns up to `count` rows, spread evenly over the classes."""
     return np.sort(np.argsort(labels, kind="stable")[evenly_spaced(len(labels), count)])
 
 
 def group_outcomes(
     groups: Groups, count: int, corruptions: Sequence[str], seeds: int = 1, data_path: str = ""
 ) -> tuple[dict[str, Outcomes], np.ndarray]:
-    """Tests the first seeds of every model on the same corrupted and attacked images.
-
-    Returns:
-      {label: {condition: bool [S, N]}}, and the first image, uint8, at the largest size.
-
-    Raises:
-      UserError: runs have different test images, or their data is gone.
-    """
+    """Returns the outcomes of each label, bool [S, N], and the first image at the largest size."""
     chosen = {label: runs[:seeds] for label, runs in groups.items()}
-    first = next(iter(chosen.values()))[0]
-    labels = first.test["labels"]
-    rows = spread(labels, count)
+    first, *_ = all_runs = list(itertools.chain(*chosen.values()))
+    rows = spread(first.test["labels"], count)
     by_data: dict[str, list] = {}
-    for run in itertools.chain(*chosen.values()):
+    for run in all_runs:
         if not same_images(run, first):
             raise UserError(
-                f"{run.path} and {first.path} were tested on different images: robustness "
-                "compares models on the same images, so measure those runs one by one"
+                f"{run.path} and {first.path} were tested on different images: measure their "
+                "robustness one by one"
             )
         by_data.setdefault(json.dumps(run.config["data"], sort_keys=True), []).append(run)
     by_run, sample = {}, np.zeros((0, 0, 3), np.uint8)
     for runs in by_data.values():
         images = load_test_images(runs[0], data_path)[rows]
         sample = max(sample, images[0], key=len)
-        models = {str(run.path): load_classifier(run) for run in runs}
-        by_run |= predict_under(models, images, labels[rows], corruptions)
+        models = {run.path: load_classifier(run) for run in runs}
+        by_run |= predict_under(models, images, first.test["labels"][rows], corruptions)
     outcomes = {}
     for label, runs in chosen.items():
-        of_seeds = [by_run[str(run.path)] for run in runs]
+        of_seeds = [by_run[run.path] for run in runs]
         outcomes[label] = {c: np.stack([right[c] for right in of_seeds]) for c in of_seeds[0]}
     return outcomes, sample
 
 
-# --- the chapter ----------------------------------------------------------------------------------
-
-
 def baseline_labels(baseline: str, groups: Groups) -> list[str]:
-    """Returns the labels that a baseline may mean: itself, or the variants of a model.
-
-    "" means cnn, or any model where there is none: corruption cannot harm a model that hardly beats
-    chance, so the least accurate one would be no yardstick.
-
-    Raises:
-      UserError: no run has that label or model.
-    """
+    """Returns the labels that a baseline may mean: itself, the variants of a model; "" is cnn."""
     models = {label: runs[0].model for label, runs in groups.items()}
-    if not baseline:
-        return [label for label, model in models.items() if model == "cnn"] or list(groups)
     if baseline in groups:
         return [baseline]
-    choose("baseline", baseline, sorted({*models, *models.values()}))
-    return [label for label, model in models.items() if model == baseline]
+    if baseline:
+        choose("baseline", baseline, sorted({*models, *models.values()}))
+    # The least accurate model is no yardstick: corruption hardly harms one that is near chance.
+    labels = [label for label, model in models.items() if model == (baseline or "cnn")]
+    return labels or list(groups)
 
 
 def robustness_section(
@@ -173,20 +134,9 @@ def robustness_section(
     seeds: int = 1,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
 ) -> Section:
-    """Tests every model, and writes robustness.csv and two pictures into `output`.
+    """Tests the first seeds of every model on `count` images; writes a table and two pictures.
 
-    Args:
-      groups: complete runs by label.
-      output: an existing folder.
-      count: of test images, spread evenly over the classes.
-      baseline: label or model whose errors count as 100 %, its least accurate variant if it has
-        several; "" is cnn, else the least accurate of all.
-      data_path: where the data lies now, "" for where the runs found it.
-      seeds: of each model, the first ones.
-      corruptions: names in `CORRUPTIONS`.
-
-    Raises:
-      UserError: runs of different test images, no such baseline, or data that is gone.
+    `baseline` is the label, or the model of the least accurate variant, whose errors are 100 %.
     """
     candidates = baseline_labels(baseline, groups)
     outcomes, sample = group_outcomes(groups, count, corruptions, seeds, data_path)
@@ -194,12 +144,13 @@ def robustness_section(
     table = summary.accuracy_table(outcomes)
     table.to_csv(output / "robustness.csv", index=False)
     save(draw_accuracies(outcomes), output / "robustness.svg")
-    save(draw_corruptions(sample, list(corruptions), SEED), output / "corruptions.png")
+    save(draw_corruptions(sample, list(corruptions)), output / "corruptions.png")
     by_model = summary.summarise(table, baseline)
     shown = summary.printed(by_model)
-    images, runs = table.images[0], "first seed" if seeds == 1 else f"first {seeds} seeds"
-    source = f"{images} images of the test part, spread evenly over classes; {runs} of each model."
-    meaning = EXPLANATION.format(corruptions=len(corruptions), baseline=baseline)
+    runs = "first seed" if seeds == 1 else f"first {seeds} seeds"
+    source = f"{table.images[0]} test images, spread evenly over classes; {runs} of each model."
+    number = "one corruption" if len(corruptions) == 1 else f"{len(corruptions)} corruptions"
+    meaning = EXPLANATION.format(corruptions=number, baseline=baseline)
     caption = f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}"
     sheet = Picture("corruptions.png", "The first of these images under each corruption.")
     return Section(
@@ -214,11 +165,10 @@ def robustness_section(
 
 def main(argv: list[str]) -> int:
     """Tests a run, or every model of a workdir; prints the table."""
-    (path,) = arguments(argv, "analysis.robustness RUN_OR_WORKDIR [--images=N] ...")
-    names = [name for name in CORRUPTED.value if name] or list(CORRUPTIONS)
-    for name in names:
-        choose("--corruptions", name, CORRUPTIONS)
-    path = Path(path).expanduser()
+    usage = "analysis.robustness RUN_OR_WORKDIR [--images=N] ..."
+    path = Path(arguments(argv, usage)[0]).expanduser()
+    given = filter(None, CORRUPTED.value)
+    names = [choose("--corruptions", name, CORRUPTIONS) for name in given] or list(CORRUPTIONS)
     groups = group_runs(chosen_runs(path))
     output = output_folder(OUTPUT.value or path / "robustness")
     try:

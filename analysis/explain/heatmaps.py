@@ -13,7 +13,6 @@ from analysis.runs import FinishedRun
 
 COLOURS = plt.get_cmap("YlOrRd")
 RIGHT, WRONG = "#1a7f37", "#c62828"
-ZERO = "map is zero: no\npositive evidence"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class View:
 
 
 def overlay(photo: np.ndarray | None, heat: np.ndarray | None) -> np.ndarray:
-    """Returns [S, S, 3] in 0..1: a heat map by its maximum over a pale grey photo, or one alone."""
+    """Returns [S, S, 3] in 0..1: a heat map over a pale grey photo, or one of them alone."""
     if heat is None:
         return photo / 255
     share = heat / (heat.max() or 1)
@@ -52,9 +51,14 @@ def draw_views(rows: list[list[View | None]], names: list[str]) -> plt.Figure:
     for axis, view in zip(axes.flat, sum(rows, []), strict=True):
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        axis.grid(False)
-        if view is not None:
-            _draw(axis, view)
+        if view is None:
+            continue
+        axis.imshow(overlay(view.photo, view.heat), interpolation="nearest")
+        axis.set_title(literal(view.title), fontsize=8, color=view.colour, pad=3)
+        if view.heat is not None and not view.heat.any():
+            box = {"color": "white", "alpha": 0.85, "pad": 2}
+            place = {"ha": "center", "va": "center", "transform": axis.transAxes}
+            axis.text(0.5, 0.5, "map is zero: no\npositive evidence", fontsize=8, bbox=box, **place)
     for axis, name in zip(axes[:, 0], names, strict=True):
         axis.set_ylabel(literal(name), fontsize=9)
     bar = figure.add_axes([1 - (right - 0.15) / width, 0.02, 0.12 / width, min(0.85, 2.4 / height)])
@@ -62,15 +66,6 @@ def draw_views(rows: list[list[View | None]], names: list[str]) -> plt.Figure:
     bar.set_ylabel("share of the map's maximum", fontsize=8)
     bar.tick_params(labelsize=8)
     return figure
-
-
-def _draw(axis: plt.Axes, view: View) -> None:
-    axis.imshow(overlay(view.photo, view.heat), interpolation="nearest")
-    axis.set_title(literal(view.title), fontsize=8, color=view.colour, pad=3)
-    if view.heat is not None and not view.heat.any():
-        box = {"color": "white", "alpha": 0.85, "pad": 2}
-        place = {"ha": "center", "va": "center", "transform": axis.transAxes}
-        axis.text(0.5, 0.5, ZERO, fontsize=8, bbox=box, **place)
 
 
 class ExplainedRun:
@@ -95,7 +90,7 @@ class ExplainedRun:
         return View(f"true:\n{self.name(self.labels[row])}", self.photos[row])
 
     def views(self, rows: Sequence[int], targets: np.ndarray) -> list[View]:
-        """Returns maps over photos, under class and confidence, coloured where it was predicted."""
+        """Returns maps over photos, titled with class and confidence."""
         views, heats = [], self.explain(self.photos[rows], targets)
         for row, target, heat in zip(rows, targets, heats, strict=True):
             mark, colour = "for", "black"

@@ -28,23 +28,19 @@ PATH_STEPS = 32  # of integrated gradients, each at the middle of its part of th
 WINDOWS = 7  # places of the occluding square in each direction; its side is a quarter of the image
 
 
-# --- stages ---------------------------------------------------------------------------------------
-
-
 def to_map(model: Classifier, x: jax.Array, stage: int) -> jax.Array:
-    """[B, S, S, 3] preprocessed -> the input of a stage, [B, h, w, C] where that is a map."""
-    # The last one's is a map even where stages return tokens.
+    """[B, S, S, 3] preprocessed -> the input of a stage; the last one's is a map [B, h, w, C]."""
     return model.features(x) if stage == len(model.stages) - 1 else model.run(x, 0, stage)
 
 
 def from_map(model: Classifier, x: jax.Array, stage: int) -> jax.Array:
-    """Input of a stage, as `to_map` returns it -> logits [B, K] float32."""
+    """Input of a stage -> logits [B, K] float32."""
     last = stage == len(model.stages) - 1
     return (model.classify(x) if last else model.run(x, stage)).astype(jnp.float32)
 
 
 def map_side(model: Classifier, image_size: int, stage: int) -> int:
-    """Returns the side of the square map that is a stage's input, 0 if the input is no such map."""
+    """Returns the side of the square map that is a stage's input, 0 if it is none."""
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     shape = jax.eval_shape(lambda x: to_map(model, x, stage), image).shape
     return shape[1] if len(shape) == 4 and shape[1] == shape[2] else 0
@@ -56,23 +52,20 @@ def default_stage(model: Classifier, image_size: int) -> int:
     return next((s for s in late_first if map_side(model, image_size, s) >= SMALLEST_MAP), 0)
 
 
-# --- class activation maps ------------------------------------------------------------------------
-
-
 def logit_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """[B, K], int [B] -> [B], the logit of each image's target."""
     return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
 
 
 def _patches(model: Classifier, x: jax.Array) -> jax.Array:
-    """Leaves out the class token that a vision transformer's map carries at every place alike."""
+    """Leaves out the class token, which a vision transformer's map has at every place alike."""
     return x[..., : model.width] if isinstance(model, VisionTransformer) else x
 
 
 def _activation_map(weigh: Callable) -> Callable:
     """Returns the method that adds up channels by the weights `weigh(map, gradient)` gives."""
 
-    def maps(model, images, targets, stage, seed):
+    def maps(model, images, targets, stage):
         x = to_map(model, model.preprocess(images), stage)
         gradient = jax.grad(lambda x: logit_of(from_map(model, x, stage), targets).sum())(x)
         x, gradient = (_patches(model, y).astype(jnp.float32) for y in (x, gradient))
@@ -82,19 +75,12 @@ def _activation_map(weigh: Callable) -> Callable:
     return maps
 
 
-def _mean_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    return gradient.mean(axis=(1, 2), keepdims=True)
-
-
 def _positive_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
     """Grad-CAM++'s weights, up to a factor of each image: its target is the exponential logit."""
     squared = gradient**2
     divisor = 2 * squared + x.sum(axis=(1, 2), keepdims=True) * gradient**3
     alpha = jnp.where(divisor == 0, 0.0, squared / jnp.where(divisor == 0, 1.0, divisor))
     return (alpha * jax.nn.relu(gradient)).sum(axis=(1, 2), keepdims=True)
-
-
-# --- gradients of the pixels ----------------------------------------------------------------------
 
 
 def pixel_gradient(model: Classifier, images: jax.Array, targets: jax.Array) -> jax.Array:
@@ -111,33 +97,26 @@ def _mean_of_gradients(model, copies: jax.Array, targets: jax.Array) -> jax.Arra
 def integrated_gradients(
     model: Classifier, images: jax.Array, targets: jax.Array, steps: int = PATH_STEPS
 ) -> jax.Array:
-    """[B, S, S, 3] float in 0..255, [B] -> [B, S, S, 3], signed shares of each value in the logit.
+    """[B, S, S, 3] float in 0..255, [B] -> [B, S, S, 3], each value's share in the logit.
 
-    Over an image they sum up to the difference of logits between it and a black image.
+    They sum up to its difference from the logit of a black image.
     """
     places = (jnp.arange(steps) + 0.5) / steps
     path = images[:, None] * places[:, None, None, None]
     return images * _mean_of_gradients(model, path, targets)
 
 
-def _gradient(model, images, targets, stage, seed):
-    return jnp.abs(pixel_gradient(model, images, targets)).sum(axis=-1)
-
-
-def _smooth_gradient(model, images, targets, stage, seed):
+def _smooth_gradient(model, images, targets, stage):
     # The same noise for every image, so that a map does not depend on the others of its batch.
-    noise = jax.random.normal(jax.random.key(seed), (SAMPLES, *images.shape[1:]))
-    axes = (1, 2, 3)
-    spread = NOISE * (images.max(axes, keepdims=True) - images.min(axes, keepdims=True))
+    noise = jax.random.normal(jax.random.key(0), (SAMPLES, *images.shape[1:]))
+    spread = NOISE * jnp.ptp(images, axis=(1, 2, 3), keepdims=True)
     noisy = images[:, None] + spread[:, None] * noise
     return jnp.abs(_mean_of_gradients(model, noisy, targets)).sum(axis=-1)
 
 
-def _integrated(model, images, targets, stage, seed):
-    return jnp.abs(integrated_gradients(model, images, targets)).sum(axis=-1)
-
-
-# --- logits alone ---------------------------------------------------------------------------------
+def _over_channels(attribute: Callable) -> Callable:
+    """Returns the method that adds up what `attribute` gives for the channels of a pixel."""
+    return lambda model, images, targets, stage: jnp.abs(attribute(model, images, targets)).sum(-1)
 
 
 def windows(size: int) -> np.ndarray:
@@ -148,7 +127,7 @@ def windows(size: int) -> np.ndarray:
     return (inside[:, None, :, None] & inside[None, :, None, :]).reshape(-1, size, size)
 
 
-def _occlusion(model, images, targets, stage, seed):
+def _occlusion(model, images, targets, stage):
     masks = windows(images.shape[1])
     mean = images.mean(axis=(1, 2), keepdims=True)[:, None]
     occluded = jnp.where(masks[..., None], mean, images[:, None])  # [B, W, S, S, 3]
@@ -159,15 +138,11 @@ def _occlusion(model, images, targets, stage, seed):
     return jax.nn.relu(total / masks.sum(axis=0))
 
 
-# --- all of them ----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to explain a logit."""
 
-    # (model, images [B, S, S, 3] float32 in 0..255, targets [B], stage, seed) -> [B, S, S] >= 0
-    maps: Callable
+    maps: Callable  # (model, images float32 in 0..255, targets, stage) -> [B, S, S] >= 0
     title: str  # as a reader sees it
     kind: str  # "map" of a stage's input, "pixels" by gradient, "logits" of any classifier
     copies: int = 1  # of an image, in memory at once
@@ -176,12 +151,16 @@ class Method:
 # With their papers on arXiv. Score-CAM (1910.01279) is left out: on 100 test images of the digits,
 # its gain over a random map was 0.14 (cnn) and 0.28 (cnn_deep), HiResCAM's 0.21 and 0.37.
 METHODS = {
-    "gradcam": Method(_activation_map(_mean_gradient), "Grad-CAM", "map"),  # 1610.02391
+    "gradcam": Method(  # 1610.02391
+        _activation_map(lambda x, g: g.mean((1, 2), keepdims=True)), "Grad-CAM", "map"
+    ),
     "gradcam++": Method(_activation_map(_positive_gradient), "Grad-CAM++", "map"),  # 1710.11063
     "hirescam": Method(_activation_map(lambda x, g: g), "HiResCAM", "map"),  # 2011.08891
-    "gradient": Method(_gradient, "gradient", "pixels"),  # 1312.6034
+    "gradient": Method(_over_channels(pixel_gradient), "gradient", "pixels"),  # 1312.6034
     "smoothgrad": Method(_smooth_gradient, "SmoothGrad", "pixels", SAMPLES),  # 1706.03825
-    "integrated": Method(_integrated, "integrated gradients", "pixels", PATH_STEPS),  # 1703.01365
+    "integrated": Method(  # 1703.01365
+        _over_channels(integrated_gradients), "integrated gradients", "pixels", PATH_STEPS
+    ),
     "occlusion": Method(_occlusion, "occlusion", "logits", WINDOWS**2),  # 1311.2901
 }
 
@@ -191,22 +170,13 @@ def explainer(
     image_size: int,
     method: str = "gradcam",
     stage: int | None = None,
-    seed: int = 0,
     batch: int = 64,
 ) -> Callable[..., np.ndarray]:
-    """Returns a function that maps where in images the evidence for a class lies, compiled once.
+    """Returns a function of images uint8 [N, S, S, 3] and classes [N] to maps float32 [N, S, S].
 
-    It takes images uint8 [N, S, S, 3], the classes to explain int [N], and optionally another model
-    of the same architecture; it returns raw maps, float32 [N, S, S]. Raises UserError for an
-    unknown method, an unsuited stage, or a model without the gradients that the method needs.
-
-    Args:
-      model: in evaluation mode.
-      image_size: height and width in pixels.
-      method: a key of `METHODS`.
-      stage: of CAM methods, the stage whose input is the map; None is `default_stage`.
-      seed: of SmoothGrad's noise.
-      batch: images in memory at once, copies that a method makes of them included.
+    It is compiled once, and also takes another model of the same architecture. `stage` is the one
+    whose input is the map of a CAM, None the default one; `batch` counts the copies that a method
+    makes of images. Raises UserError for a method or stage that does not suit the model.
     """
     entry = METHODS[choose("method", method, METHODS)]
     if entry.kind != "logits" and not model.trained_by_gradient:
@@ -226,7 +196,7 @@ def explainer(
 
     @jax.jit
     def maps(model: Classifier, images, targets) -> jax.Array:
-        return entry.maps(model, images.astype(jnp.float32), targets, stage, seed)
+        return entry.maps(model, images.astype(jnp.float32), targets, stage)
 
     size = max(1, batch // entry.copies)
 

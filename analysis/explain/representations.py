@@ -1,15 +1,12 @@
 """What a network makes of images: its first filters, feature maps, and how alike features are.
 
-Similarity is debiased linear CKA. Centred kernel alignment (Kornblith et al. 2019,
-arXiv:1905.00414) is the cosine between the centred Gram matrices of two feature matrices: 1 for
-features that differ by a rotation and a scale, whatever their widths. With fewer images than
-features the plain estimate is far too high: two random matrices of 500 rows and 10,000 columns
-reach 0.95. U-centred Gram matrices (Székely and Rizzo 2014) give the unbiased HSIC of Song et al.
-2012 instead, as in Nguyen et al. 2021 (arXiv:2010.15327); it can fall slightly below 0.
+Similarity is debiased linear CKA (Kornblith et al. 2019, arXiv:1905.00414): the cosine between the
+U-centred Gram matrices (Székely and Rizzo 2014) of two feature matrices, 1 for features that differ
+by a rotation and a scale. It can fall slightly below 0; the plain estimate is far too high with
+fewer images than features.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +19,6 @@ from errors import UserError
 from models import Classifier
 from models.classifier import split_model, stage_of
 
-MAX_FILTERS = 64
-IMAGES = 512  # of the test images, at most
 PIXELS = "pixels"  # the row of models whose features are the image itself
 
 
@@ -31,15 +26,8 @@ class NothingToShow(UserError):
     """A model has no such part: no mistake unless the user asked for it."""
 
 
-# --- the first layer ------------------------------------------------------------------------------
-
-
 def first_filters(model: Classifier) -> np.ndarray:
-    """Returns the weights of a model's first layer as images, float32 [N, h, w, 3] in RGB order.
-
-    The kernel of the first convolution (of a vision transformer: of its patches), or of the first
-    dense layer on the pixels. Raises NothingToShow if neither exists, as in nearest neighbours.
-    """
+    """Returns the weights of a first convolution or dense layer on pixels, [N, h, w, 3] in RGB."""
     params = split_model(model)[1].items()
     kernels = [np.asarray(x, np.float32) for path, x in params if stage_of(path) == 0]
     filters = [x.transpose(3, 0, 1, 2) for x in kernels if x.ndim == 4 and x.shape[2] == 3]
@@ -48,10 +36,7 @@ def first_filters(model: Classifier) -> np.ndarray:
         if kernel.ndim == 2 and kernel.shape[0] == 3 * side * side:
             filters.append(kernel.T.reshape(-1, side, side, 3))
     if not filters:
-        raise NothingToShow(
-            "the first layer of this model has no weights on the image, so there are no filters to "
-            "show: choose a model that is trained by gradient"
-        )
+        raise NothingToShow("the first layer has no weights on the image: choose another model")
     return filters[0][..., ::-1] if model.preprocessing.channels == "bgr" else filters[0]
 
 
@@ -60,22 +45,20 @@ def has_one_layer(model: Classifier) -> bool:
     return sum(kernel.ndim > 1 for kernel in split_model(model)[1].values()) == 1
 
 
-def strongest(filters: np.ndarray, limit: int = MAX_FILTERS) -> np.ndarray:
+def strongest(filters: np.ndarray, limit: int = 64) -> np.ndarray:
     """Returns the `limit` filters [N, h, w, 3] of the largest norm, in their own order."""
     norms = np.linalg.norm(filters.reshape(len(filters), -1), axis=1)
     return filters[np.sort(np.argsort(-norms, kind="stable")[:limit])]
-
-
-# --- feature maps ---------------------------------------------------------------------------------
 
 
 def map_shapes(model: Classifier, image_size: int) -> dict[int, tuple[int, int, int]]:
     """Returns the shape (h, w, C) of the map that each stage returns, where h and w exceed 1."""
     x, shapes = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32), {}
     for i in range(len(model.stages)):
-        x = jax.eval_shape(partial(model.run, start=i, stop=i + 1), x)
-        shapes[i] = x.shape[1:]
-    return {i: shape for i, shape in shapes.items() if len(shape) == 3 and min(shape[:2]) > 1}
+        x = jax.eval_shape(lambda x, i=i: model.run(x, i, i + 1), x)
+        if len(x.shape) == 4 and min(x.shape[1:3]) > 1:
+            shapes[i] = x.shape[1:]
+    return shapes
 
 
 def feature_maps(model: Classifier, image: np.ndarray, stage: int) -> np.ndarray:
@@ -97,18 +80,14 @@ def telling_stage(model: Classifier, image_size: int) -> int | None:
     return large[-1] if large else next(iter(shapes), None)
 
 
-# --- similarity -----------------------------------------------------------------------------------
-
-
 def centred_gram(features: np.ndarray) -> np.ndarray:
     """Returns the U-centred Gram matrix [n, n] of features [n, ...], scaled to a norm of 1.
 
-    Debiased CKA is the sum of the products of two of them. Features that are the same for every
-    image give NaN; fewer than 4 images raise ValueError, as no estimate is unbiased.
+    Debiased CKA is the sum of the products of two of them, NaN for features that are all the same.
     """
     count = len(features)
     if count < 4:
-        raise ValueError(f"{count} images are too few to compare representations: need 4")
+        raise UserError(f"{count} test images are too few to compare representations: need 4")
     x = np.asarray(features, np.float64).reshape(count, -1)
     x = x - x.mean(axis=0)  # does not change the result, and keeps the numbers small
     gram = x @ x.T  # [n, n] rather than [d, d]: a few hundred images, thousands of features
@@ -120,14 +99,9 @@ def centred_gram(features: np.ndarray) -> np.ndarray:
     return gram / norm if norm > 0 else np.full_like(gram, np.nan)
 
 
-def sees_pixels(model: Classifier) -> bool:
-    """Returns whether a model's features are the image itself, because all of it is its head."""
-    return len(model.stages) == 1
-
-
 def representation(model: Classifier, images: np.ndarray) -> np.ndarray:
-    """uint8 [n, S, S, 3] -> a model's last features averaged over places, [n, C], or its pixels."""
-    if sees_pixels(model):
+    """Returns a model's last features, averaged over places [n, C], or the pixels."""
+    if len(model.stages) == 1:
         return images.reshape(len(images), -1)
     pooled = compiled(model, lambda m, x: m.features(m.preprocess(x)).mean(axis=(1, 2)))
     return in_batches(pooled, images)
@@ -143,18 +117,10 @@ class Similarity:
     left_out: list[str]  # models that were tested on other images than the first one
 
 
-def compare_representations(
-    groups: Groups, data_path: str = "", images: int = IMAGES
-) -> Similarity:
-    """Compares the first seed of every model with that of every other, and with its second seed.
-
-    Models whose features are the pixels share one row, of the pixels of the first of them. At most
-    that many test images are used, evenly spaced; fewer than 4 raise UserError.
-    """
+def compare_representations(groups: Groups, data_path: str = "", images: int = 512) -> Similarity:
+    """Compares the first seed of every model with that of every other, and with its second."""
     first_run = next(iter(groups.values()))[0]
     rows = evenly_spaced(len(first_run.test["ids"]), images)
-    if len(rows) < 4:
-        raise UserError(f"representations need at least 4 test images to compare, got {len(rows)}")
     grams: dict[str, list[np.ndarray]] = {}
     left_out = []
     for label, runs in groups.items():
@@ -163,20 +129,20 @@ def compare_representations(
             continue
         for run in runs[:2]:
             model = load_classifier(run)
-            name = PIXELS if sees_pixels(model) else label
+            name = PIXELS if len(model.stages) == 1 else label
             if name == PIXELS and PIXELS in grams:
                 break
             features = representation(model, load_test_images(run, data_path)[rows])
             grams.setdefault(name, []).append(centred_gram(features))
     first = np.stack([seeds[0].ravel() for seeds in grams.values()])
     matrix = first @ first.T
-    for i, seeds in enumerate(grams.values()):
-        matrix[i, i] = np.vdot(*seeds) if len(seeds) > 1 else np.nan
+    own = [np.vdot(*seeds) if len(seeds) > 1 else np.nan for seeds in grams.values()]
+    np.fill_diagonal(matrix, own)
     return Similarity(list(grams), matrix, len(rows), left_out)
 
 
 def describe(similarity: Similarity) -> str:
-    """Returns the most and the least alike pair of models, and what was left out, as text."""
+    """Returns the most and the least alike pair of models, and what was left out."""
     labels, matrix, text = similarity.labels, similarity.matrix, ""
     pairs = [(i, j) for i in range(len(labels)) for j in range(i) if not np.isnan(matrix[i, j])]
     pairs.sort(key=lambda pair: matrix[pair])
@@ -192,7 +158,7 @@ def describe(similarity: Similarity) -> str:
 
 
 def draw_similarity(similarity: Similarity) -> plt.Figure:
-    """Draws the matrix with its numbers; the diagonal is between two seeds, "–" for one seed."""
+    """Draws the matrix with its numbers; the diagonal is between two seeds."""
     labels, matrix = similarity.labels, similarity.matrix
     side = max(3.6, 0.62 * len(labels) + 1.6)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="constrained")

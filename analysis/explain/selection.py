@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analysis.runs import FinishedRun
 from errors import UserError
@@ -13,10 +14,7 @@ from errors import UserError
 def in_turn(
     rows: Sequence[int], labels: np.ndarray, count: int, taken: Sequence[int] = ()
 ) -> list[int]:
-    """Returns up to `count` of the rows: the first of each class, then the second, and so on.
-
-    Labels are those of all images. Classes of rows that are `taken` already wait for the others.
-    """
+    """Returns up to `count` of the rows: the first of each class not yet `taken`, and so on."""
     classes = pd.Series(labels[[*taken, *rows]])
     turns = classes.groupby(classes).cumcount().to_numpy()[len(taken) :]
     return [int(rows[i]) for i in np.argsort(turns, kind="stable")[:count]]
@@ -28,14 +26,8 @@ def sample_images(labels: np.ndarray, count: int) -> list[int]:
 
 
 def by_disagreement(votes: np.ndarray, labels: np.ndarray, count: int) -> list[int]:
-    """Returns rows of images: half where models disagree most, the rest where all of them agree.
-
-    Votes are the predicted classes, int [M, N]. Both halves are spread over the labels, int [N].
-    There are fewer than `count` rows where models agree on fewer.
-    """
-    classes = np.arange(max(votes.max(), labels.max()) + 1)
-    majority = (votes == classes[:, None, None]).sum(axis=1).max(axis=0)  # [N]
-    dissent = len(votes) - majority
+    """Returns rows: half where the votes [M, N] disagree most, the rest where all of them agree."""
+    dissent = len(votes) - stats.mode(votes, axis=0).count  # [N]
     order = np.random.default_rng(0).permutation(len(labels))
     order = order[np.argsort(-dissent[order], kind="stable")]
     disputed = in_turn(order[dissent[order] > 0], labels, count // 2)

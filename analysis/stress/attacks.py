@@ -1,8 +1,4 @@
-"""Attacks: the change of at most epsilon per value that raises a model's loss the most.
-
-Untargeted, in the maximum norm, on pixels in 0..255 and through the model's own preprocessing. They
-need a gradient, so nearest neighbours cannot be attacked this way.
-"""
+"""Attacks: the change of at most epsilon per value that raises a model's loss the most."""
 
 from collections.abc import Callable
 
@@ -29,15 +25,7 @@ def loss_gradient(model: Classifier, images: jax.Array, labels: jax.Array) -> ja
 def fgsm(
     gradient: Callable, images: jax.Array, labels: jax.Array, epsilon: float, keys: jax.Array
 ) -> jax.Array:
-    """Moves every value by epsilon up its gradient's sign (Goodfellow et al. 2015).
-
-    Args:
-      gradient: `loss_gradient` of a model, as a function of images and labels.
-      images: [B, S, S, 3] float32 in 0..255.
-      labels: int [B], the true ones: the attack wants any other class.
-      epsilon: in grey levels of 255.
-      keys: [B]; only `pgd` draws from them.
-    """
+    """Moves every value of 0..255 by epsilon up its gradient's sign (Goodfellow et al. 2015)."""
     return jnp.clip(images + epsilon * jnp.sign(gradient(images, labels)), 0, 255)
 
 
@@ -49,10 +37,7 @@ def pgd(
     keys: jax.Array,
     steps: int = PGD_STEPS,
 ) -> jax.Array:
-    """Climbs the loss by signed steps of 2.5 epsilon / steps within epsilon (Madry et al. 2018).
-
-    It starts anywhere within epsilon; values are not rounded to whole grey levels.
-    """
+    """Climbs in steps of 2.5 epsilon / steps from a random start in reach (Madry et al. 2018)."""
     low, high = jnp.clip(images - epsilon, 0), jnp.clip(images + epsilon, max=255)
     start = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:], minval=-1.0))(keys)
     attacked = jnp.clip(images + epsilon * start, low, high)

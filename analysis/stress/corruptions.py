@@ -2,16 +2,12 @@
 
 They are those of ImageNet-C that a small photo shows (Hendrycks & Dietterich 2019, "Benchmarking
 neural network robustness to common corruptions and perturbations", with its constants), and
-rotation, scale and occlusion with tables of our own.
-
-Each is a function `(draw, image, constant)` of a NumPy generator, an image uint8 [S, S, 3] and what
-the table at the end has for a severity; it returns values that `corrupt` rounds and clips to
-0..255. Lengths in pixels (blur radius, motion length) are stated for 224 pixels and multiplied by
-side / 224, by 1/4 at least: an image of fewer than 56 pixels is blurred like one of 56.
+rotation, scale and occlusion. Each is a function `(draw, image, constant)` of a NumPy generator, an
+image uint8 [S, S, 3] and what the table at the end has for a severity; `corrupt` rounds and clips
+its values. Lengths in pixels are for a side of 224, and shrink with the image to a quarter.
 """
 
 import io
-from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
@@ -23,45 +19,24 @@ from scipy.signal import fftconvolve
 from errors import UserError, choose
 
 SEVERITIES = (1, 2, 3, 4, 5)
-STATED_SIDE = 224  # pixels of the images that lengths in the table are stated for
 
 
-def corrupt(
-    images: np.ndarray,
-    name: str,
-    severity: int,
-    seed: int = 0,
-    indices: Iterable[int] | None = None,
-) -> np.ndarray:
-    """Corrupts images, each by itself: its draws follow from seed, corruption, severity and index.
-
-    Args:
-      images: uint8 [N, S, S, 3].
-      name: one of `CORRUPTIONS`.
-      severity: 1 to 5.
-      seed: of the experiment.
-      indices: of the images in their data set; 0 .. N - 1 by default.
-
-    Returns:
-      uint8 [N, S, S, 3].
-    """
+def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.ndarray:
+    """Corrupts images, uint8 [N, S, S, 3], by draws of seed, corruption, severity and row."""
     choose("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"severity of {name}: {severity!r} is not one of 1, 2, 3, 4, 5")
     number, (apply, constants) = list(CORRUPTIONS).index(name), CORRUPTIONS[name]
     corrupted = np.empty_like(images)
-    for row, index in enumerate(range(len(images)) if indices is None else indices):
-        draw = np.random.default_rng([seed, number, severity, index])
-        changed = apply(draw, images[row], constants[severity - 1])
+    for row, image in enumerate(images):
+        draw = np.random.default_rng([seed, number, severity, row])
+        changed = apply(draw, image, constants[severity - 1])
         corrupted[row] = np.clip(np.round(changed), 0, 255)
     return corrupted
 
 
-# --- noise ----------------------------------------------------------------------------------------
-
-
 def gaussian_noise(draw: Generator, image: np.ndarray, deviation: float) -> np.ndarray:
-    """Adds normal noise to every value; its standard deviation is a share of 255."""
+    """Adds normal noise; its standard deviation is a share of 255."""
     return image + 255 * deviation * draw.standard_normal(image.shape)
 
 
@@ -76,16 +51,13 @@ def impulse_noise(draw: Generator, image: np.ndarray, amount: float) -> np.ndarr
     return np.where(uniform < amount / 2, 0, np.where(uniform > 1 - amount / 2, 255, image))
 
 
-# --- blur -----------------------------------------------------------------------------------------
-
-
 def length_scale(side: int) -> float:
-    """Returns what lengths stated for 224 pixels are multiplied by in an image of this side."""
-    return max(side / STATED_SIDE, 0.25)
+    """Returns the factor of lengths that are stated for 224 pixels."""
+    return max(side / 224, 0.25)
 
 
 def disc(radius: float) -> np.ndarray:
-    """Returns a square of odd side with a disc that sums to 1; pixels on its rim count in part."""
+    """Returns a square with a disc that sums to 1; pixels on its rim count in part."""
     reach = int(np.ceil(radius))
     offset = np.arange(-reach, reach + 1)
     cover = np.clip(radius + 0.5 - np.hypot(offset[:, None], offset), 0, 1)
@@ -93,10 +65,9 @@ def disc(radius: float) -> np.ndarray:
 
 
 def streak(angle: float, length: float, deviation: float) -> np.ndarray:
-    """Returns a square of odd side with a half-Gaussian trail from its centre that sums to 1.
+    """Returns a square with a half-Gaussian trail from its centre that sums to 1.
 
-    The trail has a tap a pixel along `angle` (radians), each shared out between its four
-    neighbours; it ends after `length` pixels.
+    It has a tap a pixel along `angle` (radians), each shared out between its four neighbours.
     """
     tap, reach = np.arange(int(length) + 1), int(np.ceil(length))
     weight = np.exp(-((tap / deviation) ** 2) / 2)
@@ -109,34 +80,26 @@ def streak(angle: float, length: float, deviation: float) -> np.ndarray:
 
 
 def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Convolves an image with a square kernel of odd side; the outside mirrors the inside.
-
-    By Fourier transform: the kernels of large photos have thousands of taps.
-    """
+    """Convolves an image with a square kernel of odd side; the outside mirrors the inside."""
     half = len(kernel) // 2
     padded = np.pad(image.astype(float), ((half, half), (half, half), (0, 0)), mode="reflect")
+    # By Fourier transform: the kernels of large photos have thousands of taps.
     return fftconvolve(padded, kernel[..., None], mode="valid", axes=(0, 1))
 
 
 def defocus_blur(draw: Generator, image: np.ndarray, radius: float) -> np.ndarray:
-    """Convolves with a disc; its rim is smoothed by coverage instead of a second small blur."""
+    """Convolves with a disc."""
     return blur(image, disc(radius * length_scale(len(image))))
 
 
 def motion_blur(draw: Generator, image: np.ndarray, lengths: tuple[float, float]) -> np.ndarray:
-    """Smears an image in one direction, up to 45 degrees from the horizontal, drawn per image.
-
-    The trail is twice the first length long and fades as a Gaussian of the second.
-    """
+    """Smears along a trail of twice the first length within 45 degrees; it fades by the second."""
     radius, deviation = length_scale(len(image)) * np.array(lengths)
     return blur(image, streak(draw.uniform(-np.pi / 4, np.pi / 4), 2 * radius, deviation))
 
 
-# --- colour and compression -----------------------------------------------------------------------
-
-
 def brightness(draw: Generator, image: np.ndarray, added: float) -> np.ndarray:
-    """Adds a share of 255 to the V of HSV: hue and saturation stay."""
+    """Adds to the V of HSV: hue and saturation stay."""
     return 255 * hsv_to_rgb(np.clip(rgb_to_hsv(image / 255) + [0, 0, added], 0, 1))
 
 
@@ -147,11 +110,7 @@ def contrast(draw: Generator, image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def saturation(draw: Generator, image: np.ndarray, change: tuple[float, float]) -> np.ndarray:
-    """Multiplies the S of HSV and adds to it; a grey pixel, of hue 0, turns red.
-
-    Severities 1 and 2 fade colours and 3 to 5 exaggerate them, so that harm grows steadily only
-    on photos of muted colours.
-    """
+    """Multiplies the S of HSV and adds to it; from severity 3 on it exaggerates colours."""
     factor, added = change
     return 255 * hsv_to_rgb(np.clip(rgb_to_hsv(image / 255) * [1, factor, 1] + [0, added, 0], 0, 1))
 
@@ -167,12 +126,8 @@ def pixelate(draw: Generator, image: np.ndarray, share: float) -> np.ndarray:
     """Shrinks the side to a share of it and enlarges again: each block becomes its mean."""
     side, box = len(image), Image.Resampling.BOX
     blocks = max(int(side * share), 1)
-    return np.asarray(
-        Image.fromarray(image).resize((blocks, blocks), box).resize((side, side), box)
-    )
-
-
-# --- geometry -------------------------------------------------------------------------------------
+    shrunk = Image.fromarray(image).resize((blocks, blocks), box)
+    return np.asarray(shrunk.resize((side, side), box))
 
 
 def rotation(draw: Generator, image: np.ndarray, degrees: float) -> np.ndarray:

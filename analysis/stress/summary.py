@@ -10,23 +10,14 @@ from analysis.stress.corruptions import CORRUPTIONS, spoken
 from analysis.uncertainty import Interval, image_interval
 
 SHOWN_EPSILON = 2  # of attacks in the table, in grey levels of 255
-RESAMPLES = 2000
-BOOTSTRAP_SEED = 0
 
 Condition = tuple[str, int]  # corruption and severity, or attack and epsilon
 Outcomes = dict[Condition, np.ndarray]  # right or wrong: bool [N] of one run, [S, N] of its seeds
 CLEAN: Condition = ("clean", 0)
 
 
-# --- tables ---------------------------------------------------------------------------------------
-
-
 def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
-    """Returns a row per model and condition, from outcomes bool [S, N].
-
-    Columns: model, corruption, severity (0 for clean; epsilon in grey levels for FGSM and PGD),
-    accuracy, ci95_low and ci95_high (Wilson, over images), images, seeds. Shares are in 0..1.
-    """
+    """Returns accuracy in 0..1 and its interval over images for each model and condition."""
     order = ["clean", *CORRUPTIONS, *ATTACKS]
     rows = []
     for model, by_condition in outcomes.items():
@@ -38,35 +29,21 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*columns, "images", "seeds"])
 
 
-def corruption_errors(accuracy: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns errors as shares of a baseline's; their mean is mCE (Hendrycks & Dietterich 2019).
-
-    `accuracy` has a row per corruption (mean over severities) and a column per model, as the result
-    has; it is NaN where the baseline makes no error.
-    """
-    errors = 1 - accuracy
-    return errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
-
-
 def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns a row per model from the rows of `accuracy_table`.
-
-    Columns: model, clean, ci95_low, ci95_high, corrupted (mean over corruptions and severities),
-    kept (corrupted / clean), mce, fgsm, pgd (at SHOWN_EPSILON), worst (corruption) and
-    worst_accuracy. Shares are in 0..1.
-    """
+    """Returns a row per model; mCE (Hendrycks & Dietterich 2019) is NaN without baseline errors."""
     clean = table[table.corruption == CLEAN[0]].set_index("model")
     corrupted = table[table.corruption.isin(list(CORRUPTIONS))]
     by_corruption = corrupted.groupby(["corruption", "model"], sort=False).accuracy.mean().unstack()
     attacked = table[table.severity == SHOWN_EPSILON].set_index(["corruption", "model"]).accuracy
-    mean = by_corruption.mean()
+    mean, errors = by_corruption.mean(), 1 - by_corruption
+    ratios = errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
     columns = {
         "clean": clean.accuracy,
         "ci95_low": clean.ci95_low,
         "ci95_high": clean.ci95_high,
         "corrupted": mean,
         "kept": mean / clean.accuracy.where(clean.accuracy > 0),
-        "mce": corruption_errors(by_corruption, baseline).mean(skipna=False),
+        "mce": ratios.mean(skipna=False),
         **{name.lower(): attacked.get(name, np.nan) for name in ATTACKS},
         "worst": by_corruption.idxmin(),
         "worst_accuracy": by_corruption.min(),
@@ -92,32 +69,25 @@ def printed(summary: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-# --- words ----------------------------------------------------------------------------------------
-
-
 def mean_interval(differences: np.ndarray) -> Interval:
     """Returns the 95 % bootstrap interval of a mean over two images or more, [N]."""
     interval = stats.bootstrap(
         (differences,),
         np.mean,
-        n_resamples=RESAMPLES,
+        n_resamples=2000,
         batch=100,
         method="percentile",
-        rng=np.random.default_rng(BOOTSTRAP_SEED),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return float(interval.low), float(interval.high)
 
 
 def conclude(outcomes: dict[str, Outcomes]) -> str:
-    """Returns which model is most accurate under corruption, and whether the images establish it.
-
-    Two models are compared on the same images, by the share of corruptions under which each image
-    is classified rightly.
-    """
+    """Returns which model is most accurate under corruption, and whether that is established."""
     shares = {
         model: np.mean([x for (name, _), x in right.items() if name in CORRUPTIONS], axis=(0, 1))
         for model, right in outcomes.items()
-    }  # [N] each
+    }  # [N], the share of corruptions under which each image is classified rightly
     ranked = sorted(shares, key=lambda model: (-shares[model].mean(), model))
     accuracy = [percent(shares[model].mean(), 1) for model in ranked]
     text = f"{ranked[0]} has the highest accuracy under corruption, {accuracy[0]} %"

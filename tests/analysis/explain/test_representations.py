@@ -89,7 +89,7 @@ def test_cka_of_unrelated_features_is_zero():
 def test_features_that_say_nothing_have_no_similarity():
     x = np.random.default_rng(3).normal(size=(10, 4))
     assert math.isnan(cka(x, np.ones((10, 3))))
-    with pytest.raises(ValueError, match="need 4"):
+    with pytest.raises(UserError, match="need 4"):
         cka(x[:3], x[:3])
 
 

@@ -68,12 +68,11 @@ def test_shape_and_type_stay(name, images, corrupted):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_an_image_gets_the_same_wherever_it_is(name, images, corrupted):
-    order = np.array([3, 1, 5, 0, 2, 4])
-    shuffled = corrupt(images[order], name, 3, SEED, order)
-    assert (shuffled == corrupted[name, 3][order]).all()
-    alone = corrupt(images[4:5], name, 3, SEED, [4])
-    assert (alone == corrupted[name, 3][4:5]).all()
+def test_an_image_gets_the_same_whatever_the_others_are(name, images, corrupted):
+    others = images[::-1].copy()
+    others[2] = images[2]
+    assert (corrupt(others, name, 3, SEED)[2] == corrupted[name, 3][2]).all()
+    assert (corrupt(images[:3], name, 3, SEED) == corrupted[name, 3][:3]).all()
 
 
 @pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "occlusion"])
