@@ -32,6 +32,7 @@ from input_pipeline import PARTS, Dataset, exact_duplicates, load_dataset
 HASH_DISTANCE = 8  # bits of 64 in which near duplicates may differ, and
 THUMBNAIL_DISTANCE = 8.0  # root mean square difference of their thumbnails, in grey levels of 255
 LEFT_OUT = "left out"  # the part of images that a config excludes: they can leak nowhere
+BLOCK, CHUNK = 256, 100_000  # images and pairs compared at once, which bounds the memory
 NEAR_LIMIT = 100_000  # images; comparing all pairs of more would take too long
 
 
@@ -93,17 +94,19 @@ def near_duplicates(decoded: Decoded, exact: list[np.ndarray]) -> list[np.ndarra
     bits = np.unpackbits(decoded.facts["hash"][rows, None].view(np.uint8), axis=1)  # [n, 64]
     signs = bits.astype(np.float32) * 2 - 1
     thumbnails = decoded.facts["thumbnail"][rows].astype(np.float32).reshape(len(rows), -1)
-    pairs = []
-    for start in range(0, len(rows), 2048):
-        distance = (64 - signs[start : start + 2048] @ signs[start:].T) / 2
-        left, right = np.nonzero(distance <= HASH_DISTANCE)
-        left, right = (left + start)[right > left], (right + start)[right > left]
-        difference = np.sqrt(((thumbnails[left] - thumbnails[right]) ** 2).mean(axis=1))
-        alike = difference <= THUMBNAIL_DISTANCE
-        pairs.append(np.stack([left[alike], right[alike]]))
-    left, right = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(len(left)), (left, right)), shape=(len(rows), len(rows)))
-    _, group = connected_components(graph, directed=False)
+    group = np.arange(len(rows))
+    for start in range(0, len(rows), BLOCK):
+        distance = (64 - signs[start : start + BLOCK] @ signs[start:].T) / 2
+        left, right = (start + one for one in np.nonzero(distance <= HASH_DISTANCE))
+        for some in np.array_split(np.flatnonzero(right > left), 1 + len(left) // CHUNK):
+            some = some[group[left[some]] != group[right[some]]]  # not yet known to be alike
+            pair = left[some], right[some]
+            difference = np.sqrt(((thumbnails[pair[0]] - thumbnails[pair[1]]) ** 2).mean(axis=1))
+            alike = difference <= THUMBNAIL_DISTANCE
+            if alike.any():  # unite the groups of both
+                edges = group[pair[0][alike]], group[pair[1][alike]]
+                graph = coo_array((np.ones(len(edges[0])), edges), shape=(len(rows), len(rows)))
+                group = connected_components(graph, directed=False)[1][group]
     return [x.to_numpy() for _, x in pd.Series(rows).groupby(group) if len(x) > 1]
 
 

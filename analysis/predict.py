@@ -97,11 +97,13 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
 
 
 def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
-    """Returns the paths of images that files, folders and patterns name, each file once, in order.
+    """Returns the paths of images that files, folders and patterns name, each path once, in order.
 
-    A named file counts whatever its ending, and even if it is hidden.
+    A named file counts whatever its ending, and even if it is hidden. What else lies in a folder
+    is counted and named on standard error.
     """
-    paths: dict[str, str] = {}  # by the file they lead to
+    paths: dict[str, str] = {}  # by absolute path
+    left_out: list[str] = []
     for argument in photos:
         path, images = os.path.expanduser(argument), []
         named = os.path.exists(path)
@@ -111,21 +113,31 @@ def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
             raise UserError(f"{argument} {what}: give images, folders of images, or a pattern")
         for match in matches:
             if os.path.isdir(match):
-                images += _images_in(match, recursive)
+                images += _images_in(match, recursive, left_out)
             elif named or _is_image(match):
                 images.append(match)
         if not images:
             endings = " ".join(sorted(SUFFIXES))
             raise UserError(f"{argument} holds no image, that is no file ending in {endings}")
         for image in images:
-            paths.setdefault(os.path.realpath(image), image)
+            paths.setdefault(os.path.abspath(image), image)
+    if left_out:
+        print(
+            f"left out: {len(left_out)} files whose endings are of no image that can be read, such "
+            f"as {left_out[0]}",
+            file=sys.stderr,
+        )
     return list(paths.values())
 
 
-def _images_in(path: str, recursive: bool) -> Iterator[str]:
+def _images_in(path: str, recursive: bool, left_out: list[str]) -> Iterator[str]:
     for folder, folders, files in os.walk(path, onerror=_refuse):
         folders[:] = sorted(name for name in folders if recursive and not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in sorted(files) if _is_image(name))
+        for name in sorted(files):
+            if _is_image(name):
+                yield os.path.join(folder, name)
+            elif not name.startswith("."):
+                left_out.append(os.path.join(folder, name))
 
 
 def _is_image(path: str) -> bool:

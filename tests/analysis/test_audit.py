@@ -1,13 +1,14 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
 from analysis import audit
-from data.decoding import decode_all
+from data.decoding import FACTS, Decoded, decode_all
 from data.sources import list_source
 from input_pipeline import load_dataset
 from tests.conftest import ROOT, paint
@@ -101,3 +102,20 @@ def test_command_writes_json_and_says_by_its_exit_code(messy, tmp_path, monkeypa
     config = ("--config=configs/folder.py", f"--config.data.path={messy}", f"--output={output}")
     result = run_audit(*config)
     assert result.returncode == 0 and "validation: " in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_near_duplicates_of_many_images_take_little_memory(alike):
+    """Look-alikes are all pairs of each other: 18 million of 6,000 images."""
+    facts, draw = np.zeros(6000, FACTS), np.random.default_rng(0)
+    facts["hash"] = 7 if alike else draw.integers(0, 2**63, len(facts), dtype=np.uint64)
+    facts["thumbnail"] = 9 if alike else draw.integers(0, 256, (len(facts), 16, 16))
+    facts["thumbnail"][:3] = 200  # of three images that look like none of the others
+    facts["hash"][:3] = 2**63
+    none = [""] * len(facts)
+    tracemalloc.start()
+    groups = audit.near_duplicates(Decoded(np.zeros(0), facts, none, none, ""), [])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted(map(len, groups)) == ([3, 5997] if alike else [3])
+    assert peak < 400e6

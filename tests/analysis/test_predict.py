@@ -196,7 +196,7 @@ def tree(tmp_path):
         (["[1].png"], ["[1].png"]),  # a name, although it is also a pattern
         (["notes.txt"], ["notes.txt"]),  # whoever names a file means it
         ([".hidden.png"], [".hidden.png"]),
-        (["sub/c.webp", "./sub/../sub/c.webp", "sub", "link.webp"], ["sub/c.webp", "sub/deep/d.tiff"]),
+        (["sub/c.webp", "./sub/../sub/c.webp", "sub", "link.webp"], ["sub/c.webp", "sub/deep/d.tiff", "link.webp"]),
     ],
 )  # fmt: skip
 def test_files_folders_and_patterns_name_each_image_once(tree, monkeypatch, arguments, expected):
@@ -205,6 +205,15 @@ def test_files_folders_and_patterns_name_each_image_once(tree, monkeypatch, argu
         os.symlink("sub/c.webp", "link.webp")
     assert [os.path.normpath(path) for path in find_images(arguments)] == expected
     assert find_images([str(tree / name) for name in arguments])[0].startswith(str(tree))
+
+
+def test_what_a_folder_holds_beside_images_is_counted_and_named(tree, capsys):
+    (tree / "sub" / "film.mov").write_bytes(b"film")
+    find_images([str(tree / "sub")])
+    told = capsys.readouterr().err
+    assert "left out: 1 files" in told and "film.mov" in told
+    find_images([str(tree / "a.jpg")])
+    assert not capsys.readouterr().err
 
 
 def test_folders_in_folders_are_left_out_on_demand(tree):
