@@ -35,7 +35,7 @@ class TinyVit(VisionTransformer):
 @pytest.fixture(scope="module")
 def vit():
     """A vision transformer of ones: compiling its random weights takes seconds."""
-    shapes = nnx.eval_shape(lambda: TinyVit(4, 32, rngs=nnx.Rngs(0)))
+    shapes = nnx.eval_shape(lambda: TinyVit(4, 32, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graph, keys, arrays = nnx.split(shapes, nnx.RngState, ...)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), arrays)
     return in_mode(nnx.merge(graph, keys, ones), training=False)
