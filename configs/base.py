@@ -128,7 +128,8 @@ def get_config(models: str = "") -> ConfigDict:
     optimizer.nesterov = True  # sgd
     optimizer.b1 = 0.9  # adam, adamw
     optimizer.b2 = 0.999  # adam, adamw
-    # Not applied to biases and norms. adamw: decoupled; adam and sgd: added to the gradient.
+    # Not applied to biases, norms, class tokens and positions. adamw: decoupled; adam and sgd:
+    # added to the gradient.
     optimizer.weight_decay = 1e-4
     optimizer.l1 = 0.0  # weight of the sum of absolute kernel values, added to the loss
     optimizer.clip_norm = 0.0  # largest global gradient norm; 0 is off
