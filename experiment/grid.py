@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,26 +64,29 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
     for path in overrides or {}:
-        _check_use(path, runs, "command line")
+        _check_use(path, config, runs, "command line")
     for path in _axes(config.sweep):
-        _check_use(path, runs, "sweep")
+        _check_use(path, config, runs, "sweep")
     return runs
 
 
-def _check_use(path: str, runs: list[Run], where: str) -> None:
-    """Raises a UserError if a model or a phase that a path names is in no run."""
+def _check_use(path: str, config: ConfigDict, runs: list[Run], where: str) -> None:
+    """Raises a UserError if a model or a phase that a path names is in no run.
+
+    A phase that the file has may be unused, as with other weights than it is for: a line says so.
+    """
     model, phase = re.match(r"(?:per_model\.(\w+)(?:\.|$))?(?:phase\.(\w+))?", path).groups()
     if model:
         choose(f"{where}: {path}", model, dict.fromkeys(run.config.model.name for run in runs))
         if path == f"per_model.{model}":
             raise UserError(f"{where}: {path} is a section: name one field of it")
     suited = [run.config for run in runs if model in (None, run.config.model.name)]
-    known = dict.fromkeys(name for config in suited for name in phase_names(config))
+    known = dict.fromkeys(name for settings in suited for name in phase_names(settings))
     if phase and phase not in known:
-        raise UserError(
-            f"{where}: {path}: no run has a phase {phase!r}: name it in config.phases, which is "
-            f"{','.join(known)} here"
-        )
+        text = f"{where}: {path}: no run has a phase {phase!r}"
+        if phase not in config.phase or where == "sweep":
+            raise UserError(f"{text}: name it in config.phases, which is {','.join(known)} here")
+        print(f"warning: {text}; it changes nothing", file=sys.stderr)
 
 
 def _check_grid(config: ConfigDict, models: list[str]) -> None:

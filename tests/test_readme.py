@@ -22,10 +22,9 @@ def test_the_python_code_gives_the_logits_of_evaluation(monkeypatch, tmp_path):
     assert blocks
     shallow = type("ResNet50", (MODELS["resnet50"],), {"blocks": (1, 1, 1, 1)})
     monkeypatch.setitem(MODELS, "resnet50", shallow)
-    arrays = {
-        p: a for part in split_model(filled("resnet50", 1000, 32))[1:] for p, a in part.items()
-    }
-    names = source_names(filled("resnet50", 1000, 32), "timm", list(arrays))
+    network = filled("resnet50", 1000, 32)
+    arrays = {p: a for part in split_model(network)[1:] for p, a in part.items()}
+    names = source_names(network, "timm", list(arrays))
     path = tmp_path / "model.safetensors"
     write_safetensors(path, {names[p]: _published(p, a) for p, a in arrays.items()}, {})
     monkeypatch.setattr(loading, "fetch", lambda entry: path)

@@ -178,6 +178,14 @@ def test_a_phase_may_be_made_up():
     assert rates == {"linear": 1e-3, "cnn": 1e-5}
 
 
+def test_a_phase_of_the_file_that_no_run_has_is_told(capsys):
+    expand(small(), {"phase.tune.epochs": Text("3"), "phase.all.epochs": Text("3")})
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "warning: command line: phase.tune.epochs: no run has a phase 'tune'; it changes nothing"
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "text", "message"),
     [
@@ -192,7 +200,7 @@ def test_a_phase_may_be_made_up():
         ("per_model.cnn.model.name", "mlp", "no field 'model.name'"),
         ("per_model.mlp.epochs", "3", "'mlp' is not known; choose one of linear, cnn"),
         ("model.dropout", "0.5", "linear has no field 'model.dropout'.*per_model.<model>"),
-        ("phase.tune.epochs", "3", "no run has a phase 'tune': .*which is all here"),
+        ("phase.tuen.epochs", "3", "no run has a phase 'tuen': .*which is all here"),
         ("phase.all.data.image_size", "3", "'data' is not known"),
         ("phase.all", "3", "is a section"),
     ],
