@@ -86,7 +86,7 @@ def _check_use(path: str, config: ConfigDict, runs: list[Run], where: str) -> No
         text = f"{where}: {path}: no run has a phase {phase!r}"
         if phase not in config.phase or where == "sweep":
             raise UserError(f"{text}: name it in config.phases, which is {','.join(known)} here")
-        print(f"warning: {text}; it changes nothing", file=sys.stderr)
+        print(f"note: {text}; it changes nothing", file=sys.stderr)
 
 
 def _check_grid(config: ConfigDict, models: list[str]) -> None:

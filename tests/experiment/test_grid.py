@@ -182,7 +182,7 @@ def test_a_phase_of_the_file_that_no_run_has_is_told(capsys):
     expand(small(), {"phase.tune.epochs": Text("3"), "phase.all.epochs": Text("3")})
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "warning: command line: phase.tune.epochs: no run has a phase 'tune'; it changes nothing"
+        "note: command line: phase.tune.epochs: no run has a phase 'tune'; it changes nothing"
     ]
 
 
