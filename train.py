@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data.identity import check_identity, write_table
-from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
+from experiment.fields import phase_names, stored_config
 from experiment.files import read_json, write_json
-from input_pipeline import Dataset, check_batches, load_dataset
+from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
-from models.classifier import MISTAKES, split_model
+from models.classifier import MISTAKES, check_architecture, split_model
 from training.cost import model_cost, peak_memory
 from training.log import environment
 from training.phase import train_phase
-from training.preflight import inspect_pixels
+from training.preflight import check_phases, inspect_pixels
 from training.record import Diverged, RunRecord
-from training.steps import class_weights, make_eval_step
+from training.steps import make_eval_step
 from training.weights import find_weights, save_weights
 
 
@@ -50,9 +50,9 @@ def train_and_evaluate(
     run_dir = Path(run_dir)
     dataset = load_dataset(config.data, config.runtime.cache_dir)
     mesh = device_mesh()
-    check_batches(config, mesh)
     check_data(dataset, config, run_dir)
-    model = build_model(config, dataset.num_classes)
+    model = build_model(config, dataset.num_classes, dataset.class_names)
+    check_phases(config, model, dataset, mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", stored_config(config))
     write_json(run_dir / "environment.json", environment())
@@ -170,7 +170,9 @@ def device_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), ("data",))
 
 
-def build_model(config: ConfigDict, num_classes: int) -> Classifier:
+def build_model(
+    config: ConfigDict, num_classes: int, class_names: list[str] | None = None
+) -> Classifier:
     """Returns the model of a run's config, initialised from its seed and its pretrained weights."""
     fields, weights = config.model.to_dict(), config.weights
     if weights.startswith("run:"):
@@ -179,6 +181,7 @@ def build_model(config: ConfigDict, num_classes: int) -> Classifier:
         fields.pop("name"),
         num_classes,
         weights=weights,
+        class_names=class_names,
         seed=config.seed,
         image_size=config.data.image_size,
         dtype=config.compute_dtype,
@@ -206,11 +209,9 @@ def check_run(config: ConfigDict) -> None:
       UserError: about its data, its phases, or a model that does not fit the images.
     """
     dataset = load_dataset(config.data, config.runtime.cache_dir)
-    check_batches(config, device_mesh())
-    class_weights(config, dataset)
-    size = len(nnx.eval_shape(lambda: build_model(config, dataset.num_classes)).stages)
-    for name in phase_names(config):
-        first_trained_stage(phase_config(config, name).train, size)
+    model = nnx.eval_shape(lambda: build_model(config, dataset.num_classes, dataset.class_names))
+    check_architecture(model, config.data.image_size)
+    check_phases(config, model, dataset, device_mesh())
 
 
 def check_runs(configs: list[ConfigDict], workdir: Path) -> list[Dataset]:

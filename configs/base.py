@@ -9,6 +9,10 @@ below except those and `per_model`, changed in this order: the file's `per_model
 fields given on the command line, then `--config.per_model.<model>...`, then the variant, then the
 sweep. A run's phases change it further, one after the other; a field given on the command line wins
 over the file's phases too, but for `--config.phase.<name>...`, which sets one phase.
+
+On the command line, `--config.per_model.<model>.` takes any field of a run, whether this file names
+it there or not, and so does `--config.phase.<name>.`, of a phase that `config.phases` names; and
+`--config.model.` a field of the architecture, where every model has it.
 """
 
 from ml_collections import ConfigDict
@@ -23,7 +27,9 @@ def get_config(models: str = "") -> ConfigDict:
     # --- the grid -------------------------------------------------------------------------------
     config.models = ("linear", "knn", "mlp", "cnn", "cnn_deep")
     config.seeds = (0, 1, 2)  # initialisation, batch order, augmentation, dropout; never the split
-    # Further swept fields, e.g. "optimizer.learning_rate=0.001,0.01; augment.mixup=0,0.2".
+    # Further swept fields, e.g. "optimizer.learning_rate=0.001,0.01; augment.mixup=0,0.2". Commas
+    # in brackets or quotes are part of a value: "data.split=(0.7,0.15,0.15),(0.8,0.1,0.1)". A field
+    # of one model alone: "per_model.cnn.model.dropout=0,0.3".
     config.sweep = ""
     # Named changes to be compared, each as in `per_model`; see configs/ablation.py.
     config.variants = ConfigDict()
@@ -122,7 +128,8 @@ def get_config(models: str = "") -> ConfigDict:
     optimizer.nesterov = True  # sgd
     optimizer.b1 = 0.9  # adam, adamw
     optimizer.b2 = 0.999  # adam, adamw
-    # Not applied to biases and norms. adamw: decoupled; adam and sgd: added to the gradient.
+    # Not applied to biases, norms, class tokens and positions. adamw: decoupled; adam and sgd:
+    # added to the gradient.
     optimizer.weight_decay = 1e-4
     optimizer.l1 = 0.0  # weight of the sum of absolute kernel values, added to the loss
     optimizer.clip_norm = 0.0  # largest global gradient norm; 0 is off

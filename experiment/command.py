@@ -1,6 +1,7 @@
 """The frame of every command: flags, arguments, and mistakes that print one message."""
 
 import difflib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,12 @@ from ml_collections import config_flags
 
 from configs import base
 from errors import UserError
-from experiment.fields import flatten
+from experiment.fields import Text, flatten
+
+# Fields that a config need not mention, so absl does not know them: it depends on the model which
+# there are. `experiment.grid` reads their text by their types.
+OPEN = re.compile(r"--?(no)?config\.((?:model|per_model|phase)\.[^=]+)(?:=(.*))?", re.DOTALL)
+_given: dict[str, Text] = {}  # by this process's command line
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
@@ -54,12 +60,16 @@ def output_folder(path: Path | str, option: str = "--output") -> Path:
 
 def config_overrides(flag: flags.FlagHolder) -> dict[str, Any]:
     """Returns what the command line set in a config flag, by dotted path."""
-    return dict(config_flags.get_override_values(flags.FLAGS[flag.name]))
+    return dict(config_flags.get_override_values(flags.FLAGS[flag.name])) | _given
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; absl and ml_collections raise many types here, all of them user mistakes."""
+    command = sys.argv
     try:
+        if "config" in flags.FLAGS:
+            argv = _take_open_fields(flags.FLAGS.read_flags_from_files(argv))
+            sys.argv = argv  # where ml_collections looks for fields
         return flags.FLAGS(argv)
     except Exception as error:  # noqa: BLE001
         text = str(error.__cause__ if isinstance(error.__cause__, UserError) else error)
@@ -69,6 +79,25 @@ def _parse_flags(argv: list[str]) -> list[str]:
             text = _unknown_field(argv) or text
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        sys.argv = command
+
+
+def _take_open_fields(argv: list[str]) -> list[str]:
+    """Returns argv without the flags of open fields, whose values are kept."""
+    rest, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        match = OPEN.fullmatch(word)
+        if not match:
+            rest.append(word)
+            continue
+        negated, path, value = match.groups()
+        if value is None:  # a flag that is set, or the value is the next word
+            follows = not negated and words and not words[0].startswith("--")
+            value = words.pop(0) if follows else "false" if negated else "true"
+        _given[path] = Text(value)
+    return rest
 
 
 def _unknown_field(argv: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The fields of a config by dotted path: read, set and stored; a run's config in each phase."""
 
+import ast
 import difflib
 import json
 import re
@@ -12,12 +13,18 @@ from ml_collections.config_flags import config_path
 from errors import UserError, choose
 from models import fields_of
 
+# Of the whole experiment, not of a run.
+GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
 # What a section of config.phase may change.
 PHASE_FIELDS = (
     "train", "layer_decay", "batch_norm", "frozen_batch_norm", "augment_views", "epochs",
     "batch_size", "optimizer", "schedule", "loss", "augment", "ema_decay", "eval_every_epochs",
     "early_stopping_patience",
 )  # fmt: skip
+
+
+class Text(str):
+    """The value of a field as it was typed, to be read by the type that the field has."""
 
 
 def flatten(tree: ConfigDict | dict) -> dict[str, Any]:
@@ -38,13 +45,26 @@ def stored_config(config: ConfigDict) -> dict:
 
 def get(settings: ConfigDict, path: str, where: str) -> Any:
     """Returns the field of a dotted path; raises a UserError that suggests the nearest one."""
-    known = flatten(settings)
-    if path not in known:
-        known |= {f"model.{field}": None for field in fields_of(settings.model.name)}
+    name = settings.model.name
+    known = {f"model.{field}": default for field, default in fields_of(name).items()}
+    known |= {k: v for k, v in flatten(settings).items() if k not in ("model.name", "variant")}
     if path in known:
         return known[path]
+    if path.split(".")[0] in GRID_FIELDS:
+        raise UserError(f"{where}: {path} is of the whole experiment, not of a run")
+    if any(field.startswith(f"{path}.") for field in known):
+        raise UserError(
+            f"{where}: {path} is a section: name one field of it, or change several fields at once "
+            "with config.variants, as configs/ablation.py does"
+        )
     near = difflib.get_close_matches(path, known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if path.startswith("model."):
+        own = ", ".join(fields_of(name)) or "none"
+        raise UserError(
+            f"{where}: {name} has no field {path!r}; of its own it has {own}.{hint} For a model "
+            f"that has it: per_model.<model>.{path}"
+        )
     raise UserError(
         f"{where}: there is no field {path!r}.{hint} Every field is explained in configs/base.py"
     )
@@ -60,16 +80,35 @@ def assign(settings: ConfigDict, path: str, value: Any, where: str) -> None:
         raise UserError(f"{where}: {path}={value!r} has the wrong type: {error}") from error
 
 
-def parse(text: str, current: Any, path: str) -> Any:
-    """Returns one swept value as the type that the field has."""
+def parse(text: str, current: Any, path: str, where: str) -> Any:
+    """Returns a typed value, such as "(64, 32)", as the type of the field's `current` one."""
+    kind = type(current)
     try:
-        if isinstance(current, bool):
-            return {"true": True, "false": False}[text.lower()]
-        if isinstance(current, (int, float, str)):
-            return type(current)(text)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"sweep: {path}={text!r} is not a {type(current).__name__}") from error
-    raise UserError(f"sweep: {path} is a {type(current).__name__}; sweep numbers, strings or flags")
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is str:
+            quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+            return text[1:-1] if quoted else str(text)
+        if kind in (tuple, list):
+            return _parse_tuple(text, current)
+        return kind(text)
+    except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        example = f" such as {current!r}" if kind in (tuple, list) else ""
+        raise UserError(f"{where}: {path}={text!r} is not a {kind.__name__}{example}") from error
+
+
+def _parse_tuple(text: str, current: tuple) -> tuple:
+    value = ast.literal_eval(text)
+    value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if not {type(item) for item in value} <= {type(item) for item in current} | {int}:
+        raise TypeError
+    return value
+
+
+def split_values(text: str, separator: str) -> list[str]:
+    """Returns what stands between separators that are in neither brackets nor quotes."""
+    whole = rf"""(?:\([^()]*\)|\[[^\[\]]*\]|"[^"]*"|'[^']*'|[^{separator}])+"""
+    return [part.strip() for part in re.findall(whole, text) if part.strip()]
 
 
 # --- phases -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ from ml_collections import ConfigDict
 from errors import UserError, choose
 from experiment.checks import check_compare, check_config
 from experiment.fields import (
+    GRID_FIELDS,
+    Text,
     assign,
     flatten,
     get,
     parse,
     phase_names,
+    split_values,
     stored_config,
     unflatten,
 )
 from experiment.files import read_json
 from models import MODELS, fields_of
 
-GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
 # Fields that some versions did not store, and the value under which a run is the same without.
 AS_BEFORE = {"keep_optimizer": False, "select": "loss"}
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
@@ -42,7 +45,8 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
 
     Args:
       config: an experiment as `configs/base.py` describes it.
-      overrides: what the command line set, by dotted path; it wins over the file's `per_model`.
+      overrides: what the command line set, by dotted path, values or `Text`; it wins over the
+        file's `per_model`.
 
     Raises:
       UserError: an unknown model or field, or a value out of range.
@@ -50,7 +54,8 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
     models = [name.strip() for item in config.models for name in item.split(",")]
     _check_grid(config, models)
     runs = []
-    for model, variant in itertools.product(models, _variants(config)):
+    pairs = [(model, variant) for model in models for variant in _variants(config, model)]
+    for model, variant in pairs:
         settings = _run_config(config, model, variant, overrides or {})
         check_config(settings)
         suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
@@ -60,7 +65,30 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
             runs.append(Run(f"{model}/seed{seed}" + (f"_{suffix}" if suffix else ""), run_config))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
+    for path in overrides or {}:
+        _check_use(path, config, runs, "command line")
+    for path in _axes(config.sweep):
+        _check_use(path, config, runs, "sweep")
     return runs
+
+
+def _check_use(path: str, config: ConfigDict, runs: list[Run], where: str) -> None:
+    """Raises a UserError if a model or a phase that a path names is in no run.
+
+    A phase that the file has may be unused, as with other weights than it is for: a line says so.
+    """
+    model, phase = re.match(r"(?:per_model\.(\w+)(?:\.|$))?(?:phase\.(\w+))?", path).groups()
+    if model:
+        choose(f"{where}: {path}", model, dict.fromkeys(run.config.model.name for run in runs))
+        if path == f"per_model.{model}":
+            raise UserError(f"{where}: {path} is a section: name one field of it")
+    suited = [run.config for run in runs if model in (None, run.config.model.name)]
+    known = dict.fromkeys(name for settings in suited for name in phase_names(settings))
+    if phase and phase not in known:
+        text = f"{where}: {path}: no run has a phase {phase!r}"
+        if phase not in config.phase or where == "sweep":
+            raise UserError(f"{text}: name it in config.phases, which is {','.join(known)} here")
+        print(f"note: {text}; it changes nothing", file=sys.stderr)
 
 
 def _check_grid(config: ConfigDict, models: list[str]) -> None:
@@ -83,17 +111,34 @@ class Variant:
 
     name: str
     changes: dict[str, Any]  # by dotted path
-    swept: dict[str, str]  # likewise, as text
+    swept: dict[str, Text]  # likewise
 
 
-def _variants(config: ConfigDict) -> list[Variant]:
-    """Returns every named variant at every point of the sweep "a.b=1,2; c=x,y"."""
-    axes = []
-    for part in filter(None, (part.strip() for part in config.sweep.split(";"))):
-        path, equals, values = (text.strip() for text in part.partition("="))
+def _axes(sweep: str) -> dict[str, list[str]]:
+    """Returns the values of each field of a sweep "a.b=1,2; c=(1,2),(3,4); d='x,y',z"."""
+    axes = {}
+    for part in split_values(sweep, ";"):
+        path, equals, text = part.partition("=")
+        path, values = path.strip(), split_values(text, ",")
         if not equals or not values:
             raise UserError(f"config.sweep: {part!r} is not of the form field=value,value")
-        axes.append([(path, value.strip()) for value in values.split(",")])
+        if path in axes:
+            raise UserError(f"config.sweep names {path} twice: {sweep!r}")
+        axes[path] = values
+    return axes
+
+
+def _variants(config: ConfigDict, model: str) -> list[Variant]:
+    """Returns every named variant at every point of the sweep, as far as it is of a model."""
+    axes = []
+    for path, values in _axes(config.sweep).items():
+        if path.startswith("per_model."):
+            _, name, path = f"{path}..".split(".", 2)
+            choose("sweep: per_model", name, MODELS)
+            if name != model:
+                continue
+            path = path.rstrip(".")
+        axes.append([(path, Text(value)) for value in values])
     variants = []
     for name, changes in (config.variants.to_dict() or {"": {}}).items():
         for point in itertools.product(*axes):
@@ -115,9 +160,12 @@ def _run_config(
     def apply(changes: dict[str, Any], where: str, over_phases: bool = True) -> None:
         """Sets fields; a field for the whole run wins over phases unless a change names one."""
         for path, value in sorted(changes.items(), key=lambda item: item[0].startswith("phase.")):
-            if path.startswith("phase."):
-                _, name, field = path.split(".", 2)
-                phases.setdefault(name, {})[field] = value
+            in_phase = re.fullmatch(r"phase\.(\w+)\.(.+)", path)
+            field = in_phase[2] if in_phase else path
+            if isinstance(value, Text):
+                value = parse(value, get(settings, field, where), path, where)
+            if in_phase:
+                phases.setdefault(in_phase[1], {})[field] = value
                 continue
             assign(settings, path, value, where)
             for phase in phases.values() if over_phases else ():
@@ -125,18 +173,14 @@ def _run_config(
 
     prefix = f"per_model.{model}."
     # An element, as in `data.split[0]`, has been set in the config already.
-    overrides = {path: value for path, value in overrides.items() if "[" not in path}
+    overrides = {p: v for p, v in overrides.items() if "[" not in p or isinstance(v, Text)}
     for_all = {p: value for p, value in overrides.items() if p.split(".")[0] not in GRID_FIELDS}
     for_model = {p[len(prefix) :]: value for p, value in overrides.items() if p.startswith(prefix)}
     apply(flatten(config.per_model.get(model, {})), f"per_model.{model}", over_phases=False)
-    apply(flatten(for_all), "command line")
-    apply(flatten(for_model), "command line")
+    apply(for_all, "command line")
+    apply(for_model, "command line")
     apply(variant.changes, f"variants.{variant.name}")
-    swept = {}
-    for path, text in variant.swept.items():
-        field = path.split(".", 2)[2] if path.startswith("phase.") else path
-        swept[path] = parse(text, get(settings, field, "sweep"), path)
-    apply(swept, "sweep")
+    apply(variant.swept, "sweep")
 
     if settings.phases == "auto":
         settings.phases = "all" if settings.weights == "none" else "head,tune"
@@ -172,17 +216,12 @@ def check_run_dir(run: Run, workdir: Path) -> None:
         and key not in FREE
         and stored.get(key, "nothing") != asked.get(key, "nothing")
     ]
-    if not lines:
-        return
-    advice = "Use another --workdir, delete that directory, or undo the change."
-    if any("epochs" in line for line in lines):
-        advice += (
-            " To train on from where it ended, give its weights, --config.weights="
-            f"run:{path.parent}, in another --workdir."
+    if lines:
+        raise UserError(
+            f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + "\n"
+            "Use another --workdir, delete that directory, or undo the change. To train on from "
+            f"its weights, once complete: another --workdir, --config.weights=run:{path.parent}"
         )
-    raise UserError(
-        f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + f"\n{advice}"
-    )
 
 
 def shard(runs: list[Run], text: str) -> list[Run]:

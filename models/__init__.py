@@ -1,7 +1,7 @@
 """The architectures: one dictionary from name to class, and the function that builds one."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from errors import UserError, choose
-from models.classifier import Classifier, Preprocessing, in_mode
+from models.classifier import Classifier, Preprocessing, blame, check_stages, in_mode
 from models.cnn import Cnn
 from models.cnn_deep import CnnDeep
 from models.efficientnet import EfficientNetB0, EfficientNetB1, EfficientNetB2, EfficientNetB3
@@ -60,6 +60,7 @@ def create_model(
     num_classes: int,
     *,
     weights: str | None = None,
+    class_names: Sequence[str] | None = None,
     seed: int = 0,
     image_size: int | None = None,
     dtype: str = "float32",
@@ -72,6 +73,8 @@ def create_model(
       num_classes: length of a row of logits.
       weights: name of pretrained weights (see `models/pretrained.py`); None or "none" for none.
         Their preprocessing is used, and their classifier if it has as many classes.
+      class_names: in the order of the labels; with them, a classifier of weights is used only if
+        its classes have the same names, and brought into this order.
       seed: of the initialisation and of dropout.
       image_size: height and width in pixels; None is the architecture's own.
       dtype: of the computation, float32 or bfloat16; parameters and logits are float32.
@@ -94,6 +97,8 @@ def create_model(
         )
     source = loading.find(weights, name, fields) if weights not in (None, "none") else None
     fields = fields | (source.fields if source else {})
+    if source:
+        loading.compare_size(source, image_size)
 
     def build(key: jax.Array) -> Classifier:
         rngs = nnx.Rngs(params=key, dropout=key)
@@ -101,10 +106,12 @@ def create_model(
 
     # One program initialises all layers: op by op, each shape would be compiled by itself.
     key = jax.random.key(seed)
-    model = nnx.eval_shape(build, key) if source else nnx.jit(build)(key)
+    with blame(architecture, "cannot be built"):
+        model = nnx.eval_shape(build, key) if source else nnx.jit(build)(key)
+    check_stages(model)
     model.name, model.num_classes, model.fields = name, num_classes, tuple(sorted(fields.items()))
     if source:
-        model = _complete(loading.load(model, source), build, key)
+        model = _complete(loading.load(model, source, class_names), build, key)
     return in_mode(model, training=False)
 
 

@@ -1,10 +1,16 @@
 """What every architecture shares: the contract that training and analysis rely on."""
 
+import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,82 @@ def in_mode(
             deterministic=not trains, use_running_average=running, raise_if_not_found=False
         )
     return view
+
+
+# --- the contract, checked ----------------------------------------------------------------------
+
+
+def check_stages(model: Classifier) -> None:
+    """Raises a UserError unless all that a network learns lies in its `stages`."""
+    name = type(model).__name__
+    if not isinstance(getattr(model, "stages", None), nnx.List) or not len(model.stages):
+        raise UserError(
+            f"{name} has no stages: set self.stages = nnx.List([...]) in its constructor, in "
+            "forward order, the last of which gives logits"
+        )
+    _, params, stats = split_model(model)
+    moved = ("deterministic", "use_running_average")  # what `in_mode` sets in stages
+    outside = [path for path in params | stats if not path.startswith("stages.")] + [
+        ".".join(map(str, path))
+        for path, module in nnx.iter_modules(model)
+        if path and path[0] != "stages" and any(hasattr(module, field) for field in moved)
+    ]
+    if outside:
+        more = f" and {len(outside) - 3} more" if len(outside) > 3 else ""
+        raise UserError(
+            f"{name}: {', '.join(outside[:3])}{more} can be reached outside of `stages`, by which "
+            "layers are frozen, scaled and switched to evaluation: name them in a stage alone"
+        )
+
+
+def check_architecture(model: Classifier, image_size: int) -> None:
+    """Raises a UserError unless a network keeps the contract; computes shapes alone.
+
+    `model` comes from `create_model`; it may hold shapes in place of arrays.
+    """
+    check_stages(model)
+    if not model.trained_by_gradient:
+        return
+
+    def run(model: Classifier, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x = model.preprocess(images)
+        features = model.features(x)
+        return features, model.classify(features), model(x)
+
+    images = jax.ShapeDtypeStruct((2, image_size, image_size, 3), jnp.uint8)
+    with blame(type(model), f"cannot be applied to images of {image_size} pixels"):
+        features, *both = jax.eval_shape(run, model, images)
+    name, wanted = type(model).__name__, (2, model.num_classes)
+    if len(features.shape) != 4 or features.shape[0] != 2:
+        raise UserError(
+            f"{name}: features of 2 images have the shape {features.shape}; they must be a map "
+            "[B, h, w, C], the output of the last stage but one"
+        )
+    for logits in both:
+        if logits.shape != wanted or logits.dtype != jnp.float32:
+            raise UserError(
+                f"{name}: logits of 2 images and {model.num_classes} classes are {logits.dtype} "
+                f"{logits.shape}; they must be float32 {wanted}"
+            )
+
+
+@contextmanager
+def blame(architecture: type, what: str) -> Iterator[None]:
+    """Turns an error of an architecture's own code into a UserError that says where it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # any type may come from a stranger's code
+        file = inspect.getfile(architecture)
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        where = f" ({file}:{lines[-1]})" if lines else ""
+        raise UserError(
+            f"{architecture.__name__} {what}: {type(error).__name__}: {error}{where}"
+        ) from error
+
+
+# --- arrays by path -----------------------------------------------------------------------------
 
 
 def split_model(model: Classifier) -> tuple[nnx.GraphDef, dict, dict]:

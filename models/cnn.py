@@ -3,7 +3,7 @@
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import Conv, flatten, he_normal
+from models.layers import Conv, flatten, he_normal, logits_layer
 from models.lowering import max_pool_2x2
 
 
@@ -27,6 +27,6 @@ class Cnn(Classifier):
             nnx.Linear(side * side * 64, 128, **settings),
             nnx.relu,
             nnx.Dropout(dropout, rngs=rngs),
-            nnx.Linear(128, num_classes, dtype=dtype, rngs=rngs),
+            logits_layer(128, num_classes, rngs),
         )
         self.stages = nnx.List([block(3, 32), block(32, 64), head])

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import BatchNorm, Conv, global_average_pool, he_normal
+from models.layers import BatchNorm, Conv, global_average_pool, he_normal, logits_layer
 from models.lowering import max_pool_2x2
 
 
@@ -40,6 +40,6 @@ class CnnDeep(Classifier):
             nnx.Linear(256, 256, kernel_init=he_normal, **settings),
             nnx.relu,
             nnx.Dropout(head_dropout, rngs=rngs),
-            nnx.Linear(256, num_classes, **settings),
+            logits_layer(256, num_classes, rngs),
         )
         self.stages = nnx.List([*blocks, head])

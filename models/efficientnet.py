@@ -201,7 +201,7 @@ class EfficientNet(Classifier):
             ConvNormAct(3, stem, 3, 2, **settings),
             *blocks,
             ConvNormAct(last, top, 1, **settings),
-            PooledLinear(top, num_classes, dropout, dtype=dtype, rngs=rngs),
+            PooledLinear(top, num_classes, dropout, rngs),
         ]
         self.stages = nnx.List(stages)
 

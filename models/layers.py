@@ -96,12 +96,17 @@ class SqueezeExcite(nnx.Module):
         return x * nnx.sigmoid(self.expand(self.act(self.reduce(means))))
 
 
+def logits_layer(inputs: int, num_classes: int, rngs: nnx.Rngs, **options) -> nnx.Linear:
+    """Returns the last layer, in float32 always: logits of bfloat16's 8 bits would often tie."""
+    return nnx.Linear(inputs, num_classes, dtype=jnp.float32, rngs=rngs, **options)
+
+
 class PooledLinear(nnx.Module):
     """The usual head: global average pooling, dropout, one linear layer."""
 
-    def __init__(self, channels: int, num_classes: int, dropout: float, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, num_classes: int, dropout: float, rngs: nnx.Rngs):
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.linear = nnx.Linear(channels, num_classes, dtype=dtype, rngs=rngs)
+        self.linear = logits_layer(channels, num_classes, rngs)
 
     def condense(self, x: jax.Array) -> jax.Array:
         """[B, h, w, C] -> [B, 1, 1, C], all that this head needs of its input."""

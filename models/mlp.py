@@ -4,7 +4,7 @@ from flax import nnx
 
 from errors import UserError
 from models.classifier import Classifier
-from models.layers import flatten, he_normal
+from models.layers import flatten, he_normal, logits_layer
 
 
 class Mlp(Classifier):
@@ -30,5 +30,5 @@ class Mlp(Classifier):
                 nnx.Dropout(dropout, rngs=rngs),
             ]
             inputs = width
-        layers.append(nnx.Linear(inputs, num_classes, dtype=dtype, rngs=rngs))
+        layers.append(logits_layer(inputs, num_classes, rngs))
         self.stages = nnx.List([nnx.Sequential(*layers)])

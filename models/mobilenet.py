@@ -75,6 +75,6 @@ class MobileNetV2(Classifier):
             ConvNormAct(3, 32, 3, 2, **settings),
             *inverted_residual_stages(32, self.plan, 0.0, squeeze_excite=False, **settings),
             ConvNormAct(320, 1280, 1, **settings),
-            PooledLinear(1280, num_classes, dropout, dtype=dtype, rngs=rngs),
+            PooledLinear(1280, num_classes, dropout, rngs),
         ]
         self.stages = nnx.List(stages)

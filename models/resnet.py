@@ -112,7 +112,7 @@ class ResNet(Classifier):
                 blocks.append(Block(channels, width, stride, self.bottleneck, form, **settings))
                 channels = outputs
             stages.append(nnx.Sequential(*blocks))
-        self.stages = nnx.List([*stages, PooledLinear(channels, num_classes, dropout, **settings)])
+        self.stages = nnx.List([*stages, PooledLinear(channels, num_classes, dropout, rngs)])
 
 
 class ResNet18(ResNet):

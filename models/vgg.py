@@ -4,7 +4,14 @@ import jax
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import BatchNorm, PooledLinear, adaptive_average_pool, conv, flatten
+from models.layers import (
+    BatchNorm,
+    PooledLinear,
+    adaptive_average_pool,
+    conv,
+    flatten,
+    logits_layer,
+)
 from models.lowering import max_pool_2x2
 
 
@@ -15,7 +22,7 @@ class Head(nnx.Module):
         settings = {"dtype": dtype, "rngs": rngs}
         self.fc1 = nnx.Linear(7 * 7 * 512, hidden, **settings)
         self.fc2 = nnx.Linear(hidden, hidden, **settings)
-        self.linear = nnx.Linear(hidden, num_classes, **settings)
+        self.linear = logits_layer(hidden, num_classes, rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def condense(self, x: jax.Array) -> jax.Array:
@@ -89,7 +96,7 @@ class Vgg(Classifier):
         if hidden:
             head = Head(num_classes, hidden, dropout, **settings)
         else:
-            head = PooledLinear(channels, num_classes, dropout, **settings)
+            head = PooledLinear(channels, num_classes, dropout, rngs)
         self.stages = nnx.List([*stages, head])
 
 

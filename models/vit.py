@@ -6,7 +6,7 @@ from flax import nnx
 
 from errors import UserError
 from models.classifier import Classifier
-from models.layers import Conv
+from models.layers import Conv, logits_layer
 
 EPSILON = 1e-6  # of LayerNorm, in timm and torchvision alike
 
@@ -62,7 +62,7 @@ class Head(nnx.Module):
 
     def __init__(self, width: int, num_classes: int, *, dtype, rngs: nnx.Rngs):
         self.norm = nnx.LayerNorm(width, epsilon=EPSILON, dtype=dtype, rngs=rngs)
-        self.linear = nnx.Linear(width, num_classes, dtype=dtype, rngs=rngs)
+        self.linear = logits_layer(width, num_classes, rngs)
 
     def condense(self, x: jax.Array) -> jax.Array:
         """[B, 1 + N, C] -> [B, 1, C], all that this head needs of its input."""

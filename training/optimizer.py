@@ -25,13 +25,21 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) ->
 
 
 def is_kernel(params: dict) -> dict:
-    """Returns which parameters weight decay applies to: all but biases and norms, which are 1-D."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """Returns which parameters weight decay applies to, by path.
+
+    All but biases and norms, which are 1-D, and what is added to every image of a batch alike,
+    [1, ...], as a transformer's class token and positions.
+    """
+    return {
+        path: p.ndim > 1 and (p.shape[0] > 1 or path.rpartition(".")[2] == "kernel")
+        for path, p in params.items()
+    }
 
 
 def l1_penalty(params: dict) -> jax.Array:
     """Returns the sum of absolute values of all kernels."""
-    return sum((jnp.abs(p).sum() for p in params.values() if p.ndim > 1), jnp.zeros(()))
+    kernels = is_kernel(params)
+    return sum((jnp.abs(p).sum() for path, p in params.items() if kernels[path]), jnp.zeros(()))
 
 
 def scale_by_stage(decay: float, stages: int) -> optax.GradientTransformation:

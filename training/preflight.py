@@ -1,4 +1,4 @@
-"""Do the pixels match the weights? One batch tells, before a run with pretrained weights trains.
+"""Before a run trains: can each phase train this model, and do the pixels match the weights?
 
 Wrong preprocessing lets a network train, only badly: the classic failure of a fine-tuned ResNet50.
 Two things give it away.
@@ -20,16 +20,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data.decoding import resize
 from errors import UserError
+from experiment.fields import first_trained_stage, phase_config, phase_names
+from input_pipeline import Dataset, check_batches
 from models import Classifier, create_model
 from models.classifier import MISTAKES
 from models.layers import BatchNorm
 from models.pretrained import shape_of
 from models.weights.loading import find
+from training.steps import class_weights
 
 ABNORMAL = 0.3  # distance; right pixels stay below 0.11, the mildest wrong scale is at 0.45
 UNSURE = 2.0  # t-value over images; right order at most -2.3, swapped at least 2.3
@@ -39,6 +44,40 @@ EARLY = 1 / 6  # of the layers; later ones see what the images show more than ho
 STAGES = 2  # judged where there is no BatchNorm
 
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # {layer: (mean [C], variance [C])}
+
+
+def check_phases(config: ConfigDict, model: Classifier, dataset: Dataset, mesh: Mesh) -> None:
+    """Finds what would stop or spoil a phase of a run: its stages, batches and class weights.
+
+    `model` may hold shapes in place of arrays. Raises a UserError that names the phase.
+    """
+    for name in phase_names(config):
+        settings = phase_config(config, name)
+        try:
+            check_batches(settings, mesh)
+            class_weights(settings, dataset)
+            first = first_trained_stage(settings.train, len(model.stages))
+            check_batch_norm(settings, model, first)
+        except UserError as error:
+            raise UserError(f"in phase {name}: {error}") from error
+
+
+def check_batch_norm(config: ConfigDict, model: Classifier, first: int) -> None:
+    """Raises a UserError if BatchNorm would normalise by a batch of one image.
+
+    A map of one place then becomes zero, whatever the image, and the statistics of larger ones are
+    those of single images. `config` is of a phase that trains stage `first` and those after it.
+    """
+    if config.batch_size > 1:
+        return
+    for path, module in nnx.iter_modules(model):
+        mode = config.batch_norm if path[1:] and path[1] >= first else config.frozen_batch_norm
+        if isinstance(module, nnx.BatchNorm) and mode == "batch":
+            raise UserError(
+                f"config.batch_size=1: {model.name} has BatchNorm, which cannot normalise by a "
+                "single image: use larger batches, or config.batch_norm=running with pretrained "
+                "weights"
+            )
 
 
 def inspect_pixels(

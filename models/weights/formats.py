@@ -26,7 +26,7 @@ def read_weights(path: Path, kind: str) -> dict[str, np.ndarray]:
     """
     readers = {"safetensors": _read_safetensors, "keras": _read_keras, "pytorch": read_pytorch}
     reader = readers[choose("the kind of weights", kind, readers)]
-    _check_file(path)
+    check_file(path)
     try:
         return {name: _to_float32(array) for name, array in reader(path).items()}
     except UserError:
@@ -37,7 +37,7 @@ def read_weights(path: Path, kind: str) -> dict[str, np.ndarray]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Returns the text fields in the header of a safetensors file."""
-    _check_file(path)
+    check_file(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return file.metadata() or {}
@@ -63,7 +63,8 @@ def write_safetensors(path: Path, arrays: dict[str, np.ndarray], metadata: dict[
         ) from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises a UserError unless there is a file that holds something."""
     if path.is_dir():
         raise UserError(f"weights: {path} is a folder; name the file in it")
     if not path.is_file():

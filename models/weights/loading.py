@@ -1,7 +1,9 @@
 """Finds pretrained weights by name (see `models/pretrained.py`) and loads them strictly."""
 
 import functools
-from collections.abc import Callable, Collection
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,8 +12,8 @@ import numpy as np
 
 from errors import UserError, choose
 from models.classifier import Classifier, Preprocessing, merge_model, split_model
-from models.weights.download import hub_file, url_file
-from models.weights.formats import read_weights
+from models.weights.download import digest, hub_file, url_file
+from models.weights.formats import check_file, read_weights
 from models.weights.names import head_of, normalise_names, source_names, to_our_layout
 from models.weights.own import WEIGHTS, read_own
 from models.weights.published import IMAGENET, PUBLISHED, Published
@@ -98,18 +100,38 @@ def _read(path: Path, family: str) -> dict[str, np.ndarray]:
 
 
 def _local(name: str, family: str, path: Path, model: str, fields: dict) -> Source:
-    """A publisher's file on this disk: preprocessing and form of the publisher's first entry."""
+    """A publisher's file on this disk, with the preprocessing of the publisher's first entry."""
     if not model:
         raise UserError(f"weights {name!r} do not say of which architecture they are: give --model")
     entries = [e for e in PUBLISHED.values() if e.model == model and e.family == family]
-    form = fields.get("form", entries[0].form if entries else "")
-    forms = ["torch"] if family == "torchvision" else [e.form for e in entries]
+    forms = _forms(family, model)
+    form = fields.get("form") or (forms[0] if len(forms) == 1 else "")
+    if forms and not form:
+        check_file(path)
+        known = digest(path, "sha256")
+        form = next((e.form for e in entries if e.sha256 == known), "")
+    if forms and not form:
+        raise UserError(
+            f"weights {name!r}: {family} publishes {model} in the forms {' and '.join(forms)}, "
+            "whose files do not tell which they are: say it with "
+            f"--config.per_model.{model}.model.form={'|'.join(forms)} (of timm, tf is tf_{model}; "
+            "models.pretrained takes --form)"
+        )
     if form and forms:
-        choose(f"weights {name!r} of {model}: form", form, dict.fromkeys(forms))
+        choose(f"weights {name!r} of {model}: form", form, forms)
     pixels = next((e.preprocessing for e in entries if e.form == form), IMAGENET)
     needed = {"form": form} if form else {}
     facts = {"source": f"{family}:{path.name}"}  # folders say nothing elsewhere
     return Source(name, model, family, needed, pixels, lambda: _read(path, family), facts)
+
+
+def _forms(family: str, model: str) -> list[str]:
+    """Returns the forms in which a publisher has models of a kin, [] where there is one only."""
+    kin = re.match("[a-z]+", model)[0]
+    entries = [e for e in PUBLISHED.values() if e.form and e.model.startswith(kin)]
+    if family == "torchvision":  # of which no files are listed
+        return ["torch"] if entries else []
+    return list(dict.fromkeys(e.form for e in entries if e.family == family))
 
 
 def _own(name: str, family: str, path: Path, model: str, fields: dict) -> Source:
@@ -142,11 +164,12 @@ def _with_tuples(values: dict) -> dict:
 # --- loading ------------------------------------------------------------------------------------
 
 
-def load(model: Classifier, source: Source) -> Classifier:
+def load(model: Classifier, source: Source, class_names: Sequence[str] | None = None) -> Classifier:
     """Returns the model with the weights of `source`, strictly: all of the file, all of the model.
 
-    Only the classifier may differ: one of another width, or one that the file lacks, keeps its
-    fresh initialisation, and a line says so. An error lists all that is wrong with the file.
+    Only the classifier may differ: one of another width, one of other classes than `class_names`,
+    or one that the file lacks, keeps its fresh initialisation, and a line says so. An error lists
+    all that is wrong with the file.
     """
     _, params, stats = split_model(model)
     if not model.trained_by_gradient:
@@ -167,10 +190,12 @@ def load(model: Classifier, source: Source) -> Classifier:
     has_classifier = bool(theirs) if source.top is None else source.top
     replaced = source.family not in OURS and dict(model.fields).get("hidden") == 0
     fresh = {path for path in ours if path.startswith(f"stages.{len(model.stages) - 1}.")}
+    why = ""
     if has_classifier and not replaced:
-        fresh = {
-            p for p in fresh & set(given) if _other_width(given[p], ours[p], model.num_classes)
-        }
+        head = fresh & set(given)
+        fresh = {p for p in head if _other_width(given[p], ours[p], model.num_classes)}
+        if class_names and all(given[p].shape == ours[p].shape for p in head):
+            fresh, why = _by_name(model, source, class_names, given, head)
     else:
         extra -= theirs
     missing = [f"{names[p]} (for {p})" for p in ours if p not in given and p not in fresh]
@@ -182,7 +207,9 @@ def load(model: Classifier, source: Source) -> Classifier:
             wrong.append(f"{names[path]}: not every value is finite")
     _refuse(source, type(model).__name__, missing, extra, wrong)
     if fresh:
-        _say(f"{source.name}: the classifier is new ({', '.join(sorted(fresh))})")
+        _say(f"{source.name}: the classifier is new ({', '.join(sorted(fresh))}){why}")
+    elif class_names:
+        _say(f"{source.name}: the classifier is kept, for its classes are the same")
     filled = ours | {p: jnp.asarray(given[p], ours[p].dtype) for p in given.keys() - fresh}
     loaded = merge_model(model, {p: filled[p] for p in params}, {p: filled[p] for p in stats})
     loaded.preprocessing = pixels_of(source, arrays)
@@ -205,6 +232,34 @@ def _other_width(theirs: np.ndarray, ours, num_classes: int) -> bool:
     """Whether an array of a classifier differs from ours in the number of classes alone."""
     same = theirs.ndim == ours.ndim and theirs.shape[:-1] == ours.shape[:-1]
     return same and ours.shape[-1] == num_classes != theirs.shape[-1]
+
+
+def _by_name(
+    model: Classifier, source: Source, class_names: Sequence[str], given: dict, head: set[str]
+) -> tuple[set[str], str]:
+    """Returns which arrays of a classifier are of other classes, and why; or brings them in order.
+
+    `head` are the paths of the last stage; `given` changes.
+    """
+    kernels = [
+        p
+        for p in given
+        if p in head and p.endswith(".kernel") and given[p].shape[-1] == model.num_classes
+    ]
+    layer = kernels[-1].rpartition(".")[0] if kernels else ""  # the last, in forward order
+    last = {p for p in head if p.startswith(f"{layer}.")} or head
+    ours = [unicodedata.normalize("NFC", name) for name in class_names]
+    theirs = [unicodedata.normalize("NFC", name) for name in source.facts.get("class_names", ())]
+    if not theirs and len(ours) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in ours):
+        theirs = sorted(ours)  # the folders of ImageNet, in whose order its weights are published
+    if not theirs:
+        return last, ", for the file does not name its classes"
+    if set(theirs) != set(ours):
+        names = ", ".join(theirs[:4]) + (", ..." if len(theirs) > 4 else "")
+        return last, f", for the old one tells apart {names}"
+    order = [theirs.index(name) for name in ours]
+    given |= {p: np.asarray(given[p])[..., order] for p in last}
+    return set(), ""
 
 
 def _load_memory(model: Classifier, source: Source, stats: dict) -> Classifier:
@@ -239,6 +294,16 @@ def _refuse(source: Source, architecture: str, missing, extra, wrong) -> None:
 @functools.cache  # once a process, not once a run
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def compare_size(source: Source, image_size: int) -> None:
+    """Says so if images are far from the size that weights were trained on."""
+    known = source.facts.get("image_size") or source.preprocessing.size
+    if known and not 2 / 3 <= image_size / known <= 3 / 2:
+        _say(
+            f"{source.name}: trained on images of {known} pixels, which here have {image_size}: "
+            f"what the weights look for has another size; data.image_size={known} may do better"
+        )
 
 
 def pixels_of(source: Source, arrays: dict[str, np.ndarray]) -> Preprocessing:

@@ -5,7 +5,14 @@ from ml_collections import ConfigDict
 
 from configs import ablation, base, cifar10, digits, folder, intel
 from errors import UserError, choose
-from experiment.fields import first_trained_stage, phase_config, stored_config
+from experiment.fields import (
+    PHASE_FIELDS,
+    Text,
+    first_trained_stage,
+    flatten,
+    phase_config,
+    stored_config,
+)
 from experiment.grid import Run, check_run_dir, expand, shard
 from models import MODELS
 
@@ -120,6 +127,102 @@ def test_the_command_line_wins_over_the_files_per_model_settings():
     assert rate(expand(config, overrides)) == {"linear": 0.2, "cnn": 0.7}
 
 
+OPEN = {  # typed, and what becomes of it
+    "per_model.cnn.optimizer.learning_rate=0.01": 0.01,
+    "per_model.cnn.epochs=3": 3,
+    "per_model.cnn.data.exclude_leaks=true": True,
+    "per_model.cnn.data.split=(0.8, 0.2)": (0.8, 0.2),
+    "per_model.cnn.augment.crop_area=[0.5, 1]": (0.5, 1),
+    "per_model.cnn.loss.class_weights=1,2": "1,2",
+    "per_model.cnn.weights=run:a=b": "run:a=b",
+    "per_model.mlp.model.hidden=64": (64,),
+    "model.dropout=0.5": 0.5,
+    "per_model.resnet50.model.form=keras": "keras",
+}
+
+
+@pytest.mark.parametrize("typed", OPEN)
+def test_a_field_of_one_model_is_read_by_its_type(typed):
+    path, _, text = typed.partition("=")
+    name = path.split(".")[1] if path.startswith("per_model") else "cnn"
+    models = {"linear", name} if path.startswith("per_model") else {name}
+    runs = expand(small(models=tuple(models)), {path: Text(text)})
+    field = path.removeprefix(f"per_model.{name}.")
+    found = {run.config.model.name: flatten(run.config).get(field) for run in runs}
+    assert found[name] == OPEN[typed] and type(found[name]) is type(OPEN[typed])
+    assert found.get("linear") != OPEN[typed]
+
+
+def test_every_field_can_be_typed_for_one_model_and_in_a_phase():
+    for path, value in flatten(expand(small())[0].config).items():
+        if path in ("seed", "variant", "model.name", "phases") or path.startswith("phase."):
+            continue
+        for prefix in ("per_model.cnn.", "phase.all."):
+            if prefix == "phase.all." and path.split(".")[0] not in PHASE_FIELDS:
+                continue
+            run = expand(small(), {prefix + path: Text(str(value))})[-1].config
+            config = run if prefix == "per_model.cnn." else phase_config(run, "all")
+            assert flatten(config)[path] == value and type(flatten(config)[path]) is type(value)
+
+
+def test_a_phase_may_be_made_up():
+    overrides = {
+        "phases": "head,polish",
+        "phase.polish.train": Text("last:2"),
+        "per_model.cnn.phase.polish.optimizer.learning_rate": Text("1e-5"),
+    }
+    runs = {run.config.model.name: run.config for run in expand(small(), overrides)}
+    polish = {name: phase_config(config, "polish") for name, config in runs.items()}
+    assert {p.train for p in polish.values()} == {"last:2"}
+    rates = {name: p.optimizer.learning_rate for name, p in polish.items()}
+    assert rates == {"linear": 1e-3, "cnn": 1e-5}
+
+
+def test_a_phase_of_the_file_that_no_run_has_is_told(capsys):
+    expand(small(), {"phase.tune.epochs": Text("3"), "phase.all.epochs": Text("3")})
+    told = capsys.readouterr().err.splitlines()
+    assert told == [
+        "note: command line: phase.tune.epochs: no run has a phase 'tune'; it changes nothing"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "message"),
+    [
+        ("per_model.cnn.epochs", "many", "'many' is not a int"),
+        ("per_model.cnn.data.split", "(0.8, x)", "is not a tuple such as"),
+        ("per_model.cnn.data.split", "(0.8, 'x')", "is not a tuple such as"),
+        ("per_model.cnn.epoch", "3", "no field 'epoch'. Did you mean 'epochs'"),
+        ("per_model.cnn.optimizer", "3", "is a section: name one field"),
+        ("per_model.cnn.data.split[0]", "0.8", "Did you mean 'data.split'"),
+        ("per_model.cnn", "3", "is a section: name one field"),
+        ("per_model.cnn.seeds", "3", "of the whole experiment"),
+        ("per_model.cnn.model.name", "mlp", "no field 'model.name'"),
+        ("per_model.mlp.epochs", "3", "'mlp' is not known; choose one of linear, cnn"),
+        ("model.dropout", "0.5", "linear has no field 'model.dropout'.*per_model.<model>"),
+        ("phase.tuen.epochs", "3", "no run has a phase 'tuen': .*which is all here"),
+        ("phase.all.data.image_size", "3", "'data' is not known"),
+        ("phase.all", "3", "is a section"),
+    ],
+)
+def test_mistakes_in_open_fields_are_named(path, text, message):
+    with pytest.raises(UserError, match=message):
+        expand(small(), {path: Text(text)})
+
+
+def test_a_sweep_takes_tuples_quoted_values_and_fields_of_one_model():
+    sweep = """data.split=(0.7,0.15,0.15),(0.8,0.1,0.1); loss.class_weights="1,2",'2,1';
+        per_model.cnn.model.dropout=0,0.3"""
+    runs = expand(small(sweep=sweep, seeds=(0,)))
+    by_name = {run.name: run.config for run in runs}
+    assert len(by_name) == 4 + 8
+    config = by_name["cnn/seed0_split=_0.8_0.1_0.1_class_weights=_2_1_dropout=0.3"]
+    assert config.data.split == (0.8, 0.1, 0.1) and config.loss.class_weights == "2,1"
+    assert config.model.dropout == 0.3
+    runs = expand(small(models=("mlp",), sweep="model.hidden=(64,),(128,64)", seeds=(0,)))
+    assert [run.config.model.hidden for run in runs] == [(64,), (128, 64)]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -151,6 +254,13 @@ def test_the_command_line_wins_over_the_files_per_model_settings():
         ("sweep", "optimizer.learning_rat=1", "Did you mean 'optimizer.learning_rate'"),
         ("sweep", "epochs=many", "not a int"),
         ("sweep", "epochs", "field=value"),
+        ("sweep", "epochs=1,2; epochs=3", "names epochs twice"),
+        ("sweep", "model.dropout=0,0.5", "linear has no field 'model.dropout'"),
+        ("sweep", "per_model.mlp.epochs=1,2", "'mlp' is not known; choose one of linear, cnn"),
+        ("sweep", "data.split=(0.7,0.3", "is not a tuple"),
+        ("sweep", "augment=1,2", "config.variants"),
+        ("sweep", "seeds=1,2", "of the whole experiment"),
+        ("sweep", "phase.tune.epochs=1,2", "no run has a phase 'tune'"),
     ],
 )
 def test_mistakes_are_named(path, value, message):
@@ -200,8 +310,11 @@ def test_a_directory_of_another_config_is_refused_with_the_difference(tmp_path):
     (folder / "config.json").write_text(json.dumps(stored | {"keep_optimizer": False}))
     check_run_dir(run, tmp_path)  # of an older version, with a field that is gone
     other.config.optimizer.learning_rate = 0.25
-    with pytest.raises(UserError, match=r"optimizer.learning_rate: stored 0.001, now 0.25"):
+    with pytest.raises(
+        UserError, match=r"optimizer.learning_rate: stored 0.001, now 0.25"
+    ) as caught:
         check_run_dir(other, tmp_path)
+    assert f"--config.weights=run:{folder}" in str(caught.value)
 
 
 def test_fields_of_an_architecture_are_its_constructors():

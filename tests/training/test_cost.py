@@ -32,7 +32,7 @@ def test_groups_and_loops_are_counted():
             once = conv(images)  # 4 * 4 places, 3 channels, 9 taps each
             return jax.lax.map(lambda row: row @ jnp.ones((3, 3)), once)[..., :3]
 
-    model = Grouped(2, 4, rngs=nnx.Rngs(0))
+    model = Grouped(2, 4, dtype=jnp.float32, rngs=nnx.Rngs(0))
     assert flops_per_image(model, 4) == 2 * (4 * 4 * 3 * 9 + 4 * 4 * 3 * 3 + 48 * 2)
 
 

@@ -4,6 +4,8 @@ import optax
 import pytest
 
 from configs import base
+from models.classifier import split_model
+from tests.models.filled import unfilled
 from training.optimizer import is_kernel, l1_penalty, make_optimizer, make_plateau, make_schedule
 
 
@@ -88,7 +90,15 @@ def test_clipping_bounds_the_gradient_norm():
 
 
 def test_l1_counts_kernels_only():
-    assert float(l1_penalty({"a": jnp.array([[1.0, -2.0]]), "b": jnp.array([5.0])})) == 3.0
+    params = {"a.kernel": jnp.array([[1.0, -2.0]]), "a.bias": jnp.array([5.0])}
+    assert float(l1_penalty(params | {"positions": jnp.ones((1, 5, 2))})) == 3.0
+
+
+def test_a_transformers_token_and_positions_do_not_decay():
+    params = split_model(unfilled("vit_s16", 6, 32, shallow=True))[1]
+    spared = {path.rpartition(".")[2] for path, decays in is_kernel(params).items() if not decays}
+    assert spared == {"class_token", "positions", "bias", "scale"}
+    assert all(is_kernel(params)[path] for path in params if path.endswith("kernel"))
 
 
 def test_plateau_lowers_the_rate_after_patience_runs_out():

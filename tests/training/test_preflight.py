@@ -1,7 +1,11 @@
 """Networks trained here on crops of two photographs; then fed right pixels and wrong ones."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_sample_images
@@ -9,10 +13,11 @@ from sklearn.datasets import load_sample_images
 from configs import base
 from errors import UserError
 from experiment.grid import expand
+from input_pipeline import load_dataset
 from models import create_model
 from models.classifier import MISTAKES
 from train import train_and_evaluate
-from training.preflight import ABNORMAL, divergence, inspect_pixels
+from training.preflight import ABNORMAL, check_batch_norm, check_phases, divergence, inspect_pixels
 
 SIZE = 24
 
@@ -96,3 +101,55 @@ def test_divergence_is_that_of_normal_distributions():
     integral = np.trapezoid(p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), x)
     arrays = (np.full(3, v) for v in (mean, std**2, their_mean, their_std**2))
     assert divergence(*arrays, 0.0) == pytest.approx(integral, rel=5e-3)
+
+
+# --- phases -------------------------------------------------------------------------------------
+
+
+def check(config, model, devices=1):
+    dataset = load_dataset(config.data, config.runtime.cache_dir)
+    size = config.data.image_size
+    network = nnx.eval_shape(lambda: create_model(model, 10, image_size=size))
+    check_phases(config, network, dataset, SimpleNamespace(size=devices))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"phase.tune.batch_size": 31}, "in phase tune: config.batch_size=31 cannot be divided"),
+        ({"eval_batch_size": 31}, "in phase head: config.eval_batch_size=31 cannot be divided"),
+        ({"phase.tune.loss.class_weights": "1,2"}, "in phase tune: .*give .* or 10 positive"),
+        ({"phase.tune.train": "last:9"}, "in phase tune: train='last:9'"),
+        ({"phase.tune.batch_norm": "batch", "batch_size": 1}, "in phase tune: config.batch_size=1"),
+    ],
+)
+def test_mistakes_in_a_phase_are_named(digits_run, changes, message):
+    base = {"phases": "head,tune", "batch_size": 32, "data.image_size": 16}
+    config = digits_run("cnn_deep", **base | changes)
+    with pytest.raises(UserError, match=message):
+        check(config, "cnn_deep", devices=1 if config.batch_size == 1 else 2)
+
+
+def test_phases_without_mistakes_pass(digits_run):
+    phases = {"phases": "head,tune", "batch_size": 31, "data.image_size": 16}
+    each = {"phase.head.batch_size": 8, "phase.tune.batch_size": 4, "phase.tune.train": "all"}
+    check(digits_run("cnn_deep", **phases | each), "cnn_deep", devices=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "changes", "refused"),
+    [
+        ("cnn_deep", 0, {}, True),
+        ("cnn_deep", 4, {}, False),  # the head alone has none
+        ("cnn_deep", 3, {}, True),
+        ("cnn_deep", 3, {"batch_norm": "running"}, False),
+        ("cnn_deep", 4, {"frozen_batch_norm": "batch"}, True),
+        ("cnn_deep", 0, {"batch_size": 2}, False),
+        ("cnn", 0, {}, False),
+    ],
+)
+def test_batch_norm_of_a_single_image_is_refused(digits_run, model, first, changes, refused):
+    config = digits_run(model, **{"batch_size": 1, "data.image_size": 16} | changes)
+    network = nnx.eval_shape(lambda: create_model(model, 10, image_size=16))
+    with pytest.raises(UserError, match="has BatchNorm") if refused else nullcontext():
+        check_batch_norm(config, network, first)
