@@ -89,10 +89,7 @@ def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
 
 @functools.lru_cache(maxsize=8)
 def _list_source(config_json: str) -> Listing:
-    listing = list_source(ConfigDict(json.loads(config_json)))
-    for line in listing.remarks():
-        print(f"warning: {line}", file=sys.stderr)
-    return listing
+    return list_source(ConfigDict(json.loads(config_json)))
 
 
 @functools.lru_cache(maxsize=32)  # of one listing, in all sizes of a grid; images are mapped
@@ -142,8 +139,10 @@ def _check_readable(listing: Listing, decoded: Decoded, unreadable: str) -> dict
 def _check_parts(dataset: Dataset) -> None:
     for part in PARTS:
         if not len(dataset.rows[part]):
+            groups = dataset.listing.groups
+            found = f"; found {len(set(groups))} group(s) by config.data.groups" if groups else ""
             raise UserError(
-                f"the {part} part has no images ({len(dataset.listing.ids)} in all): change "
+                f"the {part} part has no images ({len(dataset.listing.ids)} in all{found}): change "
                 "config.data.split, or add images"
             )
         counts = np.bincount(dataset.labels(part), minlength=dataset.num_classes)

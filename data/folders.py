@@ -7,6 +7,7 @@ that hold the same sub-folders are never taken as classes unless `data.layout` s
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -231,6 +232,8 @@ def _by_class_and_part(top: Node, found: Folder, root: Path) -> list[tuple[str, 
                 "the parts mean nothing, give --config.data.layout=class"
             )
         slots += [(part, name, node.folders[child]) for child, part in parts.items()]
+    inner = ", ".join(sorted({printable(node.path.name) for _, _, node in slots}))
+    found.notes.append(f"the folders {inner} in the class folders are taken as parts")
     return slots
 
 
@@ -316,14 +319,12 @@ def _relative(path: Path, root: Path) -> str:
 
 def unique_ids(paths: list[Path], root: Path) -> list[str]:
     """Returns a printable id for each path: relative to the root, composed where that is unique."""
-    ids, taken = [], set()
-    for path in paths:
-        name = _relative(path, root)
-        if name in taken:  # the same name in another Unicode form
+    ids = [_relative(path, root) for path in paths]
+    counts = Counter(ids)
+    for i, path in enumerate(paths):
+        if counts[ids[i]] > 1:  # the same name in two Unicode forms
             raw = path.relative_to(root).as_posix().encode("utf-8", "surrogateescape")
-            name = raw.decode("utf-8", "backslashreplace")
-        if name in taken:
-            raise UserError(f"{path}: two files have names that read {name}: rename one")
-        taken.add(name)
-        ids.append(name)
+            ids[i] = raw.decode("utf-8", "backslashreplace")
+    if twice := [name for name, n in Counter(ids).items() if n > 1]:
+        raise UserError(f"{root}: two files have names that read {twice[0]}: rename one")
     return ids

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class Listing:
 
 
 def list_source(data: ConfigDict) -> Listing:
-    """Returns what `config.data` names.
+    """Returns what `config.data` names, and warns of what is left out of it.
 
     Raises:
       UserError: the source is missing, or its classes or parts cannot be used.
@@ -71,6 +72,8 @@ def list_source(data: ConfigDict) -> Listing:
         )
     if data.groups:
         listing.groups = _groups(data.groups, listing.ids)
+    for line in listing.remarks():
+        print(f"warning: {line}", file=sys.stderr)
     return listing
 
 
@@ -206,7 +209,9 @@ def _npz(data: ConfigDict) -> Listing:
     if problem:
         raise UserError(f"{path}: {problem}")
     count = int(labels.max(initial=0)) + 1
-    ids = arrays.get("ids", [f"{path.stem}/{i:0{len(str(len(images)))}d}" for i in range(len(images))])
+    ids = arrays.get(
+        "ids", [f"{path.stem}/{i:0{len(str(len(images)))}d}" for i in range(len(images))]
+    )
     groups = [str(group) for group in arrays["groups"]] if "groups" in arrays else None
     for name, values in (("ids", ids), ("groups", groups), ("parts", parts)):
         if values is not None and len(values) != len(images):
