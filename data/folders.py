@@ -163,16 +163,17 @@ def _guess(top: Node) -> str:
     filled = top.filled()
     flat = [name for name in filled if name in named]
     if len({named[name] for name in flat}) > 1 or (flat and len(flat) == len(filled)):
-        raise _no_classes(top.folders[flat[0]].path, top.folders[flat[0]].images)
+        raise _no_classes(top.folders[flat[0]])
     inner = [{part_of(name) for name in node.filled()} - {None} for node in filled.values()]
     if any(len(parts) > 1 for parts in inner) or (inner and all(inner)):
         return "class/part"
     if not filled and top.images:
-        raise _no_classes(top.path, top.images)
+        raise _no_classes(top)
     return "class"
 
 
-def _no_classes(folder: Path, images: list[Path]) -> UserError:
+def _no_classes(node: Node) -> UserError:
+    folder, images = node.path, node.all_images()
     return UserError(
         f"{folder} holds {len(images)} images, such as {images[0].name}, but no class folders: "
         f"expected {folder.name}/<class>/<image>. If the class stands in the files' names, or in a "

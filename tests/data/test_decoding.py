@@ -2,7 +2,6 @@ import fcntl
 import io
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import time
@@ -405,12 +404,15 @@ def test_a_stop_while_decoding_ends_soon_and_leaves_nothing(
 
     def slowly(data, config):
         decoded.append(1)
-        if len(decoded) == 3:
-            signal.raise_signal(signal.SIGINT)
-        time.sleep(0.02)
+        time.sleep(0.01)
         return plain(data, config)
 
+    def press(done, *_, **__):
+        yield next(done)
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(decoding, "_decode_one", slowly)
+    monkeypatch.setattr(decoding, "tqdm", press)
     with pytest.raises(KeyboardInterrupt):
         decode_all(listing, config, str(cache))
     assert len(decoded) < 100
