@@ -183,6 +183,7 @@ def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
             f"cannot write decoded images to {entry.parent}: {error}\n"
             "Make room there, or name another folder with --config.runtime.cache_dir=..."
         ) from error
+    listing.release()
     decoded.fingerprint = fingerprint
     for i, error in unread.items():  # it may have another reason today
         decoded.errors[i] = error

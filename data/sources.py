@@ -3,6 +3,7 @@
 import hashlib
 import re
 import sys
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,7 @@ class Listing:
     parts: list[str]  # one of PARTS, or "" where the source leaves it open
     class_names: list[str]
     read: Callable[[int], bytes | np.ndarray]  # an encoded file, or [H, W] or [H, W, C] uint8
+    release: Callable[[], None] = lambda: None  # frees what `read` holds; it can be read again
     groups: list[str] | None = None
     strays: list[str] = field(default_factory=list)  # files in class folders that are no image
     left_out: dict[str, list[str]] = field(default_factory=dict)  # images not read, by the reason
@@ -168,12 +170,8 @@ def _folder(data: ConfigDict) -> Listing:
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
-def _npz(data: ConfigDict) -> Listing:
-    """`images` [N, H, W] or [N, H, W, C] uint8 and `labels` [N], or x_train, y_train, x_test, ...
-
-    Optional: `class_names` [K], `ids` [N], `groups` [N], `parts` [N] with the names in PARTS.
-    """
-    path = Path(data.path).expanduser()
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz; x_train, y_train, ... as images, labels and parts."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -182,17 +180,49 @@ def _npz(data: ConfigDict) -> Listing:
     short = {"train": "train", "val": "validation", "test": "test"}
     found = [key for key in short if f"x_{key}" in arrays and f"y_{key}" in arrays]
     if "images" in arrays:
-        images, labels = np.atleast_1d(arrays["images"]), arrays.get("labels")
-        parts = [str(part) for part in arrays.get("parts", [""] * len(images))]
-    elif found:
-        try:
-            images = np.concatenate([arrays[f"x_{key}"] for key in found])
-        except ValueError as error:
-            raise UserError(f"{path}: the parts' images differ in shape: {error}") from error
-        labels = np.concatenate([arrays[f"y_{key}"].ravel() for key in found])
-        parts = [short[key] for key in found for _ in arrays[f"y_{key}"]]
-    else:
+        arrays["images"] = np.atleast_1d(arrays["images"])
+        return arrays
+    if not found:
         raise UserError(f"{path} has {sorted(arrays)}; expected images and labels, or x_train ...")
+    images = [np.atleast_1d(arrays.pop(f"x_{key}")) for key in found]
+    labels = [arrays.pop(f"y_{key}").ravel() for key in found]
+    for key, x, y in zip(found, images, labels, strict=True):
+        if len(x) != len(y) or x.shape[1:] != images[0].shape[1:]:
+            raise UserError(
+                f"{path}: x_{key} {x.shape} must have as many images as y_{key} ({len(y)}), of the "
+                f"shape of the other parts {images[0].shape[1:]}"
+            )
+    parts = np.repeat([short[key] for key in found], [len(y) for y in labels])
+    images, labels = np.concatenate(images), np.concatenate(labels)
+    return arrays | {"images": images, "labels": labels, "parts": parts}
+
+
+class _NpzImages:
+    """The images of an .npz, in memory only while they are decoded."""
+
+    def __init__(self, path: Path, images: np.ndarray):
+        self.path, self.images, self.lock = path, images, threading.Lock()
+
+    def read(self, i: int) -> np.ndarray:
+        with self.lock:
+            if self.images is None:
+                self.images = _read_npz(self.path)["images"]
+            return self.images[i]
+
+    def release(self) -> None:
+        with self.lock:
+            self.images = None
+
+
+def _npz(data: ConfigDict) -> Listing:
+    """`images` [N, H, W] or [N, H, W, C] uint8 and `labels` [N], or x_train, y_train, x_test, ...
+
+    Optional: `class_names` [K], `ids` [N], `groups` [N], `parts` [N] with the names in PARTS.
+    """
+    path = Path(data.path).expanduser()
+    arrays = _read_npz(path)
+    images, labels = arrays["images"], arrays.get("labels")
+    parts = [str(part) for part in arrays.get("parts", [""] * len(images))]
     problem = None
     if labels is None or labels.ndim != 1 or len(labels) != len(images):
         problem = "labels must be one number an image"
@@ -223,7 +253,8 @@ def _npz(data: ConfigDict) -> Listing:
         labels=labels.astype(np.int32),
         parts=parts,
         class_names=[str(name) for name in arrays.get("class_names", range(count))],
-        read=lambda i: images[i],
+        read=(source := _NpzImages(path, images)).read,
+        release=source.release,
         groups=groups,
     )
 

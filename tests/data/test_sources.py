@@ -6,6 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import base
+from data.decoding import decode_all
 from data.sources import list_source
 from errors import UserError
 from tests.conftest import paint
@@ -120,6 +121,19 @@ def test_npz(tmp_path):
             list_source(npz(tmp_path, **wrong))
 
 
+def test_npz_images_do_not_stay_in_memory(tmp_path, cache_dir):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    config = npz(tmp_path, images=images, labels=np.arange(6) % 2)
+    listing, config.image_size = list_source(config), 8
+    source = listing.read.__self__
+    for size in (8, 4):
+        config.image_size = size
+        decoded = decode_all(listing, config, cache_dir)
+        assert source.images is None
+    assert np.array_equal(listing.read(3), images[3])
+    assert decoded.images.shape == (6, 4, 4, 3)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"words", b"\x93NUMPY\x01\x00v\x00{}"])
 def test_damaged_npz_files_are_named(tmp_path, content):
     config = npz(tmp_path, images=np.zeros((2, 3, 3), np.uint8), labels=np.arange(2))
@@ -143,6 +157,12 @@ def test_a_cut_npz_and_odd_arrays_are_named(tmp_path):
     for wrong in (
         {"images": np.uint8(3), "labels": np.uint8(3)},
         {"x_train": np.zeros((2, 3, 3), np.uint8)},
+        {
+            "x_train": np.zeros((2, 3, 3), np.uint8),
+            "y_train": np.arange(3),
+            "x_test": np.zeros((2, 3, 3), np.uint8),
+            "y_test": np.arange(1),
+        },
         {
             "x_train": np.zeros((2, 3, 3)),
             "y_train": np.arange(2),
