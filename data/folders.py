@@ -111,7 +111,7 @@ def read_folder(root: Path, layout: str) -> Folder:
     reader = {"class": _by_class, "part/class": _by_part, "class/part": _by_class_and_part}[layout]
     slots = reader(top, found, root)
     if guessed:
-        for part in {part for part, _, _ in slots}:
+        for part in sorted({part for part, _, _ in slots}):
             _refuse_same_folders([node for p, _, node in slots if p == part], layout)
     for part, name, node in slots:
         found.files += [(part, printable(name), path) for path in node.all_images()]

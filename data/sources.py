@@ -64,7 +64,8 @@ def list_source(data: ConfigDict) -> Listing:
     if len(listing.class_names) < 2:
         raise UserError(
             f"{where}: found {len(listing.class_names)} class(es) {listing.class_names}; "
-            "need at least two to tell apart"
+            "need at least two to tell apart; where folders are understood otherwise than they are "
+            "meant, see config.data.layout"
         )
     counts = np.bincount(listing.labels, minlength=len(listing.class_names))
     empty = [name for name, n in zip(listing.class_names, counts, strict=True) if n == 0]

@@ -29,7 +29,9 @@ NAMES = st.sampled_from(
     + [".hidden", "caf\u00e9", "cafe\u0301", "x\udce9", "a b$_&<|>\n", "fold1", "seg_train"]
 )
 ENDINGS = st.sampled_from([".png", ".PNG", ".jpg", ".webp", ".tiff", ".txt", ".NEF", ""])
-KINDS = st.sampled_from(["sound"] * 6 + ["words", "cut", "empty", "dangling", "fifo", "copy"])
+KINDS = st.sampled_from(
+    ["sound"] * 6 + ["words", "cut", "empty", "dangling", "fifo"] + ["copy"] * 3
+)
 FOLDERS = st.lists(NAMES, min_size=0, max_size=3)
 FILES = st.tuples(FOLDERS, st.lists(st.tuples(KINDS, ENDINGS), min_size=1, max_size=4))
 TREES = st.lists(FILES, min_size=2, max_size=8)
