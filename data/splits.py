@@ -55,13 +55,14 @@ def leaks(listing: Listing, parts: np.ndarray, duplicates: list[np.ndarray]) -> 
         why = f"its group {name} is also in the {PARTS[last]} part"
         found |= {int(row): why for row in rows if parts[row] < last}
     for group in duplicates:
+        last, contradict = parts[group].max(), len(set(labels[group])) > 1
         for row in group:
             if parts[row] in (-1, test):
                 continue
-            if len(set(labels[group])) > 1:
+            if contradict:
                 found[int(row)] = "an exact copy carries another label"
-            elif parts[row] < parts[group].max():
-                found[int(row)] = f"an exact copy is in the {PARTS[parts[group].max()]} part"
+            elif parts[row] < last:
+                found[int(row)] = f"an exact copy is in the {PARTS[last]} part"
     return found
 
 
