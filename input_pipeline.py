@@ -84,7 +84,11 @@ def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
     Raises:
       UserError: unreadable images, an empty part, or a class without training images.
     """
-    return _load_dataset(config.to_json(), cache_dir)
+    try:
+        return _load_dataset(config.to_json(), cache_dir)
+    except UserError:
+        _list_source.cache_clear()  # the user may mend the files and try again
+        raise
 
 
 @functools.lru_cache(maxsize=8)
