@@ -18,11 +18,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data.decoding import Decoded, decode_all
+from data.folders import PARTS
 from data.identity import fingerprint, identity_table
 from data.randomness import Purpose
-from data.sources import PARTS, Listing, list_source
-from data.splits import exact_duplicates, leaks, missing_parts, split_parts
+from data.sources import Listing, list_source
+from data.splits import divided_groups, exact_duplicates, leaks, missing_parts, split_parts
 from errors import UserError
+
+LISTED = ("source", "path", "tfds_dir", "layout", "groups")  # fields that a listing depends on
 
 
 @dataclass
@@ -97,33 +100,38 @@ def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
     Raises:
       UserError: unreadable images, an empty part, or a class without training images.
     """
-    return _load_dataset(config.to_json(), cache_dir)
+    try:
+        return _load_dataset(config.to_json(), cache_dir)
+    except UserError:
+        _list_source.cache_clear()  # the user may mend the files and try again
+        raise
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
+def _list_source(config_json: str) -> Listing:
+    return list_source(ConfigDict(json.loads(config_json)))
+
+
+@functools.lru_cache(maxsize=32)  # of one listing, in all sizes of a grid; images are mapped
 def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     config = ConfigDict(json.loads(config_json))
-    listing = list_source(config)
+    listed = {name: config.get(name) for name in LISTED if name in config}
+    listing = _list_source(json.dumps(listed))
     decoded = decode_all(listing, config, cache_dir)
-    broken = [i for i, error in enumerate(decoded.errors) if error]
-    excluded = {listing.ids[i]: f"unreadable: {decoded.errors[i]}" for i in broken}
-    if broken:
-        lines = "\n".join(f"  {listing.ids[i]}: {decoded.errors[i]}" for i in broken[:20])
-        more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
-        text = f"{len(broken)} of {len(listing.ids)} images cannot be used:\n{lines}{more}"
-        if config.unreadable == "error":
-            raise UserError(
-                f"{text}\nRepair or delete them, or leave them out with "
-                "--config.data.unreadable=skip"
-            )
-        print(f"warning: {text}\nThey are left out.", file=sys.stderr)
+    excluded = _check_readable(listing, decoded, config.unreadable)
     usable = np.array([not error for error in decoded.errors])
     groups = exact_duplicates(decoded)
     parts = split_parts(listing, usable, groups, tuple(config.split), config.split_seed)
     if config.exclude_leaks:
-        for row, reason in leaks(listing.labels, parts, groups).items():
+        for row, reason in leaks(listing, parts, groups).items():
             excluded[listing.ids[row]] = reason
             parts[row] = -1
+    elif divided := divided_groups(listing, parts):
+        print(
+            f"warning: {len(divided)} groups lie in several parts, such as {next(iter(divided))}: "
+            "a leak; leave them out of training with --config.data.exclude_leaks",
+            file=sys.stderr,
+        )
     rows = {name: np.flatnonzero(parts == i) for i, name in enumerate(PARTS)}
     dataset = Dataset(
         listing, decoded, rows, excluded, "" in listing.parts or missing_parts(listing) != []
@@ -132,11 +140,29 @@ def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     return dataset
 
 
+def _check_readable(listing: Listing, decoded: Decoded, unreadable: str) -> dict[str, str]:
+    """Returns why images are left out, by id; raises UserError under data.unreadable=error."""
+    broken = [i for i, error in enumerate(decoded.errors) if error]
+    if not broken:
+        return {}
+    lines = "\n".join(f"  {listing.ids[i]}: {decoded.errors[i]}" for i in broken[:20])
+    more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
+    text = f"{len(broken)} of {len(listing.ids)} images cannot be used:\n{lines}{more}"
+    if unreadable == "error":
+        raise UserError(
+            f"{text}\nRepair or delete them, or leave them out with --config.data.unreadable=skip"
+        )
+    print(f"warning: {text}\nThey are left out.", file=sys.stderr)
+    return {listing.ids[i]: f"unreadable: {decoded.errors[i]}" for i in broken}
+
+
 def _check_parts(dataset: Dataset) -> None:
     for part in PARTS:
         if not len(dataset.rows[part]):
+            groups = dataset.listing.groups
+            found = f"; found {len(set(groups))} group(s) by config.data.groups" if groups else ""
             raise UserError(
-                f"the {part} part has no images ({len(dataset.listing.ids)} in all): change "
+                f"the {part} part has no images ({len(dataset.listing.ids)} in all{found}): change "
                 "config.data.split, or add images"
             )
         counts = np.bincount(dataset.labels(part), minlength=dataset.num_classes)

@@ -39,22 +39,30 @@ def get_config(models: str = "") -> ConfigDict:
     data.source = "folder"  # digits | folder | npz | tfds
     data.path = ""  # the folder, the .npz file, or the tfds name (tfds_dir holds prepared data)
     data.tfds_dir = ""  # "" is the default of tensorflow-datasets
+    # Of folders. class: path/<class>/<image> | part/class: path/train/<class>/<image> |
+    # class/part: path/<class>/train/<image> | auto: as the folders' names show; in doubt it stops
+    data.layout = "auto"
     # Fractions of train, validation, test, stratified. Parts that the source already has are kept:
     # with a test folder, (0.8, 0.2) divides the rest; three numbers then count in proportion.
+    # Classes below 100 images are divided to the image, by largest remainder over the classes.
     data.split = (0.7, 0.15, 0.15)
     data.split_seed = 0
     # Images of one group stay in one part: a regular expression whose first group, searched in the
-    # image's id (its path), is the key; or a .csv file with the columns id,group.
+    # image's id (its path), is the key; or a .csv file with the columns id,group. In given parts
+    # they stay where they are, and a group in two parts counts as a leak.
     data.groups = ""
     data.image_size = 64  # height and width in pixels
     data.resize = "squash"  # squash: ignore the aspect ratio | crop: shorter side, then the centre
     data.interpolation = "bilinear"  # nearest | bilinear | bicubic | lanczos; always antialiased
     data.background = (255, 255, 255)  # RGB shown through transparent pixels
+    # A larger JPEG is decoded at reduced size, if that is larger than image_size; other images of
+    # more pixels count as unreadable, for decoding them could take all memory.
+    data.max_pixels = 100_000_000
     data.unreadable = (
         "error"  # error: refuse to start | skip: leave broken files out, with a warning
     )
-    # Leave out training and validation images that are also in a later part, or whose exact copies
-    # carry another label. Test images are never left out.
+    # Leave out training and validation images that are also in a later part, whose group is, or
+    # whose exact copies carry another label. Test images are never left out.
     data.exclude_leaks = False
 
     # --- model ----------------------------------------------------------------------------------

@@ -1,28 +1,32 @@
 """Decode every image once, to RGB uint8 of one size, and note what an audit wants to know of it."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 import warnings
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, __version__
 from scipy.fft import dctn
 from tqdm import tqdm
 
+from data.formats import HEIF, open_image, printable
 from data.sources import Listing
 from errors import UserError
 
-VERSION = 1  # of the cache; raise it when decoding gives other pixels or facts
-MAX_PIXELS = 100_000_000  # a larger image is refused: decoding it could take all memory
-Image.MAX_IMAGE_PIXELS = None  # in place of Pillow's limit, whose message names no size
+VERSION = 1  # of the fingerprint; raise it when sound images get other pixels
+ENTRY = 2  # of an entry of the cache; raise it when it holds other things
+MAX_PIXELS = 100_000_000  # default of data.max_pixels
 THUMBNAIL = 16  # side of the grey thumbnail that near duplicates are compared by
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -64,11 +68,18 @@ FACTS = np.dtype(
 )
 
 
-def to_rgb(data: bytes | np.ndarray, background: tuple[int, int, int]) -> tuple[Image.Image, str]:
+def to_rgb(
+    data: bytes | np.ndarray,
+    background: tuple[int, int, int],
+    max_pixels: int = MAX_PIXELS,
+    side: int = 0,
+) -> tuple[Image.Image, str]:
     """Decodes any image to 8-bit RGB, upright.
 
     Grey, palette, CMYK and 16-bit images are converted (16 bits by division by 257), transparent
-    ones are laid over `background`, and the EXIF orientation is applied.
+    ones are laid over `background`, and the EXIF orientation is applied. A JPEG of more than
+    `max_pixels` is decoded at a half, quarter or eighth of its size if it stays larger than `side`,
+    the size it is needed in (0: it is refused); `info["stored"]` holds its full size.
 
     Returns:
       The image, and the pixel format as stored.
@@ -82,16 +93,7 @@ def to_rgb(data: bytes | np.ndarray, background: tuple[int, int, int]) -> tuple[
         )
         mode = image.mode
     else:
-        try:
-            image = Image.open(io.BytesIO(data))
-        except Image.UnidentifiedImageError as error:
-            raise ValueError("this is no image file") from error
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}x{height} pixels is over the limit of {MAX_PIXELS:,} pixels")
-        mode = image.mode
-        image.load()
-        image = ImageOps.exif_transpose(image)
+        image, mode = open_image(data, max_pixels, side)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -126,10 +128,11 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
 def _decode_one(data: bytes | np.ndarray, config: ConfigDict) -> tuple[np.ndarray, np.void, str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-        image, mode = to_rgb(data, tuple(config.background))
+        limit = config.get("max_pixels", MAX_PIXELS)
+        image, mode = to_rgb(data, tuple(config.background), limit, config.image_size)
     fact = np.zeros((), FACTS)
     raw = np.asarray(image)
-    fact["width"], fact["height"] = image.size
+    fact["width"], fact["height"] = image.info.get("stored", image.size)
     fact["low"], fact["high"] = raw.min(), raw.max()
     digest = hashlib.sha256(str(image.size).encode() + raw.tobytes()).digest()
     fact["pixels"] = np.frombuffer(digest, "V32")[0]
@@ -141,72 +144,218 @@ def _decode_one(data: bytes | np.ndarray, config: ConfigDict) -> tuple[np.ndarra
     return np.asarray(resized), fact, mode
 
 
+# --- all images, and their cache ----------------------------------------------------------------
+
+
 def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
     """Decodes all images of a listing as `config.data` says, or maps them from the cache.
 
     The cache is keyed by the content of every image and by how it is decoded, so a changed file or
-    another size makes a new entry, and a second start decodes nothing.
+    another size makes a new entry, and a second start decodes nothing. An entry that is damaged is
+    made anew. A file that cannot be read is an error of its row, as a broken image is.
 
     Raises:
-      UserError: the cache cannot be written.
+      UserError: the cache cannot be written, or a file changes while it is read.
     """
     settings = [VERSION, config.image_size, config.resize, config.interpolation]
     key = hashlib.sha256(json.dumps([*settings, list(config.background)]).encode())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for digest in pool.map(listing.digest, range(len(listing.ids)), chunksize=64):
-            key.update(digest)
-        fingerprint = key.hexdigest()
-        entry = Path(cache_dir).expanduser() / "images" / fingerprint[:24]
-        if not entry.exists():
-            try:
-                entry.parent.mkdir(parents=True, exist_ok=True)
-                _fill_entry(entry, listing, config, pool)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write decoded images to {entry.parent}: {error}\n"
-                    "Make room there, or name another folder with --config.runtime.cache_dir=..."
-                ) from error
-    notes = json.loads((entry / "notes.json").read_text())
-    return Decoded(
-        images=np.load(entry / "images.npy", mmap_mode="r"),
-        facts=np.load(entry / "facts.npy"),
-        errors=notes["errors"],
-        modes=notes["modes"],
-        fingerprint=fingerprint,
-    )
+    unread = {}
+    for i, (digest, error) in enumerate(_digests(listing)):
+        key.update(digest)
+        if error:
+            unread[i] = error
+    fingerprint = key.hexdigest()
+    more = [ENTRY, fingerprint, config.get("max_pixels", MAX_PIXELS), __version__, HEIF]
+    name = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:24]
+    entry = Path(cache_dir).expanduser() / "images" / name
+    shape = (len(listing.ids), config.image_size, config.image_size, 3)
+    try:
+        _sweep(entry.parent)
+        decoded = _read_entry(entry, shape)
+        if decoded is None:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            _fill_entry(entry, listing, config, unread)
+            decoded = _read_entry(entry, shape)
+        if decoded is None:
+            raise OSError("what was written there reads otherwise")
+    except OSError as error:
+        raise UserError(
+            f"cannot write decoded images to {entry.parent}: {error}\n"
+            "Make room there, or name another folder with --config.runtime.cache_dir=..."
+        ) from error
+    listing.release()
+    decoded.fingerprint = fingerprint
+    for i, error in unread.items():  # it may have another reason today
+        decoded.errors[i] = error
+    return decoded
 
 
-def _fill_entry(
-    entry: Path, listing: Listing, config: ConfigDict, pool: ThreadPoolExecutor
-) -> None:
+def _digests(listing: Listing) -> list[tuple[bytes, str]]:
+    """Returns (digest, "") for each image as stored, or what stands for it and why it is unread."""
+
+    def digest(i: int) -> tuple[bytes, str]:
+        try:
+            return listing.digest(i), ""
+        except Exception as error:  # noqa: BLE001 - disks and sources raise many types
+            return b"unread".ljust(32), _message(error)
+
+    if listing.digests is None:
+        listing.digests = list(_in_threads(digest, len(listing.ids)))
+    return listing.digests
+
+
+def _message(error: Exception) -> str:
+    """Returns what is wrong with a file on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return printable(" ".join(text.split()))
+
+
+def _in_threads(function: Callable, count: int) -> Iterator:
+    """Yields function(0), function(1), ...; when stopped, what has not begun is not done."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield from pool.map(function, range(count))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_entry(entry: Path, shape: tuple[int, ...]) -> Decoded | None:
+    """Maps an entry of the cache; None if there is none, or any part of it is lost or changed."""
+    try:
+        notes = json.loads((entry / "notes.json").read_text(encoding="utf-8"))
+        images = np.load(entry / "images.npy", mmap_mode="r")
+        facts = np.load(entry / "facts.npy")
+        whole = images.shape == shape and images.dtype == np.uint8
+        whole &= facts.shape == shape[:1] and facts.dtype == FACTS
+        whole &= len(notes["errors"]) == len(notes["modes"]) == shape[0]
+        if whole and notes["checksums"] == _checksums(images, facts, notes):
+            return Decoded(images, facts, notes["errors"], notes["modes"], fingerprint="")
+    except Exception:  # noqa: BLE001 - damage has many faces, and all are mended alike
+        pass
+    return None
+
+
+def _checksums(images: np.ndarray, facts: np.ndarray, notes: dict) -> list[int]:
+    words = json.dumps([notes["errors"], notes["modes"]]).encode()
+    return [zlib.crc32(images), zlib.crc32(facts.tobytes()), zlib.crc32(words)]
+
+
+def _fill_entry(entry: Path, listing: Listing, config: ConfigDict, unread: dict[int, str]) -> None:
     """Decodes into a temporary folder and renames it, so an entry is whole or absent."""
     count, size = len(listing.ids), config.image_size
-    work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=".part-"))
+    prefix = f".part-{_machine()}-{os.getpid()}-"
+    work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=prefix))
+    facts = np.zeros(count, FACTS)
+    errors, modes = [unread.get(i, "") for i in range(count)], [""] * count
     try:
-        shape = (count, size, size, 3)
-        images = np.lib.format.open_memmap(work / "images.npy", "w+", np.uint8, shape)
-        with open(work / "images.npy", "r+b") as file:  # a full disk is an error now, not a SIGBUS
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        facts = np.zeros(count, FACTS)
-        errors, modes = [""] * count, [""] * count
+        with open(work / "images.npy", "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.flush()
+            start, length = file.tell(), size * size * 3
+            os.ftruncate(file.fileno(), start + count * length)
 
-        def decode(i: int) -> None:
+            def decode(i: int) -> None:
+                if errors[i]:
+                    return
+                image = _decode_row(listing, i, config, facts, errors, modes)
+                # Written rather than mapped: a full disk is an error then, not a SIGBUS.
+                if image is not None:
+                    written = os.pwrite(file.fileno(), image.tobytes(), start + i * length)
+                    if written != length:
+                        raise OSError("no space left on device")
+
+            print(f"decoding {count} images", flush=True)
+            done = _in_threads(decode, count)
             try:
-                images[i], facts[i], modes[i] = _decode_one(listing.read(i), config)
-            except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
-                errors[i] = f"{error}" or type(error).__name__
-
-        done = pool.map(decode, range(count))
-        print(f"decoding {count} images", flush=True)
-        for _ in tqdm(done, "decoding", count, unit=" images", leave=False, disable=None):
-            pass
-        images.flush()
+                for _ in tqdm(done, "decoding", count, unit=" images", leave=False, disable=None):
+                    pass
+            finally:
+                done.close()  # before the file is
         np.save(work / "facts.npy", facts)
-        (work / "notes.json").write_text(json.dumps({"errors": errors, "modes": modes}))
-        try:
-            work.rename(entry)
-        except OSError:
-            if not entry.exists():  # otherwise another process was faster, with the same content
-                raise
+        notes = {"errors": errors, "modes": modes}
+        images = np.load(work / "images.npy", mmap_mode="r")
+        notes["checksums"] = _checksums(images, facts, notes)
+        (work / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+        _put_in_place(work, entry, images.shape)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _decode_row(
+    listing: Listing,
+    i: int,
+    config: ConfigDict,
+    facts: np.ndarray,
+    errors: list[str],
+    modes: list[str],
+) -> np.ndarray | None:
+    """Decodes image i and notes its facts, or its error."""
+    try:
+        data = listing.read(i)
+        same = listing.digest(i, data) == listing.digests[i][0]
+    except Exception as error:  # noqa: BLE001 - it could be read a moment ago
+        raise UserError(f"{listing.ids[i]}: {_message(error)}; start again") from error
+    if not same:
+        raise UserError(f"{listing.ids[i]} changed while it was read: start again")
+    try:
+        image, facts[i], modes[i] = _decode_one(data, config)
+    except MemoryError as error:
+        raise UserError(
+            f"{listing.ids[i]}: too little memory to decode it; lower config.data.max_pixels"
+        ) from error
+    except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
+        errors[i] = _message(error)
+        return None
+    return image
+
+
+def _put_in_place(work: Path, entry: Path, shape: tuple[int, ...]) -> None:
+    """Renames a finished folder; a damaged entry in its way is moved aside and swept."""
+    try:
+        work.rename(entry)
+    except OSError:
+        if _read_entry(entry, shape):  # another process was faster, with the same content
+            return
+        aside = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f"{work.name}-"))
+        try:
+            entry.rename(aside / "damaged")
+            work.rename(entry)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _machine() -> str:
+    """Returns a name of this machine; containers on it, which number processes anew, differ."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what killed processes left behind: of this machine at once, of others after a day."""
+    for path in folder.glob(".part-*"):
+        machine, _, rest = path.name.removeprefix(".part-").partition("-")
+        pid = rest.partition("-")[0]
+        try:
+            if machine == _machine() and pid.isdigit():
+                gone = not _alive(int(pid))
+            else:
+                newest = max(file.stat().st_mtime for file in (path, *path.iterdir()))
+                gone = time.time() - newest > 86400
+        except OSError:  # it went away meanwhile
+            continue
+        if gone:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -2,6 +2,10 @@
 
 import hashlib
 import re
+import sys
+import threading
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,23 +14,10 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from data.folders import ALIASES, PARTS, read_file, read_folder, unique_ids
+from data.formats import SUFFIXES as SUFFIXES
+from data.formats import printable
 from errors import UserError
-
-PARTS = ("train", "validation", "test")
-ALIASES = {
-    "train": "train",
-    "training": "train",
-    "seg_train": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "seg_test": "test",
-}
-IGNORED = ("seg_pred", "pred", "__MACOSX")  # folders of images without labels
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @dataclass
@@ -38,12 +29,24 @@ class Listing:
     parts: list[str]  # one of PARTS, or "" where the source leaves it open
     class_names: list[str]
     read: Callable[[int], bytes | np.ndarray]  # an encoded file, or [H, W] or [H, W, C] uint8
+    release: Callable[[], None] = lambda: None  # frees what `read` holds; it can be read again
     groups: list[str] | None = None
     strays: list[str] = field(default_factory=list)  # files in class folders that are no image
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # images not read, by the reason
+    notes: list[str] = field(default_factory=list)  # what else a reader should know
+    digests: list[tuple[bytes, str]] | None = None  # of every image as stored, once they are known
 
-    def digest(self, index: int) -> bytes:
+    def remarks(self) -> list[str]:
+        """Returns a line on each kind of image that is left out, and the notes."""
+        lines = [
+            f"{len(names)} files left out, such as {names[0]}: {reason}"
+            for reason, names in self.left_out.items()
+        ]
+        return lines + self.notes
+
+    def digest(self, index: int, data: bytes | np.ndarray | None = None) -> bytes:
         """Returns the SHA-256 of one image as stored, and of its shape if it is an array."""
-        data = self.read(index)
+        data = self.read(index) if data is None else data
         if isinstance(data, np.ndarray):
             shape = str(data.shape).encode()
             return hashlib.sha256(shape + np.ascontiguousarray(data).tobytes()).digest()
@@ -51,7 +54,7 @@ class Listing:
 
 
 def list_source(data: ConfigDict) -> Listing:
-    """Returns what `config.data` names.
+    """Returns what `config.data` names, and warns of what is left out of it.
 
     Raises:
       UserError: the source is missing, or its classes or parts cannot be used.
@@ -61,7 +64,8 @@ def list_source(data: ConfigDict) -> Listing:
     if len(listing.class_names) < 2:
         raise UserError(
             f"{where}: found {len(listing.class_names)} class(es) {listing.class_names}; "
-            "need at least two to tell apart"
+            "need at least two to tell apart; where folders are understood otherwise than they are "
+            "meant, see config.data.layout"
         )
     counts = np.bincount(listing.labels, minlength=len(listing.class_names))
     empty = [name for name, n in zip(listing.class_names, counts, strict=True) if n == 0]
@@ -71,19 +75,15 @@ def list_source(data: ConfigDict) -> Listing:
         )
     if data.groups:
         listing.groups = _groups(data.groups, listing.ids)
+    for line in listing.remarks():
+        print(f"warning: {line}", file=sys.stderr)
     return listing
 
 
 def _groups(rule: str, ids: list[str]) -> list[str]:
     """Returns a group key for every id, by regular expression or from a .csv file."""
     if rule.endswith(".csv"):
-        try:  # of any separator, with or without a byte order mark
-            table = pd.read_csv(rule, sep=None, engine="python", encoding="utf-8-sig", dtype=str)
-            by_id = dict(zip(table["id"], table["group"], strict=True))
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"config.data.groups={rule}: need columns id,group ({error})"
-            ) from error
+        by_id = _groups_table(Path(rule).expanduser())
         groups = [by_id.get(name) for name in ids]
     else:
         try:
@@ -96,13 +96,37 @@ def _groups(rule: str, ids: list[str]) -> list[str]:
             raise UserError(f"config.data.groups={rule!r} needs a group in parentheses: the key")
         matches = [pattern.search(name) for name in ids]
         groups = [match and match[1] for match in matches]
-    missing = [name for name, group in zip(ids, groups, strict=True) if group is None]
+    missing = [name for name, group in zip(ids, groups, strict=True) if not group]
     if missing:
         raise UserError(
             f"config.data.groups={rule!r} names no group for {len(missing)} images, such as "
             f"{missing[0]}"
         )
     return groups
+
+
+def _groups_table(path: Path) -> dict[str, str]:
+    """Reads the columns id,group of a table, as any spreadsheet writes it."""
+    try:  # a byte order mark is dropped
+        with open(path, encoding="utf-8-sig") as file:
+            head = file.readline()
+        separator = max(",;\t", key=head.count)
+        table = pd.read_csv(
+            path, sep=separator, encoding="utf-8-sig", dtype=str, keep_default_na=False
+        )
+        pairs = zip(map(printable, table["id"]), table["group"], strict=True)
+        pairs = [(name.replace("\\", "/"), group.strip()) for name, group in pairs]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"config.data.groups={path}: need a table in UTF-8 with the columns id,group ({error})"
+        ) from error
+    by_id: dict[str, str] = {}
+    for name, group in pairs:
+        if by_id.setdefault(name, group) != group:
+            raise UserError(
+                f"config.data.groups={path}: {name} is in two groups, {by_id[name]} and {group}"
+            )
+    return by_id
 
 
 def _digits(data: ConfigDict) -> Listing:
@@ -120,83 +144,75 @@ def _digits(data: ConfigDict) -> Listing:
     )
 
 
-# --- folders ------------------------------------------------------------------------------------
-
-
 def _folder(data: ConfigDict) -> Listing:
-    """root/<class>/..., or root/{train,val,test}/<class>/..., names as in ALIASES."""
+    """A folder of images: see data/folders.py."""
     root = Path(data.path).expanduser()
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"config.data.path: {root} {what}; expected a folder of class folders")
-    roots = _part_folders(root) or {"": root}
-    files: list[tuple[str, str, Path]] = []  # (part, class, path)
-    strays: list[str] = []
-    names: dict[str, set[str]] = {}
-    for part, folder in roots.items():
-        names[part] = {child.name for child in _children(folder) if child.is_dir()}
-        found = 0
-        for class_name in sorted(names[part]):
-            for path in sorted((folder / class_name).rglob("*")):
-                hidden = any(p.startswith(".") for p in path.relative_to(root).parts)
-                if hidden or path.is_dir():
-                    continue
-                if path.suffix.lower() in SUFFIXES:
-                    files.append((part, class_name, path))
-                    found += 1
-                else:
-                    strays.append(path.relative_to(root).as_posix())
-        if not found:
-            raise UserError(
-                f"{folder} holds no images: expected {folder.name}/<class>/<image>, with one of "
-                f"the endings {' '.join(sorted(SUFFIXES))}"
-            )
-    if "" not in roots and "train" not in roots:
-        raise UserError(f"{root} has {', '.join(roots)} but no train folder")
-    class_names = sorted(names.get("train", names.get("", set())))
-    for part, found_names in names.items():
-        extra = sorted(found_names - set(class_names))
-        if extra:
-            raise UserError(f"{roots[part]}: class {extra[0]!r} is not in {roots['train']}")
-    index = {name: i for i, name in enumerate(class_names)}
-    for part, class_name in (("train", name) for name in class_names):
-        here = part if part in roots else ""
-        if not any(p == here and c == class_name for p, c, _ in files):
-            raise UserError(f"{roots[here] / class_name} holds no images: add some, or remove it")
-    paths = [path for _, _, path in files]
+    found = read_folder(root, data.get("layout", "auto"))
+    index = {name: i for i, name in enumerate(found.class_names)}
+    paths = [path for _, _, path in found.files]
     return Listing(
-        ids=[path.relative_to(root).as_posix() for path in paths],
-        labels=np.array([index[name] for _, name, _ in files], np.int32),
-        parts=[part for part, _, _ in files],
-        class_names=class_names,
-        read=lambda i: paths[i].read_bytes(),
-        strays=strays,
+        ids=unique_ids(paths, root),
+        labels=np.array([index[name] for _, name, _ in found.files], np.int32),
+        parts=[part for part, _, _ in found.files],
+        class_names=found.class_names,
+        read=lambda i: read_file(paths[i]),
+        strays=found.strays,
+        left_out=found.left_out,
+        notes=found.notes,
     )
 
 
-def _children(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if not child.name.startswith("."))
-
-
-def _part_folders(root: Path) -> dict[str, Path]:
-    """Returns {part: folder} if every folder in `root` is a part, such as train/; else nothing.
-
-    A folder that holds just one of its own name, as Kaggle nests them, is entered.
-    """
-    folders = [child for child in _children(root) if child.is_dir() and child.name not in IGNORED]
-    parts: dict[str, Path] = {}
-    for folder in folders:
-        part = ALIASES.get(folder.name.lower())
-        inner = [child for child in _children(folder) if child.is_dir()]
-        if part is None or not inner:
-            return {}
-        if part in parts:
-            raise UserError(f"{parts[part]} and {folder} both hold the {part} images: keep one")
-        parts[part] = inner[0] if len(inner) == 1 and inner[0].name == folder.name else folder
-    return parts
-
-
 # --- arrays -------------------------------------------------------------------------------------
+
+
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz; x_train, y_train, ... as images, labels and parts."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, *BROKEN_ZIP) as error:
+        raise UserError(f"config.data.path: cannot read {path} as .npz: {error}") from error
+    short = {"train": "train", "val": "validation", "test": "test"}
+    found = [key for key in short if f"x_{key}" in arrays and f"y_{key}" in arrays]
+    if "images" in arrays:
+        arrays["images"] = np.atleast_1d(arrays["images"])
+        return arrays
+    if not found:
+        raise UserError(f"{path} has {sorted(arrays)}; expected images and labels, or x_train ...")
+    images = [np.atleast_1d(arrays.pop(f"x_{key}")) for key in found]
+    labels = [arrays.pop(f"y_{key}").ravel() for key in found]
+    for key, x, y in zip(found, images, labels, strict=True):
+        if len(x) != len(y) or x.shape[1:] != images[0].shape[1:]:
+            raise UserError(
+                f"{path}: x_{key} {x.shape} must have as many images as y_{key} ({len(y)}), of the "
+                f"shape of the other parts {images[0].shape[1:]}"
+            )
+    parts = np.repeat([short[key] for key in found], [len(y) for y in labels])
+    images, labels = np.concatenate(images), np.concatenate(labels)
+    return arrays | {"images": images, "labels": labels, "parts": parts}
+
+
+class _NpzImages:
+    """The images of an .npz, in memory only while they are decoded."""
+
+    def __init__(self, path: Path, images: np.ndarray):
+        self.path, self.images, self.lock = path, images, threading.Lock()
+
+    def read(self, i: int) -> np.ndarray:
+        with self.lock:
+            if self.images is None:
+                self.images = _read_npz(self.path)["images"]
+            return self.images[i]
+
+    def release(self) -> None:
+        with self.lock:
+            self.images = None
 
 
 def _npz(data: ConfigDict) -> Listing:
@@ -205,24 +221,11 @@ def _npz(data: ConfigDict) -> Listing:
     Optional: `class_names` [K], `ids` [N], `groups` [N], `parts` [N] with the names in PARTS.
     """
     path = Path(data.path).expanduser()
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"config.data.path: cannot read {path} as .npz: {error}") from error
-    if "images" in arrays:
-        images, labels = arrays["images"], arrays.get("labels")
-        parts = [str(part) for part in arrays.get("parts", [""] * len(images))]
-    elif "x_train" in arrays:
-        short = {"train": "train", "val": "validation", "test": "test"}
-        found = [key for key in short if f"x_{key}" in arrays and f"y_{key}" in arrays]
-        images = np.concatenate([arrays[f"x_{key}"] for key in found])
-        labels = np.concatenate([arrays[f"y_{key}"].ravel() for key in found])
-        parts = [short[key] for key in found for _ in arrays[f"y_{key}"]]
-    else:
-        raise UserError(f"{path} has {sorted(arrays)}; expected images and labels, or x_train ...")
+    arrays = _read_npz(path)
+    images, labels = arrays["images"], arrays.get("labels")
+    parts = [str(part) for part in arrays.get("parts", [""] * len(images))]
     problem = None
-    if labels is None or len(labels) != len(images) or labels.ndim != 1:
+    if labels is None or labels.ndim != 1 or len(labels) != len(images):
         problem = "labels must be one number an image"
     elif images.dtype != np.uint8 or images.ndim not in (3, 4):
         problem = (
@@ -251,7 +254,8 @@ def _npz(data: ConfigDict) -> Listing:
         labels=labels.astype(np.int32),
         parts=parts,
         class_names=[str(name) for name in arrays.get("class_names", range(count))],
-        read=lambda i: images[i],
+        read=(source := _NpzImages(path, images)).read,
+        release=source.release,
         groups=groups,
     )
 

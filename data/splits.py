@@ -5,8 +5,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data.decoding import Decoded
-from data.sources import PARTS, Listing
+from data.folders import PARTS
+from data.sources import Listing
 from errors import UserError
+
+SMALL = 100  # images of a class; below, one image is more than one per cent
 
 
 def missing_parts(listing: Listing) -> list[str]:
@@ -23,22 +26,43 @@ def exact_duplicates(decoded: Decoded) -> list[np.ndarray]:
     return [group for group in groups if len(group) > 1]
 
 
-def leaks(labels: np.ndarray, parts: np.ndarray, groups: list[np.ndarray]) -> dict[int, str]:
+def divided_groups(listing: Listing, parts: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the groups of `data.groups` that lie in several parts, each with its rows.
+
+    Only parts that the source gives can do that; `parts` int [N] is as `split_parts` returns it.
+    """
+    if not listing.groups:
+        return {}
+    used = np.flatnonzero(parts >= 0)
+    names, key = np.unique(np.array(listing.groups, object)[used].astype(str), return_inverse=True)
+    held = np.zeros((len(names), len(PARTS)), bool)
+    held[key, parts[used]] = True
+    order = np.argsort(key, kind="stable")
+    rows = np.split(used[order], np.flatnonzero(np.diff(key[order])) + 1)
+    return {str(names[i]): rows[i] for i in np.flatnonzero(held.sum(axis=1) > 1)}
+
+
+def leaks(listing: Listing, parts: np.ndarray, duplicates: list[np.ndarray]) -> dict[int, str]:
     """Returns the rows that `exclude_leaks` leaves out of training and validation, and why.
 
-    Of images in several parts, the copies outside the last of them; of images with contradictory
-    labels, all outside the test part.
+    Of images or groups in several parts, those outside the last of them; of images with
+    contradictory labels, all outside the test part.
     """
-    test = PARTS.index("test")
+    labels, test = listing.labels, PARTS.index("test")
     found = {}
-    for group in groups:
+    for name, rows in divided_groups(listing, parts).items():
+        last = parts[rows].max()
+        why = f"its group {name} is also in the {PARTS[last]} part"
+        found |= {int(row): why for row in rows if parts[row] < last}
+    for group in duplicates:
+        last, contradict = parts[group].max(), len(set(labels[group])) > 1
         for row in group:
             if parts[row] in (-1, test):
                 continue
-            if len(set(labels[group])) > 1:
+            if contradict:
                 found[int(row)] = "an exact copy carries another label"
-            elif parts[row] < parts[group].max():
-                found[int(row)] = f"an exact copy is in the {PARTS[parts[group].max()]} part"
+            elif parts[row] < last:
+                found[int(row)] = f"an exact copy is in the {PARTS[last]} part"
     return found
 
 
@@ -96,15 +120,41 @@ def _units(pool: np.ndarray, duplicates: list[np.ndarray], groups: list[str] | N
 def _stratify(labels: np.ndarray, units: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
     """Gives each unit, the large ones first, to the part that lacks most of its classes."""
     count, num_classes = units.max(initial=-1) + 1, labels.max(initial=-1) + 1
-    content = np.zeros((count, num_classes), int)
-    np.add.at(content, (units, labels), 1)
+    content = coo_array((np.ones(len(units)), (units, labels)), (count, num_classes)).tocsr()
     order = np.random.default_rng(seed).permutation(count)
-    order = order[np.argsort(-content.sum(axis=1)[order], kind="stable")]
-    target = content.sum(axis=0)[:, None] * weights  # [K, P]
+    sizes = np.bincount(units, minlength=count)
+    order = order[np.argsort(-sizes[order], kind="stable")]
+    target = _quotas(np.bincount(labels, minlength=num_classes), weights)  # [K, P]
     have = np.zeros_like(target)
     chosen = np.zeros(count, int)
+    starts, classes, numbers = content.indptr, content.indices, content.data
     for unit in order:
-        lack = content[unit] @ ((target - have) / np.maximum(target, 1e-9))
+        here = slice(starts[unit], starts[unit + 1])
+        names, n = classes[here], numbers[here]
+        lack = n @ ((target[names] - have[names]) / np.maximum(target[names], 1e-9))
         chosen[unit] = np.argmax(lack)
-        have[:, chosen[unit]] += content[unit]
+        have[names, chosen[unit]] += n
     return chosen[units]
+
+
+def _quotas(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns how many images [K, P] of each class each part should get.
+
+    Classes below SMALL get whole numbers: each part its share rounded down, and what is left by the
+    largest remainder, to which the remainders of earlier classes are added, so that over all
+    classes the parts get their shares too. The first part, of training images, gets at least one.
+    """
+    quotas = counts[:, None] * weights
+    carried = np.zeros(len(weights))
+    for label in np.flatnonzero((counts > 0) & (counts < SMALL)):
+        share = quotas[label]
+        whole = np.floor(share + 1e-9)
+        whole[0] = max(whole[0], 1)
+        carried += share - whole
+        left = round(counts[label] - whole.sum())
+        due = np.where(share - whole > 1e-9, np.round(carried, 9), -np.inf)  # not a whole share
+        for part in np.argsort(-due, kind="stable")[:left]:
+            whole[part] += 1
+            carried[part] -= 1
+        quotas[label] = whole
+    return quotas

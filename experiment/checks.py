@@ -5,12 +5,14 @@ import re
 
 from ml_collections import ConfigDict
 
+from data.folders import LAYOUTS
 from errors import UserError, choose
 from experiment.fields import flatten, phase_config, phase_names
 from models.classifier import MISTAKES
 
 CHOICES = {
     "data.source": ("digits", "folder", "npz", "tfds"),
+    "data.layout": LAYOUTS,
     "data.resize": ("squash", "crop"),
     "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),
     "data.unreadable": ("error", "skip"),
@@ -28,6 +30,7 @@ CHOICES = {
 # Intervals; a round bracket leaves its end out.
 RANGES = {
     "data.image_size": "[1, 4096]",
+    "data.max_pixels": "[1, inf)",
     "data.split_seed": "[0, 2147483648)",
     "layer_decay": "(0, 1]",
     "augment_views": "[0, 1e6]",

@@ -29,6 +29,9 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=_parse_flags)

@@ -10,7 +10,8 @@ def write_json(path: Path, content: dict) -> None:
     """Writes JSON so that the file is whole or absent; NaN and infinity become null."""
     half = path.with_name(f"{path.name}.{os.getpid()}.part")
     text = json.dumps(plain(content), indent=2, ensure_ascii=False)
-    half.write_text(text + "\n", encoding="utf-8")
+    # A path need not be UTF-8; its odd bytes become escapes, which JSON reads again.
+    half.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     os.replace(half, path)
 
 

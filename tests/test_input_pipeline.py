@@ -1,3 +1,7 @@
+import hashlib
+import time
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +9,9 @@ from jax.sharding import Mesh
 from sklearn.model_selection import StratifiedShuffleSplit
 
 from configs import base
+from data import sources
 from data.sources import Listing
+from data.splits import divided_groups
 from errors import UserError
 from input_pipeline import (
     Feed,
@@ -83,10 +89,91 @@ def test_parts_of_the_source_are_kept():
         split(listing_of(labels), (0.8, 0.2))
 
 
-def test_a_rare_class_reaches_every_part_it_can():
-    labels = np.array([0] * 50 + [1] * 3)
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        ([10], [[7, 2, 1]]),
+        ([4], [[3, 1, 0]]),
+        ([3, 3], [[2, 1, 0], [2, 0, 1]]),
+        ([4, 4, 4], [[3, 1, 0], [3, 0, 1], [2, 1, 1]]),  # 8.4, 1.8, 1.8
+        ([1, 2, 50], [[1, 0, 0], [1, 1, 0], [35, 7, 8]]),
+    ],
+)
+def test_small_classes_are_divided_to_the_image(sizes, counts):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
     parts = split(listing_of(labels))
-    assert sorted(parts[50:]) == [0, 1, 2]
+    found = [np.bincount(parts[labels == k], minlength=3).tolist() for k in range(len(sizes))]
+    assert found == counts
+
+
+def test_many_small_classes_add_up_to_the_fractions():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(200), np.arange(200) % 9 + 2))
+    parts = split(listing_of(labels))
+    target = len(labels) * np.array([0.7, 0.15, 0.15])
+    assert np.abs(np.bincount(parts) - target).max() <= 2
+    for label in range(200):
+        counts = np.bincount(parts[labels == label], minlength=3)
+        assert np.abs(counts - counts.sum() * np.array([0.7, 0.15, 0.15])).max() < 1
+        assert counts[0]
+
+
+def test_small_groups_stay_together_and_near_the_fractions():
+    labels = np.repeat(np.arange(5), 10)
+    groups = [f"pair{i // 2}" for i in range(50)]
+    parts = split(listing_of(labels, groups=groups))
+    assert all(parts[i] == parts[i + 1] for i in range(0, 50, 2))
+    assert np.bincount(parts).tolist() == [30, 10, 10]
+
+
+def test_the_split_of_the_digits_stays(cache_dir, digits_run):
+    dataset = load_dataset(digits_run().data, cache_dir)
+    rows = [dataset.rows[part].tolist() for part in ("train", "validation", "test")]
+    assert hashlib.sha256(repr(rows).encode()).hexdigest()[:16] == "662e73c4b79b67f7"
+
+
+def test_a_large_split_takes_seconds():
+    labels = np.random.default_rng(0).integers(0, 1000, 100_000)
+    listing, began = listing_of(labels), time.process_time()
+    parts = split(listing)
+    assert time.process_time() - began < 15
+    assert np.abs(np.bincount(parts) / 100_000 - [0.7, 0.15, 0.15]).max() < 0.01
+
+
+def test_groups_in_two_given_parts_are_leaks(make_folder, folder_config, cache_dir, capsys):
+    root = make_folder({"train/a": 10, "train/b": 10, "test/a": 2, "test/b": 2})
+    config = folder_config(root, groups=r"/(\d+)\.png", split=(0.75, 0.25))
+    before = load_dataset(config, cache_dir)
+    parts = np.full(24, -1)
+    for i, part in enumerate(("train", "validation", "test")):
+        parts[before.rows[part]] = i
+    divided = divided_groups(before.listing, parts)
+    assert sorted(divided) == ["0", "1"]
+    assert [before.listing.ids[row] for row in divided["0"]] == [
+        f"{part}/{name}/0.png" for part in ("test", "train") for name in "ab"
+    ]
+    assert "2 groups lie in several parts, such as 0" in capsys.readouterr().err
+    config.exclude_leaks = True
+    after = load_dataset(config, cache_dir)
+    assert sorted(after.excluded) == [f"train/{name}/{i}.png" for name in "ab" for i in (0, 1)]
+    assert "group 0 is also in the test part" in after.excluded["train/a/0.png"]
+    assert after.ids("test") == before.ids("test")
+
+
+def test_a_grid_of_sizes_reads_each_file_once(make_folder, folder_config, cache_dir, monkeypatch):
+    root, read = make_folder({"a": 10, "b": 10}), Counter()
+    plain = sources.read_file
+
+    def count(path):
+        read[path.name] += 1
+        return plain(path)
+
+    monkeypatch.setattr(sources, "read_file", count)
+    for _ in range(2):  # main checks every size, then trains in every size
+        for size in (4, 5, 6, 7, 8):
+            load_dataset(folder_config(root, image_size=size), cache_dir)
+    assert set(read.values()) == {2 * (1 + 5)}  # two files a name: hashed once, decoded five times
+    load_dataset(folder_config(root, image_size=4, split_seed=1), cache_dir)
+    assert set(read.values()) == {12}
 
 
 def test_leaks_and_contradictions_are_left_out_on_demand(make_folder, folder_config, cache_dir):
@@ -121,7 +208,7 @@ def test_unreadable_images_stop_the_start_or_are_skipped(
 
 
 def test_a_part_without_images_is_an_error(make_folder, folder_config, cache_dir):
-    with pytest.raises(UserError, match="the test part has no images"):
+    with pytest.raises(UserError, match="the validation part has no images"):
         load_dataset(folder_config(make_folder({"a": 2, "b": 1})), cache_dir)
 
 

@@ -6,6 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from configs import base
+from data.decoding import decode_all
 from data.sources import list_source
 from errors import UserError
 from tests.conftest import paint
@@ -66,6 +67,20 @@ def test_groups_by_expression_and_by_table(make_folder, folder_config, tmp_path)
     table = tmp_path / "groups.csv"
     table.write_text("id,group\na/0.png,x\na/1.png,x\nb/0.png,y\nb/1.png,z\n")
     assert list_source(folder_config(root, groups=str(table))).groups == ["x", "x", "y", "z"]
+    for separator in ",;\t":  # as spreadsheets write it
+        text = "id,group,note\r\na/0.png,007,\r\na/1.png,NA,x\r\nb/0.png,y y,\r\nb/1.png,y y,\r\n"
+        table.write_bytes(b"\xef\xbb\xbf" + text.replace(",", separator).encode())
+        found = list_source(folder_config(root, groups=str(table))).groups
+        assert found == ["007", "NA", "y y", "y y"]
+    table.write_text("id,group\na/0.png,x\na/1.png,\nb/0.png,x\nb/1.png,x\n")
+    with pytest.raises(UserError, match="names no group for 1 images, such as a/1.png"):
+        list_source(folder_config(root, groups=str(table)))
+    table.write_text("id,group\na/0.png,x\na/0.png,y\n")
+    with pytest.raises(UserError, match="a/0.png is in two groups, x and y"):
+        list_source(folder_config(root, groups=str(table)))
+    table.write_bytes("id,group\nä,x\n".encode("latin-1"))
+    with pytest.raises(UserError, match="a table in UTF-8"):
+        list_source(folder_config(root, groups=str(table)))
     table.write_text("id,group\na/0.png,x\n")
     for rule, message in (
         (str(table), "names no group for 3"),
@@ -103,6 +118,59 @@ def test_npz(tmp_path):
         ({"images": images, "labels": labels, "class_names": ["a"]}, "no class name"),
     ):
         with pytest.raises(UserError, match=message):
+            list_source(npz(tmp_path, **wrong))
+
+
+def test_npz_images_do_not_stay_in_memory(tmp_path, cache_dir):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)
+    config = npz(tmp_path, images=images, labels=np.arange(6) % 2)
+    listing, config.image_size = list_source(config), 8
+    source = listing.read.__self__
+    for size in (8, 4):
+        config.image_size = size
+        decoded = decode_all(listing, config, cache_dir)
+        assert source.images is None
+    assert np.array_equal(listing.read(3), images[3])
+    assert decoded.images.shape == (6, 4, 4, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"words", b"\x93NUMPY\x01\x00v\x00{}"])
+def test_damaged_npz_files_are_named(tmp_path, content):
+    config = npz(tmp_path, images=np.zeros((2, 3, 3), np.uint8), labels=np.arange(2))
+    path = tmp_path / "data.npz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot read .*data.npz"):
+        list_source(config)
+
+
+def test_a_cut_npz_and_odd_arrays_are_named(tmp_path):
+    config = npz(tmp_path, images=np.zeros((99, 9, 9), np.uint8), labels=np.arange(99))
+    path = tmp_path / "data.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + b"\1" + whole[len(whole) // 2 + 1 :])
+    with pytest.raises(UserError, match="cannot read"):  # by its checksum
+        list_source(config)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    config.path = str(tmp_path / "array.npy")
+    with pytest.raises(UserError, match="cannot read"):
+        list_source(config)
+    for wrong in (
+        {"images": np.uint8(3), "labels": np.uint8(3)},
+        {"x_train": np.zeros((2, 3, 3), np.uint8)},
+        {
+            "x_train": np.zeros((2, 3, 3), np.uint8),
+            "y_train": np.arange(3),
+            "x_test": np.zeros((2, 3, 3), np.uint8),
+            "y_test": np.arange(1),
+        },
+        {
+            "x_train": np.zeros((2, 3, 3)),
+            "y_train": np.arange(2),
+            "x_test": np.zeros((2, 4, 4)),
+            "y_test": np.arange(2),
+        },
+    ):
+        with pytest.raises(UserError):
             list_source(npz(tmp_path, **wrong))
 
 

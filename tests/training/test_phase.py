@@ -131,7 +131,7 @@ def test_phases_interrupted_anywhere_end_with_the_same_bits(tuned_run, tmp_path)
         phase__head__augment_views=2,
     )  # fmt: skip
     whole = train_and_evaluate(config, tmp_path / "whole")
-    per_epoch = 8
+    per_epoch = 9
     assert [phase["steps"] for phase in whole["phases"]] == [2 * per_epoch] * 2
     calls = {"left": 0}
 
@@ -141,14 +141,14 @@ def test_phases_interrupted_anywhere_end_with_the_same_bits(tuned_run, tmp_path)
 
     reached = []
     # In the first phase, twice; while the second one's features are stored; in the second phase.
-    for steps in (5, 14, 7, 6):
+    for steps in (5, 16, 7, 6):
         calls["left"] = steps
         with pytest.raises(Interrupted):
             train_and_evaluate(config, tmp_path / "parts", should_stop)
         (newest,) = (tmp_path / "parts/checkpoints/latest").glob("[0-9]*")
         reached.append(int(newest.name))
     parts = train_and_evaluate(config, tmp_path / "parts")
-    assert reached == [2, 13, 16, 19]
+    assert reached == [2, 15, 18, 21]
     assert np.array_equal(logits(tmp_path / "whole"), logits(tmp_path / "parts"))
     assert whole["metrics"] == parts["metrics"]
     assert [p["best_validation_loss"] for p in whole["phases"]] == [
