@@ -23,6 +23,7 @@ from analysis.runs import evenly_spaced
 from configs import base
 from data.decoding import Decoded, decode_all
 from data.sources import Listing, list_source
+from data.splits import divided_groups
 from errors import UserError
 from experiment.command import arguments, config_overrides, output_folder, run_command
 from experiment.files import write_json
@@ -40,7 +41,8 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
     """Returns the findings on N images and their parts, as plain values for JSON.
 
     Duplicates are groups of ids: `label_conflicts` and `leaks` are those `exact_duplicates` that
-    lie in several classes or parts. Images left out by a config count as neither.
+    lie in several classes or parts; `group_leaks` are the groups of `data.groups` that do. Images
+    left out by a config count as neither.
     """
     ids, labels = np.array(listing.ids, object), listing.labels
     part_of, readable = np.array(parts, object), np.array(decoded.errors) == ""
@@ -54,6 +56,8 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         used = [group[part_of[group] != LEFT_OUT] for group in groups]
         return named([group for group in used if len({values[i] for i in group}) > 1])
 
+    places = np.array([PARTS.index(part) if part in PARTS else -1 for part in parts])
+    divided = divided_groups(listing, places)
     counts, imbalance = {}, {}
     for part in [part for part in (*PARTS, "all", LEFT_OUT) if part in parts]:
         inside = labels[readable & (part_of == part)]
@@ -76,9 +80,12 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         "unreadable": ids[~readable].tolist(),
         "reasons": {ids[i]: decoded.errors[i] for i in np.flatnonzero(~readable)},
         "not_images": listing.strays,
+        "left_out": listing.left_out,
+        "notes": listing.notes,
         "exact_duplicates": named(exact),
         "label_conflicts": across(exact, labels),
         "leaks": across(exact, parts),
+        "group_leaks": {name: ids[rows].tolist() for name, rows in divided.items()},
         "near_duplicates": named(near),
         "near_leaks": across(near, parts),
         "near_duplicates_checked": len(ids) <= NEAR_LIMIT,
@@ -108,6 +115,11 @@ def near_duplicates(decoded: Decoded, exact: list[np.ndarray]) -> list[np.ndarra
                 graph = coo_array((np.ones(len(edges[0])), edges), shape=(len(rows), len(rows)))
                 group = connected_components(graph, directed=False)[1][group]
     return [x.to_numpy() for _, x in pd.Series(rows).groupby(group) if len(x) > 1]
+
+
+def is_unfit(findings: dict) -> bool:
+    """Returns whether leaks or contradictory labels make accuracies wrong."""
+    return any(findings.get(key) for key in ("leaks", "group_leaks", "label_conflicts"))
 
 
 def describe(findings: dict) -> str:
@@ -142,9 +154,18 @@ def describe(findings: dict) -> str:
             first = first if isinstance(first, str) else " = ".join(first[:3])
             first += f": {findings['reasons'][first]}" if key == "unreadable" else ""
             lines.append(f"  {len(findings[key])} {what}, such as {first}")
+    divided = findings.get("group_leaks", {})  # older files lack these three
+    for name, members in list(divided.items())[:1]:
+        lines.append(
+            f"  {len(divided)} groups of data.groups across parts (leaks), such as "
+            f"{name}: {', '.join(members[:3])}"
+        )
+    for reason, names in findings.get("left_out", {}).items():
+        lines.append(f"  {len(names)} images left out ({reason}), such as {names[0]}")
+    lines += [f"  note: {note}" for note in findings.get("notes", [])]
     if not findings["near_duplicates_checked"]:
         lines.append(f"  near duplicates were not looked for: more than {NEAR_LIMIT:,} images")
-    if findings["leaks"] or findings["label_conflicts"]:
+    if is_unfit(findings):
         lines.append(
             "  warning: leaks and contradictory labels make accuracies wrong; leave these images "
             "out of training with --config.data.exclude_leaks"
@@ -210,7 +231,7 @@ def main(argv: list[str]) -> int:
             write_json(Path(JSON.value), findings)
         except OSError as error:
             raise UserError(f"cannot write --json={JSON.value}: {error.strerror}") from error
-    return 1 if findings["leaks"] or findings["label_conflicts"] else 0
+    return int(is_unfit(findings))
 
 
 if __name__ == "__main__":

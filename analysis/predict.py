@@ -30,7 +30,7 @@ from absl import flags
 from analysis.evaluate import choose_threshold, fit_temperature, softmax
 from analysis.forward import classifier_from, compiled
 from analysis.runs import FinishedRun, load_run
-from data.decoding import resize, to_rgb
+from data.decoding import MAX_PIXELS, resize, to_rgb
 from data.sources import SUFFIXES
 from errors import UserError
 from experiment.command import arguments, run_command
@@ -182,8 +182,9 @@ def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-            image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]))
-        image = resize(image, facts["image_size"], data["resize"], data["interpolation"])
+            limit, side = data.get("max_pixels", MAX_PIXELS), facts["image_size"]
+            image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]), limit, side)
+        image = resize(image, side, data["resize"], data["interpolation"])
         return np.asarray(image), ""
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
         return 0, " ".join(str(error).split()) or type(error).__name__

@@ -107,7 +107,8 @@ def write_report(
                 for chapter in CHAPTERS:
                     if bool(chapter.file) == slow:
                         sections[chapter.title] = make_section(chapter, comparison, progress)
-                page.write_text(render(comparison, reasons, sections), encoding="utf-8")
+                text = render(comparison, reasons, sections)
+                page.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write the report to {comparison.output}: {error}") from error
     lines = [printed_table(comparison.table).to_string(index=False) + "\n"] if runs else []

@@ -88,11 +88,11 @@ def check_identity(
       table: the identity table of what there is now.
       folder: where `write_table` kept the older ones.
     """
-    key = "identity" if "identity" in stored else "fingerprint"
-    if stored.get(key) in (None, current[key]):
+    keys = ("identity",) if "identity" in stored else ("fingerprint", "class_names", "counts")
+    if all(stored.get(key) in (None, current[key]) for key in keys):
         return
     try:
-        path = _table_path(folder, stored[key])
+        path = _table_path(folder, stored[keys[0]])
         old = pd.read_csv(
             path, index_col="id", dtype=str, keep_default_na=False,
             encoding_errors="surrogateescape", compression="gzip",

@@ -28,8 +28,11 @@ from models import MODELS, fields_of
 
 # Fields that some versions did not store, and the value under which a run is the same without.
 AS_BEFORE = {
-    "keep_optimizer": False, "select": "loss", "data.layout": "auto", "data.max_pixels": 100_000_000,
-}  # fmt: skip
+    "keep_optimizer": False,
+    "select": "loss",
+    "data.layout": "auto",
+    "data.max_pixels": 100_000_000,
+}
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
 FREE = ("eval_batch_size", "data.path", "data.tfds_dir")
 

@@ -8,6 +8,8 @@ import numpy as np
 from errors import UserError
 from models.weights.own import WEIGHTS, write_own
 
+DATA = ("resize", "interpolation", "background", "max_pixels")  # how a photo becomes pixels
+
 
 def save_weights(
     run_dir: Path,
@@ -28,7 +30,7 @@ def save_weights(
         "num_classes": len(class_names),
         "class_names": class_names,
         "image_size": summary["image_size"],
-        "data": {key: config["data"][key] for key in ("resize", "interpolation", "background")},
+        "data": {key: config["data"][key] for key in DATA if key in config["data"]},
         "compute_dtype": config["compute_dtype"],
         "began": config["weights"],
         "source": "run:" + "/".join(run_dir.resolve().parts[-2:]),

@@ -227,10 +227,11 @@ def data(comparison: Comparison) -> Section | None:
     counts = pd.DataFrame(audit["counts"], audit["class_names"]).rename_axis("class").reset_index()
     section = Section(tables=[_as_table(counts)])
     count = {key: len(value) for key, value in audit.items() if isinstance(value, list)}
-    if audit["leaks"] or audit["label_conflicts"]:
+    divided = len(audit.get("group_leaks", {}))
+    if audit["leaks"] or audit["label_conflicts"] or divided:
         section.warnings.append(
-            f"{count['leaks']} groups of identical images lie in several parts and "
-            f"{count['label_conflicts']} carry contradictory labels. "
+            f"{count['leaks']} groups of identical images and {divided} groups of data.groups lie "
+            f"in several parts, and {count['label_conflicts']} carry contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
     near = f"{count['near_duplicates']} groups, {count['near_leaks']} across parts"

@@ -119,3 +119,22 @@ def test_near_duplicates_of_many_images_take_little_memory(alike):
     tracemalloc.stop()
     assert sorted(map(len, groups)) == ([3, 5997] if alike else [3])
     assert peak < 400e6
+
+
+def test_a_group_in_two_given_parts_is_a_leak(make_folder, folder_config, cache_dir, tmp_path):
+    root = make_folder({"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3})
+    config = folder_config(root, groups=r"/(\d)\.png$")  # as if 0.png to 5.png were patients
+    findings = audit.write_audit(load_dataset(config, cache_dir), tmp_path / "audit")
+    assert set(findings["group_leaks"]) == {"0", "1", "2"} and audit.is_unfit(findings)
+    assert "3 groups of data.groups across parts (leaks), such as 0: " in audit.describe(findings)
+    config.exclude_leaks = True
+    findings = audit.write_audit(load_dataset(config, cache_dir), tmp_path / "mended")
+    assert findings["group_leaks"] == {} and not audit.is_unfit(findings)
+
+
+def test_what_is_left_out_stands_in_the_audit(make_folder, folder_config, cache_dir, tmp_path):
+    root = make_folder({"train/a": 8, "train/b": 8, "test": 3, "extra": 2})
+    findings = audit.write_audit(load_dataset(folder_config(root), cache_dir), tmp_path)
+    names = [name for names in findings["left_out"].values() for name in names]
+    assert len(names) == 5 and findings["images"] == 16
+    assert "images left out" in audit.describe(findings)
