@@ -122,8 +122,8 @@ def test_near_duplicates_of_many_images_take_little_memory(alike):
 
 
 def test_a_group_in_two_given_parts_is_a_leak(make_folder, folder_config, cache_dir, tmp_path):
-    root = make_folder({"train/a": 6, "train/b": 6, "test/a": 3, "test/b": 3})
-    config = folder_config(root, groups=r"/(\d)\.png$")  # as if 0.png to 5.png were patients
+    root = make_folder({"train/a": 20, "train/b": 20, "test/a": 3, "test/b": 3})
+    config = folder_config(root, groups=r"/(\d+)\.png$")  # as if each number were a patient
     findings = audit.write_audit(load_dataset(config, cache_dir), tmp_path / "audit")
     assert set(findings["group_leaks"]) == {"0", "1", "2"} and audit.is_unfit(findings)
     assert "3 groups of data.groups across parts (leaks), such as 0: " in audit.describe(findings)
