@@ -13,6 +13,10 @@ over the file's phases too, but for `--config.phase.<name>...`, which sets one p
 On the command line, `--config.per_model.<model>.` takes any field of a run, whether this file names
 it there or not, and so does `--config.phase.<name>.`, of a phase that `config.phases` names; and
 `--config.model.` a field of the architecture, where every model has it.
+
+A run goes on, or is skipped as finished, only with the config and the data it began with. Free to
+differ are what cannot change a result: all of `runtime` and `compare`, `eval_batch_size`, and where
+the data lies (`data.path`, `data.tfds_dir`): they are known by their images, labels and parts.
 """
 
 from ml_collections import ConfigDict
