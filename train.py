@@ -241,5 +241,5 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> list[Dataset]:
 
 def same_data(first: dict, second: dict) -> bool:
     """Returns whether two sections `data` ask for the same images, of any size and anywhere."""
-    free = {"path", "tfds_dir", "image_size", "resize", "interpolation"}
+    free = {"path", "tfds_dir", "image_size", "store_size", "resize", "interpolation"}
     return all(first[key] == second[key] for key in (first.keys() & second.keys()) - free)

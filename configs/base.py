@@ -56,6 +56,9 @@ def get_config(models: str = "") -> ConfigDict:
     # they stay where they are, and a group in two parts counts as a leak.
     data.groups = ""
     data.image_size = 64  # height and width in pixels
+    # Random resized crops are taken from images of this size, for those of a small image would be
+    # blurred; 0: from images of image_size. Evaluation does not depend on it.
+    data.store_size = 0
     data.resize = "squash"  # squash: ignore the aspect ratio | crop: shorter side, then the centre
     data.interpolation = "bilinear"  # nearest | bilinear | bicubic | lanczos; always antialiased
     data.background = (255, 255, 255)  # RGB shown through transparent pixels

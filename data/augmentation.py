@@ -14,7 +14,7 @@ GREY = (0.299, 0.587, 0.114)  # luma of ITU-R BT.601, as Pillow converts to grey
 
 
 def augment(
-    key: jax.Array, images: jax.Array, targets: jax.Array, config: ConfigDict
+    key: jax.Array, images: jax.Array, targets: jax.Array, config: ConfigDict, size: int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Applies what `config.augment` turns on; every image draws its own numbers.
 
@@ -23,12 +23,13 @@ def augment(
       images: [B, H, W, 3] in 0..255.
       targets: [B, K] float32, mixed where mixup or cutmix is on.
       config: `config.augment`.
+      size: of the images returned, where they are cropped from larger ones; 0 for their own.
     """
     geometry, colour, mix = jax.random.split(key, 3)
     images = images.astype(jnp.float32)
     if _resamples(config):
         matrix, offset = random_affine(geometry, *images.shape[:3], config)
-        images = resample(images, matrix, offset)
+        images = resample(images, matrix, offset, size or images.shape[1])
     else:  # exact, and cheaper
         keys = jax.random.split(geometry)
         for axis, key, on in (
@@ -49,9 +50,13 @@ def changes_nothing(config: ConfigDict) -> bool:
     return not (others or _resamples(config))
 
 
+def crops(config: ConfigDict) -> bool:
+    """Returns whether `config.augment` crops at random."""
+    return tuple(config.crop_area) != (1.0, 1.0)
+
+
 def _resamples(config: ConfigDict) -> bool:
-    crops = tuple(config.crop_area) != (1.0, 1.0)
-    return bool(crops or config.rotation or config.zoom or config.shift)
+    return bool(crops(config) or config.rotation or config.zoom or config.shift)
 
 
 def random_affine(
@@ -90,12 +95,19 @@ def random_affine(
     return rotation * (box * flips / zoom[:, None])[:, None, :], offset
 
 
-def resample(images: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
-    """Samples images bilinearly at matrix @ output + offset; the outside mirrors the inside."""
+def resample(images: jax.Array, matrix: jax.Array, offset: jax.Array, size: int) -> jax.Array:
+    """Samples images bilinearly at matrix @ output + offset; the outside mirrors the inside.
+
+    Returns [B, size, size, C]. From larger images, a pixel is the mean over several places, so that
+    nothing aliases where a crop is shrunk.
+    """
     _, height, width, channels = images.shape
+    places = -(-height // size)  # a pixel, each way
+    side = size * places
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
-    rows, columns = jnp.mgrid[:height, :width]
-    grid = jnp.stack([rows, columns], axis=-1).reshape(-1, 2) - centre  # [H * W, 2]
+    rows, columns = jnp.mgrid[:side, :side]
+    grid = jnp.stack([rows, columns], axis=-1).reshape(-1, 2) - (side - 1) / 2  # [side ** 2, 2]
+    grid = grid if side == height else grid * (height / side)
     source = jnp.einsum("bij,pj->bpi", matrix, grid, precision="highest")
     source = source + (offset + centre)[:, None]
     y, x = (_mirror(source[..., i], size) for i, size in enumerate((height, width)))
@@ -110,7 +122,9 @@ def resample(images: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Arr
 
     upper = pick(top, left) * (1 - right) + pick(top, beside) * right
     lower = pick(below, left) * (1 - right) + pick(below, beside) * right
-    return (upper * (1 - down) + lower * down).reshape(images.shape)
+    sampled = upper * (1 - down) + lower * down
+    sampled = sampled.reshape(-1, size, places, size, places, channels)
+    return sampled[:, :, 0, :, 0] if places == 1 else sampled.mean(axis=(2, 4))
 
 
 def _mirror(position: jax.Array, size: int) -> jax.Array:

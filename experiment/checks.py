@@ -5,6 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
+from data.augmentation import crops
 from data.folders import LAYOUTS
 from errors import UserError, choose
 from experiment.fields import flatten, phase_config, phase_names
@@ -31,6 +32,7 @@ CHOICES = {
 RANGES = {
     "data.image_size": "[1, 4096]",
     "data.max_pixels": "[1, inf)",
+    "data.store_size": "[0, 4096]",
     "data.split_seed": "[0, 2147483648)",
     "layer_decay": "(0, 1]",
     "augment_views": "[0, 1e6]",
@@ -74,6 +76,13 @@ def check_config(config: ConfigDict) -> None:
       UserError: names the field, its value and what is allowed.
     """
     _check(config)
+    size, stored = config.data.image_size, config.data.store_size
+    phases = [phase_config(config, name) for name in phase_names(config)]
+    if stored and (stored < size or not any(crops(phase.augment) for phase in phases)):
+        raise UserError(
+            f"config.data.store_size={stored} is for random crops: it must be at least "
+            f"data.image_size={size} and augment.crop_area below 1; 0 turns it off"
+        )
     for name in phase_names(config):
         try:
             _check(phase_config(config, name))

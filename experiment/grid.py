@@ -31,6 +31,7 @@ AS_BEFORE = {
     "keep_optimizer": False,
     "select": "loss",
     "data.layout": "auto",
+    "data.store_size": 0,
     "data.max_pixels": 100_000_000,
 }
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.

@@ -28,21 +28,25 @@ class Neighbours(nnx.Module):
 
     def nearest_labels(self, x: jax.Array) -> jax.Array:
         """[B, D] float32 in 0..1 -> labels [B, max_k] of the nearest images, nearest first."""
-        count, pixels = self.images.shape
-        blocks = -(-count // BLOCK)
-        images = jnp.pad(self.images[...], ((0, blocks * BLOCK - count), (0, 0)))
+        count, images = len(self.labels), self.images[...]
+        size = min(BLOCK, count)
+        starts = jnp.arange(0, count, size)
+        begins = jnp.minimum(starts, count - size)  # the last block overlaps the one before
 
-        def distances(block: jax.Array) -> jax.Array:  # [BLOCK, D] -> [BLOCK, B]
-            block = block.astype(jnp.float32) / 255
+        def distances(start: jax.Array, begin: jax.Array) -> jax.Array:  # [size, B]
+            block = jax.lax.dynamic_slice_in_dim(images, begin, size).astype(jnp.float32) / 255
             if self.metric == "l1":
-                return jax.lax.map(lambda row: jnp.abs(row - x).sum(axis=-1), block)
-            product = jnp.matmul(block, x.T, precision=jax.lax.Precision.HIGHEST)
-            return (block**2).sum(axis=-1, keepdims=True) - 2 * product  # + |x|^2, the same for all
+                table = jax.lax.map(lambda row: jnp.abs(row - x).sum(axis=-1), block)
+            else:  # + |x|^2, the same for all
+                product = jnp.matmul(block, x.T, precision=jax.lax.Precision.HIGHEST)
+                table = (block**2).sum(axis=-1, keepdims=True) - 2 * product
+            again = begin + jnp.arange(size) < start
+            return jnp.where(again[:, None], jnp.inf, table)
 
-        table = jax.lax.map(distances, images.reshape(blocks, BLOCK, pixels))
-        table = table.reshape(blocks * BLOCK, -1)[:count].T  # [B, N]
-        _, rows = jax.lax.top_k(-table, min(self.max_k, count))
-        return self.labels[...][rows]
+        table = jax.lax.map(lambda block: distances(*block), (starts, begins))
+        rows = (begins[:, None] + jnp.arange(size)).reshape(-1)
+        _, nearest = jax.lax.top_k(-table.reshape(len(rows), -1).T, min(self.max_k, count))
+        return self.labels[...][rows[nearest]]
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """[B, H, W, 3] float32 in 0..1 -> logits [B, K], the log of each class's share of votes."""
@@ -93,7 +97,9 @@ class Knn(Classifier):
             part = images[start : start + batch_size]
             batch[: len(part)] = part
             nearest.append(np.asarray(look_up(head, batch))[: len(part)])
-        votes = np.eye(head.num_classes)[np.concatenate(nearest)].cumsum(axis=1)  # [V, max_k, K]
-        accuracy = (votes.argmax(axis=2) == np.asarray(labels)[:, None]).mean(axis=0)
-        head.k.set_value(jnp.asarray(accuracy.argmax() + 1, jnp.int32))
-        return {k: float(value) for k, value in enumerate(accuracy, start=1)}
+        votes, accuracy = np.zeros((len(labels), head.num_classes), np.int32), {}
+        for k, voted in enumerate(np.concatenate(nearest).T, start=1):
+            votes[np.arange(len(labels)), voted] += 1
+            accuracy[k] = float((votes.argmax(axis=1) == np.asarray(labels)).mean())
+        head.k.set_value(jnp.asarray(max(accuracy, key=accuracy.get), jnp.int32))
+        return accuracy

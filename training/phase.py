@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data.augmentation import augment, image_sheet
+from data.augmentation import augment, crops, image_sheet
 from data.randomness import phase_key
 from errors import Interrupted
 from experiment.fields import first_trained_stage, phase_config, phase_names
@@ -125,7 +125,8 @@ def _feeds(
     record: RunRecord, config: ConfigDict, weights: dict, first: int, key: jax.Array
 ) -> tuple[Feed, Feed, bool]:
     """Returns what to train and to validate on, and whether both are stored features."""
-    train, validation = record.feed("train"), record.feed("validation")
+    train = record.feed("train", large=crops(config.augment))
+    validation = record.feed("validation")
     views = features_fit(config, record.model, first, len(train), len(validation))
     if not views:
         return train, validation, False
@@ -214,10 +215,12 @@ def _validate(record: RunRecord, phase: Phase, state: dict, where: dict, bar: tq
 
 def _save_augmented_batch(record: RunRecord, phase: Phase) -> None:
     """Writes `augmented_batch.png`: 32 images of the first batch as the model sees them."""
-    feed, config = record.feed("train"), phase.config
+    config = phase.config
+    feed = record.feed("train", large=crops(config.augment))
     batch = next(feed.training(config.seed, config.batch_size, 0, 1))
     targets = jax.nn.one_hot(batch["label"], int(feed.labels.max()) + 1)
-    draw = jax.jit(lambda *arguments: augment(*arguments, config.augment)[0])
+    size = config.data.image_size
+    draw = jax.jit(lambda *arguments: augment(*arguments, config.augment, size)[0])
     images = draw(step_keys(phase.key, 0)[0], batch["image"], targets)
     shown = np.asarray(images)[:32].round().astype(np.uint8)
     image_sheet(shown).save(record.run_dir / "augmented_batch.png")

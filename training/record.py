@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from errors import Interrupted
-from input_pipeline import Dataset, Feed
+from errors import Interrupted, UserError
+from input_pipeline import Dataset, Feed, load_dataset
 from models import Classifier
 from training.checkpoint import CheckpointError, Checkpoints, restore
 from training.log import MetricsLog
@@ -73,18 +73,26 @@ class RunRecord:
         self.config, self.run_dir, self.dataset = config, run_dir, dataset
         self.model, self.mesh, self.should_stop = model, mesh, should_stop
         self.checkpoints = Checkpoints(run_dir / "checkpoints")
-        self.feeds: dict[str, Feed] = {}
+        self.feeds: dict[tuple[str, int], Feed] = {}  # by part and size
         self.progress, self.best = Progress(), {}
         self.stored = self._resume()
         self.metrics = MetricsLog(run_dir, self.progress.step, config.runtime.tensorboard)
         self.compile_seconds = 0.0
         self.clock = self.saved_at = time.monotonic()
 
-    def feed(self, part: str) -> Feed:
-        """Returns the batches of a part; its images are put on the device once."""
-        if part not in self.feeds:
-            self.feeds[part] = Feed(self.dataset, part, self.mesh, self.config.runtime)
-        return self.feeds[part]
+    def feed(self, part: str, large: bool = False) -> Feed:
+        """Returns the batches of a part, of `data.store_size` if `large`, on the device once."""
+        data = self.config.data
+        size = data.store_size if large and data.store_size else data.image_size
+        if (part, size) not in self.feeds:
+            dataset = self.dataset
+            if size != data.image_size:
+                larger = ConfigDict(data.to_dict() | {"image_size": size})
+                dataset = load_dataset(larger, self.config.runtime.cache_dir)
+                if dataset.identity != self.dataset.identity:
+                    raise UserError("the images changed since the run began: start again")
+            self.feeds[part, size] = Feed(dataset, part, self.mesh, self.config.runtime)
+        return self.feeds[part, size]
 
     def put(self, tree):
         """Copies a tree of arrays to every device."""

@@ -75,7 +75,8 @@ def augment_views(
 
     def one(image: jax.Array, row: jax.Array, view: jax.Array) -> jax.Array:
         drawn = jax.random.fold_in(jax.random.fold_in(key, view), row)
-        return augment(drawn, image[None], jnp.ones((1, 1)), config)[0][0]
+        size = config.data.image_size
+        return augment(drawn, image[None], jnp.ones((1, 1)), config.augment, size)[0][0]
 
     return jax.vmap(one)(images, rows, views)
 
@@ -156,9 +157,10 @@ def _augmented(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the images of a batch, augmented anew or as their epoch's view, and the targets."""
     if not config.augment_views:
-        return augment(step_key, batch["image"], targets, config.augment)
+        size = config.data.image_size
+        return augment(step_key, batch["image"], targets, config.augment, size)
     views = batch["epoch"] % config.augment_views
-    return augment_views(key, batch["image"], batch["row"], views, config.augment), targets
+    return augment_views(key, batch["image"], batch["row"], views, config), targets
 
 
 def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:

@@ -76,7 +76,7 @@ def cache_features(
         images = batch["image"]
         if views and not changes_nothing(config.augment):
             every = jnp.full(len(images), view)
-            images = augment_views(key, images, batch["row"], every, config.augment)
+            images = augment_views(key, images, batch["row"], every, config)
         return _condensed(model, images, first)
 
     # Batches of nearly equal size, for padding would be computed too.

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from configs import base
 from data.augmentation import augment, image_sheet, random_affine, random_colour, resample
@@ -57,7 +58,7 @@ def test_flips_are_exact_and_fair():
 def test_resampling_known_maps(matrix, offset, expected):
     images = photos().astype(np.float32)
     many = lambda value: jnp.tile(jnp.array(value, jnp.float32)[None], (8,) + (1,) * np.ndim(value))  # noqa: E731
-    out = resample(images, many(matrix), many(offset))
+    out = resample(images, many(matrix), many(offset), images.shape[1])
     np.testing.assert_allclose(out, expected(images), atol=1e-2)
 
 
@@ -142,3 +143,19 @@ def test_image_sheet_shows_every_image():
     sheet = np.asarray(image_sheet(images, columns=3))
     assert sheet.shape == (2 * 18 * 3, 3 * 18 * 3, 3)  # a frame of one pixel, three times as large
     np.testing.assert_array_equal(sheet[3 : 3 + 48 : 3, 3 + 54 : 3 + 54 + 48 : 3], images[1])
+
+
+def test_crops_of_larger_images_are_sharp_and_do_not_alias():
+    draw, middle = np.random.default_rng(0), jnp.zeros((1, 2))
+    large = jnp.asarray(draw.integers(0, 256, (1, 32, 32, 3)), jnp.float32)
+    means = large[0].reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))  # as if stored at half the size
+    whole = resample(large, jnp.eye(2)[None], middle, 16)[0]  # nothing aliases: the mean of four
+    np.testing.assert_allclose(whole, means, atol=1e-3)
+    half = 0.5 * jnp.eye(2)[None]  # a crop of half the side, at the resolution of the larger image
+    crop, expected = resample(large, half, middle, 16)[0], np.asarray(large[0])
+    for axis in (0, 1):
+        expected = ndimage.convolve1d(expected, [1 / 8, 6 / 8, 1 / 8], axis=axis)
+    np.testing.assert_allclose(crop, expected[8:24, 8:24], atol=1e-2)
+    blurred = resample(means[None], half, middle, 16)[0]
+    steps = [float(np.abs(np.diff(image, axis=0)).mean()) for image in (crop, blurred)]
+    assert steps[0] > 2 * steps[1]

@@ -297,3 +297,20 @@ def test_the_sample_of_the_preflight_spreads_over_all_classes(tmp_path, cache_di
     config.split = (0.4, 0.3, 0.3)
     dataset = load_dataset(config, cache_dir)
     assert set(sample(dataset, 40)[:, 0, 0, 0]) == set(range(30))
+
+
+def test_crops_come_from_larger_stored_images(digits_run, few_digits, tmp_path):
+    """Where a phase crops; evaluation and phases without crops do not depend on it."""
+    results = {}
+    for store, area in ((0, (0.3, 1.0)), (16, (0.3, 1.0)), (32, (0.3, 1.0))):
+        options = few_digits | {"augment__crop_area": area, "data__store_size": store, "epochs": 1}
+        options |= {"phases": "all,head", "phase__head__augment": {"crop_area": (1.0, 1.0)}}
+        options |= {"phase__head__epochs": 1}
+        train_and_evaluate(digits_run("cnn", **options), tmp_path / str(store))
+        results[store] = logits(tmp_path / str(store))
+    assert np.array_equal(results[0], results[16]) and not np.array_equal(results[0], results[32])
+    assert np.isfinite(results[32]).all()
+    with pytest.raises(UserError, match="store_size=8 is for random crops"):
+        digits_run("cnn", **few_digits | {"data__store_size": 8, "augment__crop_area": (0.3, 1.0)})
+    with pytest.raises(UserError, match="crop_area below 1"):
+        digits_run("cnn", **few_digits | {"data__store_size": 32})
