@@ -14,6 +14,7 @@ import pytest
 import main
 from errors import UserError
 from experiment.grid import Run
+from experiment.machine import locked
 from experiment.runner import prepare_workdir
 from tests.conftest import ROOT, paint
 
@@ -236,3 +237,38 @@ def test_weights_that_cannot_be_had_stop_before_training(
         main.check([Run("resnet18/seed0", config)], tmp_path)
     assert message in str(caught.value)
     assert not (tmp_path / "resnet18").exists()
+
+
+def test_nothing_to_do_is_said_and_is_no_failure(tmp_path, cache_dir, capsys):
+    empty = run(tmp_path, cache_dir, *DIGITS, "--shard=1/2")
+    assert empty.returncode == 0 and "leaves this shard without any" in empty.stdout
+    assert not list(tmp_path.glob("*/*"))
+    (tmp_path / "cnn/seed0").mkdir(parents=True)
+    with locked(tmp_path / "cnn/seed0/.lock"):
+        held = run(tmp_path, cache_dir, *DIGITS)
+    assert held.returncode == 0 and "other processes train all of these runs" in held.stdout
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_same_data_elsewhere_goes_on_and_other_data_is_refused(
+    tmp_path, cache_dir, make_folder
+):
+    root = make_folder({"train/a": 12, "train/b": 12, "test/a": 4, "test/b": 4})
+    options = (
+        "--config=configs/folder.py:linear",
+        "--config.epochs=1",
+        "--config.data.image_size=8",
+    )
+    first = run(
+        tmp_path / "w", cache_dir, *options, "--config.seeds=0,", f"--config.data.path={root}"
+    )
+    assert first.returncode == 0, first.stderr
+    moved = root.rename(root.parent / "moved")
+    options = (*options, f"--config.data.path={moved}")
+    more = ("--config.seeds=0,1", "--config.eval_batch_size=8")
+    second = run(tmp_path / "w", cache_dir, *options, *more)
+    assert second.returncode == 0 and "complete already" in second.stdout, second.stderr
+    paint(999).save(moved / "train/a/new.png")
+    third = run(tmp_path / "w", cache_dir, *options, "--config.seeds=0,1,2")
+    assert third.returncode == 2 and not (tmp_path / "w/linear/seed2").exists()
+    assert "1 images added, such as train/a/new.png" in third.stderr

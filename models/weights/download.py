@@ -11,6 +11,7 @@ import hashlib
 import os
 import sys
 import urllib.parse
+from contextlib import suppress
 from pathlib import Path
 
 from errors import UserError
@@ -82,7 +83,8 @@ def url_file(url: str, *, sha256: str = "", md5: str = "") -> Path:
 def _download(url: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process fetches; the others wait, and find the file
+        with suppress(OSError):  # where the file system knows locks, one process fetches
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.is_file():
             part = path.with_name(f"{path.name}.part")
             _transfer(url, part)

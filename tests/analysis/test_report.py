@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from analysis import report
 from analysis.page.figures import plt
 from configs import base
 from errors import UserError
+from experiment.machine import locked
 from tests.analysis.fabricate import CLASSES, write_run
 from train import train_and_evaluate
 
@@ -174,3 +176,24 @@ def test_chapters_that_run_the_models(tmp_path, digits_run):
     report.write_report(tmp_path, options)  # kept, not made again
     changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
     assert set(changed) <= {"confused_pair.png", "highest_loss.png"}
+
+
+def test_two_processes_make_a_report_one_after_the_other(tmp_path):
+    write_run(tmp_path, "cnn", 0)
+    (tmp_path / "report").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "report/.lock"):
+            waiting = pool.submit(report.write_report, tmp_path, models=False)
+            time.sleep(1)
+            assert not waiting.done() and not (tmp_path / "report/index.html").exists()
+        assert waiting.result(timeout=60).page.exists()
+
+
+def test_runs_of_other_data_are_listed_and_not_compared(tmp_path):
+    for seed in (0, 1):
+        path = write_run(tmp_path, "cnn", seed) / "dataset.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"identity": str(seed)}))
+    (tmp_path / "experiment.json").write_text(json.dumps({"runs": [], "identities": ["0"]}))
+    made = report.write_report(tmp_path, models=False)
+    assert "not those of the experiment" in made.not_complete["cnn/seed1"]
+    assert "cnn/seed0" not in made.not_complete
