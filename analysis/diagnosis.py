@@ -32,7 +32,7 @@ class Diagnosis:
 
     verdict: str  # overfits | still improving | stopped improving | no curve
     sentence: str
-    epoch: float = math.nan  # of the lowest validation loss, whose weights are kept
+    epoch: float = math.nan  # of the lowest validation loss
     last_epoch: float = math.nan
     training_accuracy: float = math.nan  # at the best epoch, in 0..1
     validation_accuracy: float = math.nan
@@ -122,7 +122,7 @@ def diagnosis_table(groups: Groups) -> Table:
     columns += ["validation acc. %", "gap, points", "gap at the end, points"]
     caption = (
         "What the learning curves say; numbers are means over seeds. Accuracies and their gap are "
-        "those of the best epoch, of the lowest validation loss, whose weights are kept. Training "
+        "those of the best epoch, of the lowest validation loss. Training "
         "accuracy is measured under augmentation and dropout, so the true gap is usually larger. "
         f"Overfits: the validation loss ends more than {RISE:.0%} above its lowest, or the gap "
         f"ends above {100 * GAP:.0f} points. Still improving: the validation loss fell to the "
