@@ -37,8 +37,8 @@ def overview(comparison: Comparison) -> Section:
     table, options = comparison.table, comparison.options
     interval = "t-interval" if options.seed_interval == "t" else "bootstrap"
     text = [
-        f"Measured on {table.test_images[0]} test images with the weights that the validation "
-        f"images chose. The interval over seeds says where other seeds would move the mean ({interval}), "
+        f"Measured on {table.test_images[0]} test images, with the weights that validation images "
+        f"chose. The interval over seeds says where other seeds would move the mean ({interval}), "
         "that over images what these very networks would do on other photos of the same kind "
         "(Wilson's). F1 is the mean over classes, NLL the loss in nats, Brier from 0 to 2, ECE the "
         "calibration error of the top class in 15 bins; accuracies, F1 and ECE are in percent. "
