@@ -207,9 +207,9 @@ def transfer(comparison: Comparison) -> Section | None:
             + ", on stored features" * phase["stored_features"]
             for phase in summary["phases"]
         ]
-        problems = summary.get("preflight", {"warnings": ["preflight was off"]})["warnings"]
+        problems = summary.get("preflight", {}).get("warnings", [])
         warnings += [f"{label}: its pixels do not match its weights. {text}" for text in problems]
-        state = "DO NOT MATCH" if problems else "match"
+        state = "DO NOT MATCH" if problems else "match" if "preflight" in summary else "not checked"
         rows.append([label, summary["weights"], "; ".join(phases), state])
     if not rows:
         return None
