@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from data.identity import check_identity, write_table
 from experiment.fields import phase_names, stored_config
-from experiment.files import read_json, write_json
+from experiment.files import DamagedFile, read_json, write_json
 from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, check_architecture, split_model
@@ -198,7 +198,7 @@ def check_data(dataset: Dataset, config: ConfigDict, run_dir: Path) -> None:
     size = read_json(run_dir / "config.json").get("data", {}).get("image_size")
     if "identity" not in stored and size != config.data.image_size:
         return  # of an older version, whose fingerprint depends on the size
-    current, folder = dataset.to_dict(config.data), run_dir.parents[1] / "audit"
+    current, folder = dataset.to_dict(config.data), run_dir.parent.parent / "audit"
     check_identity(stored, current, str(run_dir), dataset.identity_table, folder)
 
 
@@ -230,9 +230,12 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> list[Dataset]:
         if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
             datasets.append((config, dataset))
     for run_dir in sorted(workdir.glob("*/seed*")):
-        stored = stored_config(ConfigDict(read_json(run_dir / "config.json")))
+        try:
+            stored = read_json(run_dir / "config.json").get("data")
+        except DamagedFile:  # of a run outside this grid; the report lists it
+            continue
         for config, dataset in datasets:
-            if "data" in stored and same_data(stored["data"], stored_config(config)["data"]):
+            if stored and same_data(stored, stored_config(config)["data"]):
                 check_data(dataset, config, run_dir)
     for _, dataset in datasets:
         write_table(dataset.identity_table, workdir / "audit", dataset.identity)

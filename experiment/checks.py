@@ -77,13 +77,13 @@ def check_config(config: ConfigDict) -> None:
     """
     _check(config)
     size, stored = config.data.image_size, config.data.store_size
-    phases = [phase_config(config, name) for name in phase_names(config)]
-    if stored and (stored < size or not any(crops(phase.augment) for phase in phases)):
+    names = phase_names(config)
+    if stored and (stored < size or not any(crops(phase_config(config, n).augment) for n in names)):
         raise UserError(
             f"config.data.store_size={stored} is for random crops: it must be at least "
             f"data.image_size={size} and augment.crop_area below 1; 0 turns it off"
         )
-    for name in phase_names(config):
+    for name in names:
         try:
             _check(phase_config(config, name))
         except UserError as error:

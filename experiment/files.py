@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+from errors import UserError
+
 
 def write_json(path: Path, content: dict) -> None:
     """Writes JSON so that the file is whole or absent; NaN and infinity become null."""
@@ -15,9 +17,18 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(half, path)
 
 
+class DamagedFile(UserError, ValueError):
+    """A JSON file cannot be read."""
+
+
 def read_json(path: Path) -> dict:
-    """Returns the content of a JSON file, {} if there is none; raises ValueError if damaged."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Returns the content of a JSON file, {} if there is none; raises DamagedFile."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        whole = path.name in ("config.json", "dataset.json", "summary.json")  # of a run directory
+        cure = path.parent if whole else path
+        raise DamagedFile(f"{path} is not valid JSON ({error}): delete {cure}") from error
 
 
 def read_status(run_dir: Path) -> str | None:

@@ -210,11 +210,8 @@ def check_run_dir(run: Run, workdir: Path) -> None:
     path = workdir / run.name / "config.json"
     if not path.exists():
         return
-    try:
-        stored = flatten(read_json(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): delete {path.parent}") from error
-    stored, asked = AS_BEFORE | stored, AS_BEFORE | flatten(stored_config(run.config))
+    stored = AS_BEFORE | flatten(read_json(path))
+    asked = AS_BEFORE | flatten(stored_config(run.config))
     lines = [
         f"  {key}: stored {stored.get(key, 'nothing')!r}, now {asked.get(key, 'nothing')!r}"
         for key in sorted(stored.keys() | asked.keys())

@@ -105,6 +105,14 @@ def test_training_metrics_and_costs_are_logged(linear):
     assert 0 < cost["seconds_to_best"] <= cost["seconds"]
 
 
+def test_a_run_directory_may_be_named_by_one_word(digits_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train_and_evaluate(digits_run("linear", epochs=1), "run")["status"] == "complete"
+    (tmp_path / "run/dataset.json").write_text("{half")
+    with pytest.raises(UserError, match="dataset.json is not valid JSON .*: delete run"):
+        train_and_evaluate(digits_run("linear", epochs=1), "run")
+
+
 def test_cnn_learns_sixty_images_by_heart(digits_run, tmp_path, cache_dir):
     digits = load_dataset(digits_run().data, cache_dir)
     rows = np.concatenate(

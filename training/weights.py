@@ -1,11 +1,11 @@
-"""The weights that a finished run hands on, and those of runs that older versions trained."""
+"""The file of weights that a finished run leaves, made now for runs of older versions."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
 from errors import UserError
+from experiment.files import read_json
 from models.weights.own import WEIGHTS, write_own
 
 DATA = ("resize", "interpolation", "background", "max_pixels")  # how a photo becomes pixels
@@ -45,8 +45,7 @@ def find_weights(run_dir: Path) -> Path:
         return path
     try:
         config, dataset, summary = (
-            json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
-            for name in ("config", "dataset", "summary")
+            read_json(run_dir / f"{name}.json") for name in ("config", "dataset", "summary")
         )
         complete = summary["status"] == "complete"
     except (OSError, ValueError, KeyError):

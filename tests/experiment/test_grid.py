@@ -13,6 +13,7 @@ from experiment.fields import (
     phase_config,
     stored_config,
 )
+from experiment.files import read_json
 from experiment.grid import Run, check_run_dir, expand, shard
 from models import MODELS
 
@@ -332,3 +333,13 @@ def base_with_all() -> ConfigDict:
     config = base.get_config(",".join(MODELS))
     config.data.source, config.seeds = "digits", (0,)
     return config
+
+
+def test_a_damaged_file_is_named_with_no_more_to_delete_than_must_be(tmp_path):
+    run_dir = tmp_path / "cnn/seed0"
+    run_dir.mkdir(parents=True)
+    for path, cure in ((run_dir / "config.json", run_dir), (tmp_path / "experiment.json",) * 2):
+        path.write_text("{half")
+        with pytest.raises(UserError, match=f"not valid JSON .*: delete {cure}$"):
+            read_json(path)
+    assert read_json(tmp_path / "absent.json") == {}
