@@ -8,15 +8,16 @@ per_class into WORKDIR/report and prints the answer. `analysis.report` makes a p
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
-from sklearn.metrics import cohen_kappa_score
 
 from analysis import evaluate, uncertainty
+from analysis.criterion import values
 from analysis.page import tables
 from analysis.runs import (
     FinishedRun,
@@ -28,11 +29,13 @@ from analysis.runs import (
     read_plan,
     same_images,
 )
+from analysis.uncertainty import Family
+from analysis.verdict import Recommendation, recommend
 from configs import base
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
+from models import MODELS
 
-ALPHA = 0.05
 COSTS = (
     "parameters",
     "flops_per_image",
@@ -41,18 +44,23 @@ COSTS = (
     "train_images_per_second",
     "inference_images_per_second",
 )
+NEEDED = ("seeds_needed", "images_needed", "times_needed")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What tables, answer and chapters are made of."""
+    """What tables, recommendation and chapters are made of."""
 
     workdir: Path
     groups: Groups
     options: ConfigDict  # `config.compare`
     audit: dict | None
+    criterion: str  # what models are compared by, of CRITERIA
     table: pd.DataFrame  # a row per model: see `make_table`
+    baseline: pd.Series | None  # always answering the most frequent class: label and figures
     pairs: pd.DataFrame  # a row per pair of models: see `make_pairs`
+    recommendation: Recommendation
+    reasons: dict[str, str] = field(default_factory=dict)  # why a run is not counted, by its name
     data_path: str = ""  # where the data lies now, "" for where it was at training
 
     @property
@@ -69,11 +77,56 @@ class Comparison:
 def compare(
     workdir: Path, runs: list[FinishedRun], options: ConfigDict | None = None, data_path: str = ""
 ) -> Comparison:
-    """Compares runs of a workdir, with the options of its experiment where none are given."""
-    options = options or read_options(workdir)
-    groups, audit = group_runs(runs), read_audit(workdir)
-    table, pairs = make_table(groups, options, audit), make_pairs(groups)
-    return Comparison(workdir, groups, options, audit, table, pairs, data_path)
+    """Compares runs of a workdir, with the options of its experiment where none are given.
+
+    Runs that are not complete are counted, and named in `reasons`.
+    """
+    options, audit = options or read_options(workdir), read_audit(workdir)
+    reasons = incomplete(workdir, runs)
+    groups = group_runs([run for run in runs if run.name not in reasons])
+    if not groups:
+        nothing = pd.DataFrame()
+        said = Recommendation(None, ("No run is complete yet.",))
+        return Comparison(
+            workdir, groups, options, audit, "accuracy", nothing, None, nothing, said, reasons
+        )
+    first = next(iter(groups.values()))[0]
+    of_runs = {run.criterion for runs in groups.values() for run in runs}
+    criterion = of_runs.pop() if len(of_runs) == 1 else "accuracy"
+    baseline = baseline_row(first, criterion)
+    families = make_families(groups, criterion, baseline.label)
+    states = planned_seeds(groups, reasons)
+    table = make_table(groups, families, options, audit, states)
+    pairs = make_pairs(groups, families, options.margin / 100)
+    said = recommend(table, pairs, families[0], baseline, groups, criterion, options.margin / 100)
+    return Comparison(
+        workdir,
+        groups,
+        options,
+        audit,
+        criterion,
+        table,
+        baseline,
+        pairs,
+        said,
+        reasons,
+        data_path,
+    )
+
+
+def baseline_row(run: FinishedRun, criterion: str) -> pd.Series:
+    """Returns label and figures of always answering the class of most training images."""
+    labels, number = run.test["labels"], majority(run)
+    predicted = np.full(len(labels), number)
+    figures = {
+        "label": f"always {run.class_names[number]}",
+        "class_name": run.class_names[number],
+        "score": values(labels, predicted, criterion).mean(),
+        "test_accuracy_mean": (labels == number).mean(),
+        "balanced_accuracy_mean": 1 / len(np.unique(labels)) * (number in labels),
+        "least_recall": 0.0 if len(np.unique(labels)) > 1 else 1.0,
+    }
+    return pd.Series(figures)
 
 
 def read_options(workdir: Path) -> ConfigDict:
@@ -84,45 +137,140 @@ def read_options(workdir: Path) -> ConfigDict:
     return options
 
 
-def paired_runs(first: list[FinishedRun], second: list[FinishedRun]) -> list[tuple]:
-    """Returns pairs of equal seed, or in order if there are none; [] if test images differ."""
-    if not same_images(first[0], second[0]):
-        return []
-    by_seed = {run.seed: run for run in second}
-    common = [(run, by_seed[run.seed]) for run in first if run.seed in by_seed]
-    return common or list(zip(first, second, strict=False))
+def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
+    """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
+    plan = read_plan(workdir)
+    reasons = {name: "not started" for name in plan.get("runs", [])}
+    for run in runs:
+        reasons.pop(run.name, None)
+        if run.status != "complete":
+            reasons[run.name] = run.state
+            continue
+        try:
+            _ = run.test, run.validation, run.dataset, run.environment
+        except UserError as error:
+            reasons[run.name] = f"damaged: {error}"
+            continue
+        identity = run.dataset.get("identity")
+        if identity and identity not in plan.get("identities", [identity]):
+            reasons[run.name] = "its images, labels or parts are not those of the experiment"
+    return reasons
 
 
-def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -> pd.DataFrame:
-    """Returns table.csv: a row per model and variant, the best first; shares are in 0..1.
+def planned_seeds(groups: Groups, reasons: dict[str, str]) -> dict[str, tuple[int, str]]:
+    """Returns the number of seeds that each label should have, and "" or what became of them."""
+    families = {}  # by model and what follows the seed in a run's name
+    for label, runs in groups.items():
+        families |= {_family(run.name): label for run in runs}
+    missing: dict[str, Counter] = {label: Counter() for label in groups}
+    for name, why in reasons.items():
+        if label := families.get(_family(name)):
+            missing[label][why.partition(":")[0]] += 1
+    states = {}
+    for label, runs in groups.items():
+        total, lost = len(runs) + missing[label].total(), missing[label]
+        text = f"{len(runs)} of {total} seeds completed"
+        text += "".join(f"; {number} {why}" for why, number in lost.items())
+        states[label] = total, text if lost else ""
+    return states
 
-    `seeds_ci95_*` is for other seeds on these images, `images_ci95_*` for these trained models on
-    other images. `without_near_leaks` leaves out exact copies in another part, too.
+
+def _family(name: str) -> tuple[str, str]:
+    model, _, folder = name.partition("/")
+    return model, folder.removeprefix("seed").lstrip("0123456789")
+
+
+def values_of(runs: list[FinishedRun], criterion: str, part: str = "test") -> np.ndarray:
+    """Returns the criterion of each seed on each image of a part: float [S, N]."""
+    stored = [getattr(run, part) for run in runs]
+    return np.stack([values(of["labels"], of["logits"].argmax(axis=1), criterion) for of in stored])
+
+
+def draws_nothing(run: FinishedRun) -> bool:
+    """Returns whether a model's training draws nothing at random, so that its seeds are one."""
+    return run.model in MODELS and not MODELS[run.model].trained_by_gradient
+
+
+def majority(run: FinishedRun) -> int:
+    """Returns the number of the class with most training images."""
+    counts = run.dataset["counts"]["train"]
+    return int(np.argmax([counts.get(name, 0) for name in run.class_names]))
+
+
+def make_families(groups: Groups, criterion: str, baseline: str) -> list[Family]:
+    """Returns a family for each set of test images; the first is that of the first model.
+
+    The `baseline`, which always answers the class of most training images, is a member of each.
     """
-    rows, audit = [], audit or {"leaks": [], "near_leaks": []}
-    for runs in groups.values():
-        figures = pd.DataFrame([evaluate.evaluate(run) for run in runs]).drop(columns="accuracy")
+    blocks: list[dict[str, list[FinishedRun]]] = []
+    for label, runs in groups.items():
+        correctness(runs)  # raises where the seeds' images differ
+        known = (b for b in blocks if same_images(next(iter(b.values()))[0], runs[0]))
+        block = next(known, None)
+        if block is None:
+            blocks.append(block := {})
+        block[label] = runs
+    families = []
+    for block in blocks:
+        first = next(iter(block.values()))[0]
+        labels, always = first.test["labels"], np.full(len(first.test["labels"]), majority(first))
+        of_each = {label: values_of(runs, criterion) for label, runs in block.items()}
+        of_each[baseline] = values(labels, always, criterion)[None]
+        fixed = {baseline, *(label for label, runs in block.items() if draws_nothing(runs[0]))}
+        families.append(Family(of_each, first.clusters, fixed))
+    return families
+
+
+def make_table(
+    groups: Groups,
+    families: list[Family],
+    options: ConfigDict,
+    audit: dict | None = None,
+    states: dict[str, tuple[int, str]] | None = None,
+) -> pd.DataFrame:
+    """Returns table.csv: a row per model and variant, the best on validation first; shares in 0..1.
+
+    `score` is the criterion, `ci95_*` for other seeds and images; `simultaneous_*` hold for all
+    models at once, so also for one that was picked by its test score. `group` has the letters
+    of models that cannot be told apart. `without_near_leaks` leaves out exact copies, too.
+    """
+    rows = []
+    family_of = {label: family for family in families for label in family.mean}
+    ranked = {label: np.mean([r.validation_score for r in runs]) for label, runs in groups.items()}
+    for label, runs in groups.items():
+        figures = pd.DataFrame([evaluate.evaluate(run) for run in runs])
+        figures = figures.drop(columns=["accuracy", "validation_accuracy"])
         costs = pd.DataFrame([run.summary["cost"] for run in runs]).reindex(columns=COSTS)
         first, correct, ids = runs[0], correctness(runs), runs[0].test["ids"]
-        accuracy = correct.mean(axis=1)
-        over_seeds = uncertainty.seed_interval(accuracy, options.seed_interval)
-        exact = np.isin(ids, list(itertools.chain(*audit["leaks"])))
-        near = exact | np.isin(ids, list(itertools.chain(*audit["near_leaks"])))
+        accuracy, family = correct.mean(axis=1), family_of[label]
         published = options.reference.get(first.model, math.nan)
+        better = sum(score > ranked[label] for score in ranked.values())
+        tied = sum(score == ranked[label] for score in ranked.values()) > 1
+        planned, state = (states or {}).get(label, (len(runs), ""))
+        recalls = pd.DataFrame([r.correct for r in runs]).T.groupby(first.test["labels"]).mean()
         row = {
+            "label": label,
             "model": first.model,
             "variant": first.variant,
             "seeds": len(runs),
+            "planned": planned,
+            "state": state,
+            "rank": f"{better + 1}{'=' if tied else ''}",
+            "group": family.letters[label] if family is families[0] else "",
+            "validation_score": ranked[label],
+            "score": family.mean[label],
+            **uncertainty.ends("", family.interval(label)),
+            **uncertainty.ends("simultaneous_", family.interval(label, 0.95 ** (1 / len(groups)))),
+            "seeds_ci95_low": math.nan,
+            "seeds_ci95_high": math.nan,
+            "images_ci95_low": family.interval(label)[0],
+            "images_ci95_high": family.interval(label)[1],
             "test_images": len(ids),
             "test_accuracy_mean": accuracy.mean(),
             "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
-            **uncertainty.ends("seeds", over_seeds),
-            **uncertainty.ends("images", uncertainty.image_interval(correct)),
-            "published": options.reference.get(first.label, published) / 100,
-            "without_leaks": correct[:, ~exact].mean() if not exact.all() else math.nan,
-            "leaks": int(exact.sum()),
-            "without_near_leaks": correct[:, ~near].mean() if not near.all() else math.nan,
-            "near_leaks": int(near.sum()),
+            "least_recall": recalls.mean(axis=1).min(),
+            "published": options.reference.get(label, published) / 100,
+            **_without_leaks(correct, ids, audit),
             **figures.mean().add_suffix("_mean"),
             **costs.apply(pd.to_numeric).mean(),
             "image_size": first.config["data"]["image_size"],
@@ -133,36 +281,46 @@ def make_table(groups: Groups, options: ConfigDict, audit: dict | None = None) -
     return pd.DataFrame(rows)
 
 
-def make_pairs(groups: Groups) -> pd.DataFrame:
-    """Returns pairs.csv: a row per pair of models that were tested on the same images."""
+def _without_leaks(correct: np.ndarray, ids: np.ndarray, audit: dict | None) -> dict[str, float]:
+    """The accuracy without test images that are in another part, and how many these are."""
+    columns, left_out = {}, np.zeros(len(ids), bool)
+    for kind in ("leaks", "near_leaks"):
+        left_out = left_out | np.isin(ids, list(itertools.chain(*(audit or {}).get(kind, []))))
+        without = correct[:, ~left_out].mean() if not left_out.all() else math.nan
+        columns |= {f"without_{kind}": without, kind: int(left_out.sum())}
+    return columns
+
+
+def make_pairs(groups: Groups, families: list[Family], margin: float = 0.005) -> pd.DataFrame:
+    """Returns pairs.csv: a row per pair of models that were tested on the same images.
+
+    `p_better` and `p_matters` are the probabilities that the first is better, and by more than the
+    margin; `*_needed` would settle the pair, see `Family.needed`.
+    """
     rows = []
-    for first, second in itertools.combinations(groups, 2):
-        pairs = paired_runs(groups[first], groups[second])
-        if not pairs:
-            continue
-        correct = [correctness(list(runs)) for runs in zip(*pairs, strict=True)]
-        names = {"first": first, "second": second}
-        same = [(a.predicted == b.predicted).mean() for a, b in pairs]
-        kappa = [_kappa(a.predicted, b.predicted) for a, b in pairs]
-        agreement = {"agreement": np.mean(same), "kappa": np.mean(kappa)}
-        rows.append(names | uncertainty.paired_difference(*correct) | agreement)
-    if not rows:
-        return pd.DataFrame()
-    table = pd.DataFrame(rows)
-    table["p_holm"] = uncertainty.holm(table["p"])
-    table["p_mcnemar_holm"] = uncertainty.holm(table["p_mcnemar"])
-    return table.assign(established=table["p_holm"] < ALPHA)
+    for family in families:
+        open_pairs = family.pairs[family.pairs["first"].isin(groups)]
+        for _, pair in open_pairs[open_pairs["second"].isin(groups)].iterrows():
+            first, second = (groups[pair[side]] for side in ("first", "second"))
+            both = list(zip(first, second, strict=False))
+            needed = (math.nan,) * 3 if pair.established else family.needed(pair)
+            more = {
+                "p_better": family.probability(pair),
+                "p_matters": family.probability(pair, margin),
+                **dict(zip(NEEDED, needed, strict=True)),
+                "agreement": np.mean([(a.predicted == b.predicted).mean() for a, b in both]),
+                "kappa": np.mean([_kappa(a.predicted, b.predicted) for a, b in both]),
+            }
+            rows.append(pair.to_dict() | more)
+    return pd.DataFrame(rows)
 
 
 def _kappa(first: np.ndarray, second: np.ndarray) -> float:
     """Cohen's kappa; 1 where both always say the same one class."""
-    return 1.0 if len(np.union1d(first, second)) == 1 else cohen_kappa_score(first, second)
-
-
-def established(groups: Groups, pairs: pd.DataFrame) -> set[tuple[int, int]]:
-    """Returns the ranks (i, j), i < j, of the pairs whose difference is established."""
-    rank = {label: i for i, label in enumerate(groups)}
-    return {(rank[r.first], rank[r.second]) for r in pairs.itertuples() if r.established}
+    count = int(max(first.max(), second.max())) + 1
+    one, other = (np.bincount(of, minlength=count) / len(of) for of in (first, second))
+    by_chance, same = float(one @ other), float((first == second).mean())
+    return 1.0 if by_chance == 1 else (same - by_chance) / (1 - by_chance)
 
 
 def majority_right(groups: Groups) -> pd.DataFrame:
@@ -208,52 +366,6 @@ def confused_along(groups: Groups, top: int = 2) -> pd.DataFrame:
     return table.iloc[np.argsort(-table.iloc[:, 1:].sum(axis=1), kind="stable")]
 
 
-def answer(table: pd.DataFrame, pairs: pd.DataFrame) -> str:
-    """Returns the comparison in a sentence or two: which model, by how much, how sure."""
-    if table.empty:
-        return "No run is complete yet."
-    printed, accuracies = tables.printed_table(table), table.test_accuracy_mean
-    names, first = printed["model"], printed.iloc[0]
-    intervals = f"{first['95 % over images']} over test images"
-    if first["95 % over seeds"] != tables.NONE:
-        intervals = f"{first['95 % over seeds']} over seeds, {intervals}"
-    mean = f", mean of {table.seeds[0]} seeds" if table.seeds[0] > 1 else ""
-    text = f"{names[0]} has the highest test accuracy: {first['test acc. %']} %{mean}"
-    text += f" (95 % interval {intervals})"
-    if len(table) == 1:
-        return text + "."
-    text += f", {tables.percent(accuracies[0] - accuracies[1])} points above {names[1]}"
-    own = pairs[pairs["first"] == names[0]] if len(pairs) else pairs
-    if own.empty:
-        return text + ". They were tested on different images, so no difference can be established."
-    for _, pair in tables.printed_pairs(own[own["second"] == names[1]]).iterrows():
-        both = pair["95 % over seeds and images"] != tables.NONE
-        over = "seeds and images" if both else "images"
-        text += f" (95 % interval {pair[f'95 % over {over}']} over {over})"
-    return f"{text}. {_verdict(own)}"
-
-
-def _verdict(own: pd.DataFrame) -> str:
-    """Which of the best model's differences are established, and by which test."""
-
-    def listed(names: list[str]) -> str:
-        return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
-
-    unsure, single = own[~own.established]["second"].tolist(), own[own.seeds < 2]["second"].tolist()
-    if not unsure:
-        text = "It is ahead of every other model by more than chance explains"
-    elif len(unsure) == len(own):
-        text = "No difference from another model is established"
-    else:
-        text = f"The difference from {listed(unsure)} is not established"
-    test = "over seeds and images, Holm-corrected"
-    if len(single) == len(own):
-        test = "McNemar's exact test, Holm-corrected: what another seed would give is unknown"
-    elif single:
-        test += f"; over images alone against {listed(single)}, compared at one seed"
-    return f"{text} ({test})."
-
-
 def write_tables(comparison: Comparison) -> None:
     """Writes every table into the report's folder; nothing where no run is complete."""
     groups, output = comparison.groups, output_folder(comparison.output, "report")
@@ -269,7 +381,7 @@ def write_tables(comparison: Comparison) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Writes the tables of a workdir and prints the answer."""
+    """Writes the tables of a workdir and prints the recommendation."""
     workdir = Path(arguments(argv, "analysis.compare WORKDIR")[0]).expanduser()
     comparison = compare(workdir, load_runs(workdir))
     if not comparison.groups:
@@ -277,7 +389,7 @@ def main(argv: list[str]) -> None:
     write_tables(comparison)
     printed = tables.printed_table(comparison.table), tables.printed_pairs(comparison.pairs)
     print("\n".join(table.to_string(index=False) + "\n" for table in printed if len(table)))
-    print(f"{answer(comparison.table, comparison.pairs)}\n\ntables: {comparison.output}")
+    print(f"{comparison.recommendation}\n\ntables: {comparison.output}")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from analysis import gradcam, inside, robustness
-from analysis.compare import Comparison, answer, compare, write_tables
+from analysis.compare import Comparison, compare, write_tables
 from analysis.page import chapters
 from analysis.page.section import Section, Table, remembered
 from analysis.page.tables import printed_table
-from analysis.runs import FinishedRun, load_runs, read_plan
+from analysis.runs import load_runs
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 from experiment.machine import locked
@@ -96,9 +96,8 @@ def write_report(
     runs = load_runs(workdir)
     if not runs:
         raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
-    reasons = incomplete(workdir, runs)
-    runs = [run for run in runs if run.name not in reasons]
     comparison = compare(workdir, runs, options, data_path)
+    reasons = comparison.reasons
     page, sections = comparison.output / "index.html", {chapter.title: None for chapter in CHAPTERS}
     try:
         with locked(output_folder(comparison.output, "report") / ".lock", wait=True):
@@ -111,31 +110,13 @@ def write_report(
                 page.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write the report to {comparison.output}: {error}") from error
-    lines = [printed_table(comparison.table).to_string(index=False) + "\n"] if runs else []
-    lines.append(answer(comparison.table, comparison.pairs))
+    lines = []
+    if comparison.groups:
+        lines.append(printed_table(comparison.table).to_string(index=False) + "\n")
+    lines.append(str(comparison.recommendation))
     lines += [w for section in sections.values() if section for w in section.warnings]
     lines += [f"not complete: {name}: {reason}" for name, reason in reasons.items()]
     return Report("\n".join(lines), page, reasons)
-
-
-def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
-    """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
-    plan = read_plan(workdir)
-    reasons = {name: "not started" for name in plan.get("runs", [])}
-    for run in runs:
-        reasons.pop(run.name, None)
-        if run.status != "complete":
-            reasons[run.name] = run.state
-            continue
-        try:
-            _ = run.test, run.validation, run.dataset, run.environment
-        except UserError as error:
-            reasons[run.name] = f"damaged: {error}"
-            continue
-        identity = run.dataset.get("identity")
-        if identity and identity not in plan.get("identities", [identity]):
-            reasons[run.name] = "its images, labels or parts are not those of the experiment"
-    return reasons
 
 
 def make_section(
@@ -174,7 +155,7 @@ def render(comparison: Comparison, reasons: dict, sections: dict[str, Section | 
 
     return environment.get_template("report.html.j2").render(
         title=comparison.workdir.resolve().name,
-        answer=answer(comparison.table, comparison.pairs),
+        answer=str(comparison.recommendation),
         reasons=reasons,
         sections=[replace(part, title=title) for title, part in sections.items() if part],
         source=source,

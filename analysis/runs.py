@@ -8,6 +8,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from analysis.criterion import criterion_of
+from analysis.criterion import values as criterion_values
 from errors import UserError
 from experiment.files import read_json, read_lines
 
@@ -75,6 +77,23 @@ class FinishedRun:
         """Which test images are classified correctly: bool [N]."""
         return self.predicted == self.test["labels"]
 
+    @cached_property
+    def clusters(self) -> np.ndarray | None:
+        """Numbers of the groups of `data.groups` of the test images, int [N]; None without any."""
+        groups = self.test.get("groups")
+        return None if groups is None else np.unique(groups, return_inverse=True)[1]
+
+    @property
+    def criterion(self) -> str:
+        """What models are compared by: see `criterion_of`."""
+        return criterion_of(self.config)
+
+    @cached_property
+    def validation_score(self) -> float:
+        """The criterion on the validation images, by which models are ranked."""
+        labels, predicted = self.validation["labels"], self.validation["logits"].argmax(axis=1)
+        return float(criterion_values(labels, predicted, self.criterion).mean())
+
     @property
     def class_names(self) -> list[str]:
         """Names in the order of the logits."""
@@ -91,7 +110,7 @@ class FinishedRun:
             raise UserError(f"{path} cannot be read ({error}): train that run again") from error
 
 
-Groups = dict[str, list[FinishedRun]]  # complete runs by label, the most accurate first
+Groups = dict[str, list[FinishedRun]]  # complete runs by label, the best on validation first
 
 
 def load_run(run_dir: Path) -> FinishedRun:
@@ -134,12 +153,12 @@ def chosen_runs(path: Path) -> list[FinishedRun]:
 
 
 def group_runs(runs: list[FinishedRun]) -> Groups:
-    """Returns complete runs by label (model and variant), the highest mean accuracy first."""
+    """Returns complete runs by label (model and variant), the best mean validation score first."""
     groups: Groups = {}
     for run in runs:
         if run.status == "complete":
             groups.setdefault(run.label, []).append(run)
-    mean = {label: correctness(group).mean() for label, group in groups.items()}
+    mean = {label: np.mean([r.validation_score for r in group]) for label, group in groups.items()}
     return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
 
 

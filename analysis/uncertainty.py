@@ -1,157 +1,261 @@
-"""How sure can we be? Intervals, paired differences and corrections from bool arrays [S, N].
+"""How sure can we be? One model of the uncertainty over seeds and images, for a family of models.
 
-Such an array says which of N test images each of S seeds classifies correctly.
+A model's mean over its seeds would be another one with other seeds, and on other images. The first
+variance is estimated from a few seeds only, so it is pooled over the models; the second from all
+images, or groups of images that belong together. An interval takes each with its own quantile:
+half^2 = q_seeds^2 V_seeds + q_images^2 V_images (Banerjee 1960), which holds for any ratio of both.
+Differences of all pairs hold at once: the quantiles are Tukey's (studentized range).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar as mcnemar_test
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95
+# At which the quantiles of the studentized range are computed; between them, p is interpolated.
+TAILS = (0.9, 0.5, 0.2, 0.05, 0.01, 1e-3, 1e-5)
 
 Interval = tuple[float, float]
-UNKNOWN: Interval = (math.nan, math.nan)
 
 
-def seed_interval(values: np.ndarray, how: str = "t", least: float = 0.0) -> Interval:
-    """Returns the 95 % interval of the mean over seeds, NaN where values [S] do not vary.
-
-    "t" assumes normal values; "bootstrap" (percentile, seeded) does not, but is too narrow for
-    fewer than about ten seeds. The interval is cut to least..1.
-    """
-    values = np.asarray(values, float)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return UNKNOWN
-    if how == "t":
-        ends = stats.t.interval(LEVEL, len(values) - 1, values.mean(), stats.sem(values))
-    else:
-        options = {"confidence_level": LEVEL, "method": "percentile", "rng": 0}
-        ends = stats.bootstrap((values,), np.mean, **options).confidence_interval
-    return _cut(*ends, least)
-
-
-def _cut(low: float, high: float, least: float) -> Interval:
-    return max(least, float(low)), min(1.0, float(high))
-
-
-def wilson(right: float, count: float) -> Interval:
-    """Returns the 95 % interval of a share (Wilson 1927); (0, 1) where nothing was counted."""
+def wilson(right: float, count: float, level: float = LEVEL) -> Interval:
+    """Returns the interval of a share (Wilson 1927); (0, 1) where nothing was counted."""
     if not count:
         return 0.0, 1.0
-    low, high = proportion_confint(right, count, 1 - LEVEL, method="wilson")
+    low, high = proportion_confint(right, count, 1 - level, method="wilson")
     return float(low), float(high)
 
 
 def image_interval(correct: np.ndarray) -> Interval:
-    """Returns the 95 % interval of accuracy over test images, for these trained models (Wilson)."""
+    """Returns the 95 % interval of accuracy over test images, for these trained models [S, N]."""
     images = np.asarray(correct, float).mean(axis=0)  # [N]
-    mean, count = images.mean(), len(images)
-    variance = images.var() / count
-    # A share of that many images would vary as the mean over seeds does.
-    effective = mean * (1 - mean) / variance if variance > 0 else count
-    return wilson(mean * effective, effective)
+    return _share_interval(images.mean(), images.var() / len(images), len(images))
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Compares two models, both bool [S, N], image by image and seed by seed.
+def _share_interval(mean: float, variance: float, count: float, level: float = LEVEL) -> Interval:
+    """Wilson's interval at as many images as would vary that much; at `count` without variance."""
+    inside = mean * (1 - mean)
+    effective = inside / variance if inside > 0 and variance > 0 else count
+    return wilson(min(1.0, max(0.0, mean)) * effective, effective, level)
 
-    `difference` (first minus second) has intervals for other `seeds_`, other `images_` and `both_`.
-    `only_first` counts images that only the first gets right, mean over seeds. `p` decides:
-    `p_both`, or for one seed, where that is NaN, `p_mcnemar`.
+
+@cache
+def quantile(models: int, freedom: float, tail: float) -> float:
+    """Returns the two-sided quantile of the largest of all pairs' differences (Tukey 1953)."""
+    freedom = math.inf if freedom > 1000 else freedom
+    if models == 2:
+        return float(stats.t.isf(tail / 2, freedom))
+    return float(stats.studentized_range.isf(tail, models, freedom)) / math.sqrt(2)
+
+
+class Family:
+    """Models tested on the same images, and what can be said of all of them at once.
+
+    Attributes:
+      mean: of each model over seeds and images.
+      freedom: degrees of freedom of the seeds' variance; 0 where every model has one seed, so that
+        intervals are over images alone.
+      pairs: a row per pair of models, see `_compare`.
+      letters: models that share one cannot be told apart, {label: "ab"}.
     """
-    difference = np.asarray(first, float) - np.asarray(second, float)  # [S, N]
-    seeds, images = difference.shape
-    mean = float(difference.mean())
-    by_image = difference.mean(axis=0)
-    half = stats.norm.ppf((1 + LEVEL) / 2) * by_image.std(ddof=1) / math.sqrt(images)
-    both, p_both = crossed(difference)
-    p_mcnemar = mcnemar(first, second)
+
+    def __init__(
+        self,
+        values: Mapping[str, np.ndarray],
+        clusters: np.ndarray | None = None,
+        fixed: Collection[str] = (),
+    ):
+        """Takes values float [S, N] of each model; S may differ.
+
+        `clusters` int [N] are groups of images that are not independent, None for none. `fixed` are
+        models whose training draws nothing at random, so that their seeds are one.
+        """
+        values = {label: np.asarray(v, float) for label, v in values.items()}
+        self.mean = {label: float(v.mean()) for label, v in values.items()}
+        self.images = next(iter(values.values())).shape[1]
+        self._member = np.unique(clusters, return_inverse=True)[1] if clusters is not None else None
+        self.units = self.images if clusters is None else int(self._member.max()) + 1
+        self.seeds = {label: len(v) for label, v in values.items()}
+        self._by_image = {label: v.mean(axis=0) for label, v in values.items()}
+        drawn = {label: v for label, v in values.items() if label not in fixed}
+        self._of_seeds(drawn)
+        self._rest = {label: self._rest_of(v) * (label in drawn) for label, v in values.items()}
+        self.pairs = pd.DataFrame([self._compare(*pair) for pair in combinations(values, 2)])
+        self.letters = letters(list(values), self._established())
+
+    def _of_seeds(self, drawn: dict[str, np.ndarray]) -> None:
+        """Estimates the variance of a mean over its seeds: pooled, or a model's own if larger."""
+        own = {label: v.mean(axis=1).var(ddof=1) for label, v in drawn.items() if len(v) > 1}
+        self.freedom = sum(self.seeds[label] - 1 for label in own)
+        total = sum((self.seeds[label] - 1) * variance for label, variance in own.items())
+        self.seed_variance = total / self.freedom if self.freedom else 0.0
+        self._seeds_part = {
+            label: max(own.get(label, 0.0), self.seed_variance) / self.seeds[label]
+            for label in drawn
+        }
+
+    def _sums(self, by_image: np.ndarray) -> np.ndarray:
+        """Values [..., N] -> sums over each group of images [..., units]."""
+        if self._member is None:
+            return by_image
+        flat = by_image.reshape(-1, self.images)
+        sums = np.stack([np.bincount(self._member, row, self.units) for row in flat])
+        return sums.reshape(*by_image.shape[:-1], self.units)
+
+    def _rest_of(self, values: np.ndarray) -> float:
+        """The part of the variance over images that the seeds' variance holds as well."""
+        if len(values) < 2:
+            return 0.0
+        sums = self._sums(values - values.mean(axis=1, keepdims=True))
+        squares = ((sums - sums.mean(axis=0)) ** 2).sum() / (len(values) - 1)
+        return squares / (len(values) * self.images**2) * self.units / max(1, self.units - 1)
+
+    def _of_images(self, by_image: np.ndarray, made_up: float) -> tuple[float, float]:
+        """Mean and variance of a mean over images; two made-up units, +/- `made_up`, join them."""
+        size = self.images / self.units
+        sums = np.append(self._sums(by_image), [size * made_up, -size * made_up])
+        sizes = np.append(self._sums(np.ones(self.images)), [size, size])
+        if not made_up:
+            sums, sizes = sums[:-2], sizes[:-2]
+        mean = sums.sum() / sizes.sum()
+        squares = ((sums - sizes * mean) ** 2).sum() / sizes.sum() ** 2
+        return mean, squares * len(sums) / max(1, len(sums) - 1)
+
+    def interval(self, label: str, level: float = LEVEL) -> Interval:
+        """Returns the interval of a model's mean over other seeds and other images."""
+        _, images = self._of_images(self._by_image[label], 0)
+        seeds = self._seeds_part.get(label, 0.0)
+        images = max(0.0, images - self._rest[label])
+        tail, z = (1 - level) / 2, stats.norm.isf((1 - level) / 2)
+        half = stats.t.isf(tail, max(1, self.units - 1)) ** 2 * images
+        if seeds:
+            half += stats.t.isf(tail, self.freedom) ** 2 * seeds
+        return _share_interval(self.mean[label], half / z**2, self.units, level)
+
+    def _variances(self, first: str, second: str) -> tuple[float, float, float]:
+        """Difference, and the variances of it over seeds and over images."""
+        # The made-up images, one for each model, keep intervals honest where few images differ
+        # (Bonett & Price 2012); without them two equal models would have an interval of no width.
+        mean, images = self._of_images(self._by_image[first] - self._by_image[second], 1.0)
+        seeds = sum(self._seeds_part.get(label, 0.0) for label in (first, second))
+        return mean, seeds, max(0.0, images - self._rest[first] - self._rest[second])
+
+    def _compare(self, first: str, second: str) -> dict:
+        """A row of `pairs`: the difference and its simultaneous interval, p, both variances."""
+        mean, seeds, images = self._variances(first, second)
+        squares = [
+            quantile(len(self.mean), max(1, self.freedom), tail) ** 2 * seeds * (seeds > 0)
+            + quantile(len(self.mean), max(1, self.units - 1), tail) ** 2 * images
+            for tail in TAILS
+        ]
+        half = math.sqrt(squares[TAILS.index(round(1 - LEVEL, 6))])
+        tails = np.log([1, *TAILS])
+        p = float(np.exp(np.interp(abs(mean), np.sqrt([0, *squares]), tails)))
+        total = seeds + images
+        freedom = total**2 / (seeds**2 / max(1, self.freedom) + images**2 / max(1, self.units - 1))
+        return {
+            "first": first,
+            "second": second,
+            "difference": self.mean[first] - self.mean[second],
+            "ci95_low": max(-1.0, mean - half),
+            "ci95_high": min(1.0, mean + half),
+            "p": p,
+            "established": abs(mean) > half,
+            "variance_seeds": seeds,
+            "variance_images": images,
+            "freedom": freedom,
+        }
+
+    def _established(self) -> set[tuple[str, str]]:
+        return {(r.first, r.second) for r in self.pairs.itertuples() if r.established}
+
+    def pair(self, first: str, second: str) -> pd.Series:
+        """Returns the row of two models, turned so that the first comes first."""
+        return pd.Series(self._compare(first, second))
+
+    def probability(self, pair: pd.Series, margin: float = 0.0) -> float:
+        """Returns how probable it is that the first model of a pair is better by over a margin.
+
+        Of a flat prior; not corrected for the number of pairs.
+        """
+        error = math.sqrt(pair.variance_seeds + pair.variance_images)
+        return float(stats.t.cdf((pair.difference - margin) / error, pair.freedom))
+
+    def needed(self, pair: pd.Series, most: int = 100) -> tuple[float, float, float]:
+        """Returns what would settle a pair: seeds a model, or images, or times as many of both.
+
+        Each is what establishes the observed difference with a probability of 80 % if it is the
+        true one, all else equal; infinity for none up to `most` seeds, or `most` times as many.
+        """
+        tail = stats.norm.sf(quantile(len(self.mean), math.inf, 1 - LEVEL))
+        power = stats.norm.isf(0.2)
+        drawn = [label for label in (pair["first"], pair["second"]) if label in self._seeds_part]
+        now = max((self.seeds[label] for label in drawn), default=1)
+        count = np.arange(1, most + 1)
+
+        def settled(seeds: np.ndarray, images: np.ndarray) -> np.ndarray:
+            """Whether it would be, at these multiples of today's numbers."""
+            freedom = np.maximum(1, len(self._seeds_part) * (now * seeds - 1))
+            variances = pair.variance_seeds / seeds, pair.variance_images / images
+            half = stats.t.isf(tail, freedom) ** 2 * variances[0]
+            half = half + stats.norm.isf(tail) ** 2 * variances[1]
+            return abs(pair.difference) > np.sqrt(half) + power * np.sqrt(sum(variances))
+
+        def least(enough: np.ndarray) -> float:
+            return float(count[enough][0]) if enough.any() else math.inf
+
+        times = np.geomspace(1, most, most)
+        both = settled(times, times)
+        images = settled(np.ones(most), times)
+        by_seeds = least(settled(count / now, np.ones(most)) & (count > now)) if drawn else math.inf
+        by_images = self.images * times[images][0] if images.any() else math.inf
+        return by_seeds, by_images, float(times[both][0]) if both.any() else math.inf
+
+
+def letters(labels: Sequence[str], established: Collection[tuple[str, str]]) -> dict[str, str]:
+    """Returns letters such that two labels share one if and only if they are no such pair.
+
+    The compact letter display of Piepho (2004): insert and absorb.
+    """
+    place = {label: i for i, label in enumerate(labels)}
+    columns = [(1 << len(labels)) - 1]  # sets of labels, as bits
+    for first, second in sorted(established, key=lambda pair: (place[pair[0]], place[pair[1]])):
+        one, other = 1 << place[first], 1 << place[second]
+        split = {part for c in columns if c & one and c & other for part in (c & ~one, c & ~other)}
+        kept = {c for c in columns if not (c & one and c & other)}
+        new = [c for c in split if not any(c & k == c for k in kept | split - {c})]
+        columns = [*kept, *new]
+    columns.sort(key=lambda c: [not c >> i & 1 for i in range(len(labels))])
+    names = [chr(97 + i) if i < 26 else f"({i + 1})" for i in range(len(columns))]
     return {
-        "seeds": seeds,
-        "difference": mean,
-        **ends("both", both),
-        **ends("seeds", seed_interval(difference.mean(axis=1), least=-1.0)),
-        **ends("images", _cut(mean - half, mean + half, -1.0)),
-        "only_first": float((difference > 0).sum(axis=1).mean()),
-        "only_second": float((difference < 0).sum(axis=1).mean()),
-        "p_mcnemar": p_mcnemar,
-        "p_both": p_both,
-        "p": p_mcnemar if math.isnan(p_both) else p_both,
+        label: "".join(name for name, c in zip(names, columns, strict=True) if c >> i & 1)
+        for label, i in place.items()
     }
 
 
 def ends(name: str, interval: Interval) -> dict[str, float]:
-    """Returns an interval as two columns of a table."""
-    return {f"{name}_ci95_low": interval[0], f"{name}_ci95_high": interval[1]}
-
-
-def crossed(values: np.ndarray) -> tuple[Interval, float]:
-    """Returns 95 % interval and p-value of the mean of values [S, N]; NaN for one seed.
-
-    Two-way random-effects analysis of variance: the variance of the mean is (MS_seeds + MS_images
-    - MS_rest) / (S N), never below what seeds or images give alone, with the degrees of freedom of
-    Satterthwaite (1946).
-    """
-    seeds, images = values.shape
-    if seeds < 2 or images < 2:
-        return UNKNOWN, math.nan
-    mean = values.mean()
-    by_seed, by_image = values.mean(axis=1), values.mean(axis=0)
-    rest = values - by_seed[:, None] - by_image[None, :] + mean
-    freedom = np.array([seeds - 1, images - 1, (seeds - 1) * (images - 1)])
-    of_seeds = images * ((by_seed - mean) ** 2).sum()
-    of_images = seeds * ((by_image - mean) ** 2).sum()
-    mean_squares = np.array([of_seeds, of_images, (rest**2).sum()]) / freedom
-    total = max(mean_squares[0] + mean_squares[1] - mean_squares[2], *mean_squares[:2])
-    if total == 0:  # every value is the same
-        return (float(mean), float(mean)), float(mean == 0)
-    degrees = total**2 / (mean_squares**2 / freedom).sum()
-    scale = math.sqrt(total / (seeds * images))
-    half = stats.t.ppf((1 + LEVEL) / 2, degrees) * scale
-    p = 2 * stats.t.sf(abs(mean) / scale, degrees)
-    return _cut(mean - half, mean + half, -1.0), float(p)
+    """Returns an interval as two columns of a table, `name` before their names."""
+    return {f"{name}ci95_low": interval[0], f"{name}ci95_high": interval[1]}
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     """Returns the two-sided p-value of the exact McNemar test; it says nothing of other seeds.
 
-    Of several seeds, it is twice the median p-value, which is valid however the tests depend on
-    each other (Vovk and Wang 2020).
+    Of several seeds, bool [S, N], it is twice the median p-value, which is valid however the tests
+    depend on each other (Vovk and Wang 2020).
     """
     values = []
     for a, b in zip(first, second, strict=True):
         table = [[0, (a & ~b).sum()], [(~a & b).sum(), 0]]  # the test ignores the diagonal
         values.append(float(mcnemar_test(table, exact=True).pvalue))
     return values[0] if len(values) == 1 else min(1.0, 2 * float(np.median(values)))
-
-
-def holm(p_values: Sequence[float]) -> np.ndarray:
-    """Returns p-values corrected for their number (Holm 1979); NaN stay NaN."""
-    p_values = np.asarray(p_values, float)
-    corrected, known = np.full(len(p_values), math.nan), ~np.isnan(p_values)
-    if known.any():
-        corrected[known] = multipletests(p_values[known], method="holm")[1]
-    return corrected
-
-
-def indistinct(count: int, established: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns (first, last) of the longest stretches of ranks without an established pair (i < j).
-
-    They are the bars of a critical-difference diagram (Demsar 2006) of `count` models.
-    """
-    stretches = []
-    for first in range(count):
-        ends = range(first, count)
-        last = max(e for e in ends if established.isdisjoint(combinations(range(first, e + 1), 2)))
-        if last > first and not (stretches and stretches[-1][1] >= last):
-            stretches.append((first, last))
-    return stretches
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:

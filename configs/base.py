@@ -208,7 +208,7 @@ def get_config(models: str = "") -> ConfigDict:
     # Published test accuracies in percent, by model, to be shown beside ours; and where from.
     compare.reference = ConfigDict()
     compare.reference_source = ""
-    compare.seed_interval = "t"  # of the mean over seeds: t | bootstrap
+    compare.margin = 0.5  # a difference that matters, in points of what models are compared by
     # Model whose errors under corruption count as 100 %; "" is cnn, or else the least accurate.
     compare.baseline = ""
     # Test images, evenly spaced, that the report corrupts; 0: it says nothing of robustness.

@@ -143,10 +143,9 @@ def _check_data(data: ConfigDict) -> None:
 
 def check_compare(compare: ConfigDict, models: list[str]) -> None:
     """Checks `config.compare` for models of the grid: before training rather than after it."""
-    choose("config.compare.seed_interval", compare.seed_interval, ("t", "bootstrap"))
     if compare.baseline:
         choose("config.compare.baseline", compare.baseline, models)
-    for field in ("robustness_images", "gradcam_images"):
+    for field in ("margin", "robustness_images", "gradcam_images"):
         if compare[field] < 0:
             raise UserError(f"config.compare.{field}={compare[field]} must be 0 or more")
     for name, value in compare.reference.items():

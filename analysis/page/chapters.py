@@ -35,7 +35,7 @@ def _chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool =
 def overview(comparison: Comparison) -> Section:
     """The table: every model with both intervals, and the runs behind each row."""
     table, options = comparison.table, comparison.options
-    interval = "t-interval" if options.seed_interval == "t" else "bootstrap"
+    interval = "t-interval"
     text = [
         f"Measured on {table.test_images[0]} test images, with the weights that validation images "
         f"chose. The interval over seeds says where other seeds would move the mean ({interval}), "

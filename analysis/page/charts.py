@@ -12,7 +12,7 @@ from analysis.page import figures
 from analysis.page.figures import literal, plt, shortened
 from analysis.page.tables import scaled
 from analysis.runs import FinishedRun, correctness
-from analysis.uncertainty import indistinct, pareto_front
+from analysis.uncertainty import pareto_front
 
 
 def _models(comparison: Comparison) -> Iterator[tuple]:
@@ -39,11 +39,6 @@ def draw_ranks(comparison: Comparison) -> plt.Figure:
     axis.set_yticks(range(len(groups)), [literal(label) for label in groups])
     axis.set(xlabel="test accuracy, %, with 95 % intervals", ylim=(len(groups) - 0.5, -0.5))
     axis.grid(axis="x")
-    bar = {"color": "#333333", "lw": 4, "solid_capstyle": "butt", "clip_on": False}
-    stretches = indistinct(len(groups), compare.established(groups, comparison.pairs))
-    for place, (first, last) in enumerate(stretches):
-        x, ends = 1.02 + 0.025 * place, (first - 0.2, last + 0.2)  # x in widths of the axes
-        axis.plot((x, x), ends, transform=axis.get_yaxis_transform(), **bar)
     figures.legend_beside(figure, [axis], loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
     return figure
 

@@ -1,5 +1,6 @@
 """The comparison's tables as a reader sees them, in Markdown, LaTeX (booktabs) and CSV."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def scaled(value: float) -> str:
     return f"{value / size:.3g} {unit}".strip()
 
 
+def count(value: float) -> str:
+    """Returns a whole number, with "none" for infinity."""
+    return NONE if pd.isna(value) else "none" if math.isinf(value) else f"{value:,.0f}"
+
+
 def p_value(value: float) -> str:
     """Returns a p-value with two digits, never as 0."""
     return NONE if pd.isna(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
@@ -44,7 +50,7 @@ def p_value(value: float) -> str:
 
 def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> list[str]:
     """Returns the 95 % interval called `name` in each row, both ends written by `write`."""
-    ends = table[[f"{name}_ci95_low", f"{name}_ci95_high"]].to_numpy()
+    ends = table[[f"{name}ci95_low", f"{name}ci95_high"]].to_numpy()
     return [NONE if pd.isna(low) else f"{write(low)} to {write(high)}" for low, high in ends]
 
 
@@ -55,8 +61,8 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
         "seeds": table.seeds.astype(str),
         "test acc. %": table.test_accuracy_mean.map(percent),
         "std": table.test_accuracy_std.map(percent),
-        "95 % over seeds": intervals(table, "seeds", percent),
-        "95 % over images": intervals(table, "images", percent),
+        "95 % interval": intervals(table, "", percent),
+        "group": table.group,
         "published %": table.published.map(percent),
         "without leaks %": table.without_leaks.map(percent),
         "without near leaks %": table.without_near_leaks.map(percent),
@@ -81,17 +87,14 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
         return pairs
     columns = {
         "models": pairs["first"] + " − " + pairs["second"],
-        "seeds": pairs.seeds.astype(str),
         "difference": pairs.difference.map(points),
-        "95 % over seeds and images": intervals(pairs, "both", points),
-        "p Holm": pairs.p_holm.map(p_value),
+        "95 % interval": intervals(pairs, "", points),
+        "p": pairs.p.map(p_value),
         "established": pairs.established.map({True: "yes", False: "no"}),
-        "95 % over images": intervals(pairs, "images", points),
-        "95 % over seeds": intervals(pairs, "seeds", points),
-        "only first right": pairs.only_first.map("{:.0f}".format),
-        "only second right": pairs.only_second.map("{:.0f}".format),
-        "p": pairs.p_both.map(p_value),
-        "p McNemar": pairs.p_mcnemar.map(p_value),
+        "P(better) %": pairs.p_better.map(lambda share: percent(share, 0)),
+        "P(by a margin) %": pairs.p_matters.map(lambda share: percent(share, 0)),
+        "seeds needed": pairs.seeds_needed.map(count),
+        "images needed": pairs.images_needed.map(count),
         "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),
         "kappa": pairs.kappa.map("{:.2f}".format),
     }

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from analysis import compare, evaluate, uncertainty
+from analysis import compare, evaluate
 from analysis.page import tables
 from analysis.runs import load_runs
 from configs import base
@@ -24,33 +24,62 @@ def groups_in(workdir):
     return compare.group_runs(load_runs(workdir))
 
 
-def test_table_has_a_row_per_model_and_variant_best_first(tmp_path, options):
+def compared(workdir, **changes):
+    options = base.get_config().compare
+    options.update(changes)
+    return compare.compare(workdir, load_runs(workdir), options)
+
+
+def test_table_has_a_row_per_model_and_variant_best_on_validation_first(tmp_path):
     for seed in (0, 1, 2):
         write_run(tmp_path, "cnn", seed, 0.9)
         write_run(tmp_path, "linear", seed, 0.5)
         write_run(tmp_path, "linear", seed, 0.6, variant="l1=0.1")
     write_run(tmp_path, "knn", 0, 0.7)
-    groups = groups_in(tmp_path)
-    table = compare.make_table(groups, options)
-    assert table["model"].tolist() == ["cnn", "knn", "linear", "linear"]
-    assert table["variant"].tolist() == ["", "", "l1=0.1", ""]
+    comparison = compared(tmp_path)
+    groups, table = comparison.groups, comparison.table
+    assert table["label"].tolist() == ["cnn", "knn", "linear (l1=0.1)", "linear"]
+    assert table["rank"].tolist() == ["1", "2", "3", "4"]
     assert table["seeds"].tolist() == [3, 1, 3, 3]
     accuracies = [evaluate.evaluate(run)["accuracy"] for run in groups["cnn"]]
     row = table.iloc[0]
-    assert row.test_accuracy_mean == pytest.approx(np.mean(accuracies))
+    assert [row.score, row.test_accuracy_mean] == pytest.approx([np.mean(accuracies)] * 2)
     assert row.test_accuracy_std == pytest.approx(np.std(accuracies, ddof=1))
-    assert (row.seeds_ci95_low, row.seeds_ci95_high) == uncertainty.seed_interval(accuracies)
-    correct = compare.correctness(groups["cnn"])
-    assert (row.images_ci95_low, row.images_ci95_high) == uncertainty.image_interval(correct)
+    validated = [evaluate.evaluate(run)["validation_accuracy"] for run in groups["cnn"]]
+    assert row.validation_score == pytest.approx(np.mean(validated))
+    assert row.simultaneous_ci95_low < row.ci95_low < row.score < row.ci95_high
     assert row.runs == "cnn/seed0;cnn/seed1;cnn/seed2"
     assert math.isnan(table["test_accuracy_std"][1])
     assert math.isnan(table["train_images_per_second"][1])
-    options.seed_interval = "bootstrap"
-    other = compare.make_table(groups, options).iloc[0]
-    assert (
-        other.seeds_ci95_low
-        == uncertainty.seed_interval(accuracies, "bootstrap")[0]
-        > row.seeds_ci95_low
+
+
+def test_validation_ranks_and_the_test_part_does_not(tmp_path):
+    """Also among the variants of a sweep."""
+    for seed in (0, 1):
+        for variant, accuracy in (("x=1", 0.8), ("x=2", 0.7)):
+            path = write_run(tmp_path, "cnn", seed, accuracy, variant=variant)
+            other = predictions(seed, 0.95 if variant == "x=2" else 0.5, 200)
+            np.savez(path / "predictions_test.npz", **other)
+    table = compared(tmp_path).table
+    assert table.label.tolist() == ["cnn (x=1)", "cnn (x=2)"]
+    assert table.score[0] < table.score[1]
+
+
+def test_equal_models_are_tied(tmp_path):
+    for model in ("b", "a", "c"):
+        path = write_run(tmp_path, model, 0, 0.8 if model != "c" else 0.3)
+        if model != "c":
+            for part in ("test", "validation"):
+                write_same(path, part)
+    comparison = compared(tmp_path)
+    assert comparison.table["rank"].tolist() == ["1=", "1=", "3"]
+    row = comparison.pairs.iloc[0]
+    assert row.difference == 0 and row.ci95_low < 0 < row.ci95_high and not row.established
+
+
+def write_same(path, part):
+    np.savez(
+        path / f"predictions_{part}.npz", **predictions(0, 0.8, 200, stream=part == "validation")
     )
 
 
@@ -74,39 +103,30 @@ def test_tables_to_paste(tmp_path, options):
     assert len(pd.read_csv(report / "per_class.csv")) == 8
 
 
-def test_pairs_are_compared_image_by_image_and_seed_by_seed(tmp_path):
-    for model, accuracy, seeds in (
-        ("a", 0.9, (0, 1, 2, 3)),
-        ("b", 0.6, (1, 2, 3, 4)),
-        ("c", 0.59, (1, 2, 3, 4)),
-    ):
+def test_all_seeds_of_a_model_are_compared_whatever_their_numbers(tmp_path):
+    """Gap, interval, p and the table are of the same runs."""
+    for model, accuracy, seeds in (("a", 0.9, (0, 1, 2, 3)), ("b", 0.6, (1, 2)), ("c", 0.59, (5,))):
         for seed in seeds:
             write_run(tmp_path, model, seed, accuracy)
-    groups = groups_in(tmp_path)
-    pairs = compare.make_pairs(groups)
-    labels = list(groups)
+    comparison = compared(tmp_path)
+    groups, pairs = comparison.groups, comparison.pairs
+    score = comparison.table.set_index("label").score
     assert list(zip(pairs["first"], pairs["second"], strict=True)) == list(
-        itertools.combinations(labels, 2)
+        itertools.combinations(groups, 2)
     )
-    assert pairs.seeds.tolist() == [3, 3, 4]
-    first = compare.correctness(groups[labels[0]][1:])
-    second = compare.correctness(groups[labels[1]][:3])
-    expected = uncertainty.paired_difference(first, second)
-    row = pairs.iloc[0]
-    assert row.difference == pytest.approx(first.mean() - second.mean())
-    assert row[list(expected)].tolist() == list(expected.values())
-    np.testing.assert_allclose(pairs.p_holm, uncertainty.holm(pairs.p))
+    for row in pairs.itertuples():
+        assert row.difference == pytest.approx(score[row.first] - score[row.second])
+        assert row.ci95_low < row.difference < row.ci95_high
     assert pairs.established.tolist() == [True, True, False]
-    assert compare.established(groups, pairs) == {(0, 1), (0, 2)}
-    choices = [
-        [run.test["logits"].argmax(axis=1) for run in runs]
-        for runs in (groups["a"][1:], groups[labels[1]][:3])
-    ]
-    kappa = np.mean([cohen_kappa_score(a, b) for a, b in zip(*choices, strict=True)])
-    assert row.kappa == pytest.approx(kappa)
-    assert row.agreement == pytest.approx(
-        np.mean([(a == b).mean() for a, b in zip(*choices, strict=True)])
-    )
+    assert comparison.table.group.tolist() == ["a", "b", "b"]
+    for row in pairs.itertuples():
+        both = list(zip(groups[row.first], groups[row.second], strict=False))
+        assert row.kappa == pytest.approx(
+            np.mean([cohen_kappa_score(a.predicted, b.predicted) for a, b in both])
+        )
+        assert row.agreement == pytest.approx(
+            np.mean([(a.predicted == b.predicted).mean() for a, b in both])
+        )
 
 
 def test_models_tested_on_other_images_are_not_paired(tmp_path, options):
@@ -114,25 +134,23 @@ def test_models_tested_on_other_images_are_not_paired(tmp_path, options):
     path = write_run(tmp_path, "b", 0, 0.6)
     test = predictions(0, 0.6, 200)
     np.savez(path / "predictions_test.npz", **test | {"ids": test["ids"][::-1]})
-    groups = groups_in(tmp_path)
-    pairs = compare.make_pairs(groups)
-    assert pairs.empty
-    text = compare.answer(compare.make_table(groups, options), pairs)
-    assert "tested on different images" in text
+    comparison = compared(tmp_path)
+    assert comparison.pairs.empty
+    assert "Tested on other images, so not compared: b." in str(comparison.recommendation)
+    assert comparison.table.group.tolist() == ["a", ""]
     write_run(tmp_path, "b", 1, 0.6)
     with pytest.raises(UserError, match="tested on different images"):
-        groups_in(tmp_path)
+        compared(tmp_path)
 
 
-def test_published_figures_stand_beside_ours(tmp_path, options):
+def test_published_figures_stand_beside_ours(tmp_path):
     write_run(tmp_path, "cnn", 0, 0.9)
     write_run(tmp_path, "mlp", 0, 0.5)
-    options.reference = {"cnn": 83.0}
-    printed = tables.printed_table(compare.make_table(groups_in(tmp_path), options))
+    printed = tables.printed_table(compared(tmp_path, reference={"cnn": 83.0}).table)
     assert printed["published %"].tolist() == ["83.00", "–"]
 
 
-def test_accuracy_without_the_images_that_leaked(tmp_path, options):
+def test_accuracy_without_the_images_that_leaked(tmp_path):
     write_run(tmp_path, "cnn", 0, 0.8)
     groups = groups_in(tmp_path)
     run = groups["cnn"][0]
@@ -142,13 +160,16 @@ def test_accuracy_without_the_images_that_leaked(tmp_path, options):
         "leaks": [[f"test/{i}.png", "train/x.png"] for i in leaked],
         "near_leaks": [[f"test/{i}.png", "train/y.png"] for i in near],
     }
-    row = compare.make_table(groups, options, audit).iloc[0]
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(audit))
+    row = compared(tmp_path).table.iloc[0]
     assert (row.leaks, row.near_leaks) == (10, 15)
     assert row.without_leaks == pytest.approx((correct.sum() - 10) / 190)
     assert row.without_near_leaks == pytest.approx((correct.sum() - 10) / 185)
-    plain = compare.make_table(groups, options).iloc[0]
-    assert plain.without_leaks == plain.test_accuracy_mean
-    assert "without leaks %" not in tables.printed_table(compare.make_table(groups, options))
+    (tmp_path / "audit" / "audit.json").unlink()
+    plain = compared(tmp_path).table
+    assert plain.without_leaks[0] == plain.test_accuracy_mean[0]
+    assert "without leaks %" not in tables.printed_table(plain)
 
 
 def test_images_that_only_one_model_gets_right(tmp_path):
@@ -187,31 +208,6 @@ def test_confused_pairs_from_model_to_model(tmp_path):
         assert row.b == counts[i, j] + counts[j, i]
     top = evaluate.confused_pairs(counts).iloc[0]
     assert table.b.max() == top.errors
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "seeds", "expected"),
-    [
-        (
-            {"a": 0.9, "b": 0.5},
-            3,
-            "ahead of every other model by more than chance explains (over seeds",
-        ),
-        ({"a": 0.8, "b": 0.799}, 3, "No difference from another model is established (over seeds"),
-        ({"a": 0.8, "b": 0.799, "c": 0.3}, 3, "is not established (over seeds"),
-        ({"a": 0.9, "b": 0.5}, 1, "what another seed would give is unknown"),
-        ({"a": 0.9}, 3, "over test images)."),
-    ],
-)
-def test_the_answer_says_how_sure(tmp_path, options, accuracies, seeds, expected):
-    for (model, accuracy), seed in itertools.product(accuracies.items(), range(seeds)):
-        write_run(tmp_path, model, seed, accuracy)
-    groups = groups_in(tmp_path)
-    table, pairs = compare.make_table(groups, options), compare.make_pairs(groups)
-    text = compare.answer(table, pairs)
-    assert expected in text and text.startswith(
-        f"{next(iter(groups))} has the highest test accuracy"
-    )
 
 
 def test_options_are_those_of_the_experiment(tmp_path):

@@ -1,0 +1,260 @@
+"""The recommendation in three sentences: what to use, how sure that is, what would change it.
+
+Validation images choose, test images judge. Of the models that none is established to beat on the
+test images, the best on validation images leads. Recommended is the cheapest of those that cannot
+be told apart from it, lie within one standard error of it on validation images (Breiman et al.
+1984), and are rather not worse than it by a margin that matters on the test images. A model of
+which a seed failed or diverged is not recommended.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.criterion import TITLES, values
+from analysis.page.tables import percent, percents, points
+from analysis.runs import Groups
+from analysis.uncertainty import Family
+
+CHEAPER = 2  # times fewer multiply-adds that are worth a mention
+LOST = ("failed", "diverged", "damaged")
+NAMED = 6  # models in a sentence; the others are counted
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to do, in words."""
+
+    use: str | None  # label of a model
+    sentences: tuple[str, ...]  # what to use, how sure that is, what would change it
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([" ".join(self.sentences), *(f"Note: {text}" for text in self.warnings)])
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names as a reader lists them: a, b and c."""
+    names = list(names)
+    if len(names) > NAMED:
+        names = [*names[: NAMED - 1], f"{len(names) - NAMED + 1} others"]
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
+
+def multiply_adds(table: pd.DataFrame) -> dict[str, float]:
+    """Returns the multiply-adds of one prediction by label; NaN where they are not known."""
+    if "multiply_adds_per_image" in table:
+        return dict(zip(table.label, table.multiply_adds_per_image, strict=True))
+    return dict(zip(table.label, table.flops_per_image, strict=True))
+
+
+def recommend(
+    table: pd.DataFrame,
+    pairs: pd.DataFrame,
+    family: Family,
+    baseline: pd.Series,
+    groups: Groups,
+    criterion: str,
+    margin: float,
+) -> Recommendation:
+    """Returns the recommendation of a comparison: see the top of this file.
+
+    `family` is that of the first model, which holds the `baseline` too; `margin` is the difference
+    that matters.
+    """
+    rows = table.set_index("label", drop=False)
+    compared = [label for label in table.label if label in family.mean]
+    sound = [label for label in compared if not any(why in rows.state[label] for why in LOST)]
+    candidates = sound or compared
+    among = pairs[pairs.established] if len(pairs) else pairs
+    beaten = {
+        pair.second if pair.difference > 0 else pair.first
+        for pair in among.itertuples()
+        if {pair.first, pair.second} <= set(candidates)
+    }
+    best = next(label for label in candidates if label not in beaten)
+    duels = {label: family.pair(best, label) for label in compared if label != best}
+    level = [label for label in candidates if label != best and not duels[label].established]
+    costs = multiply_adds(table)
+    near = [
+        label
+        for label in level
+        if family.probability(duels[label], margin) < 0.5
+        and _near(groups, best, label, criterion, margin)
+    ]
+    cheap = [label for label in near if costs[label] * CHEAPER < costs[best]]
+    use = min(cheap, key=costs.get) if cheap else best
+    worse = [label for label in candidates if label != best and duels[label].established]
+    judged = _Judgement(rows, family, baseline, criterion, margin, best, use, level, worse, costs)
+    sentences = judged.what(), judged.how_sure(), judged.what_would_change_it()
+    return Recommendation(use, sentences, judged.warnings(compared, sound))
+
+
+def _near(groups: Groups, best: str, other: str, criterion: str, margin: float) -> bool:
+    """Whether a model is within a standard error, or the margin, of the best on validation images.
+
+    Of models validated on different images, the scores alone count.
+    """
+    first, second = ([run.validation for run in groups[label]] for label in (best, other))
+    of_each = [
+        np.stack([values(of["labels"], of["logits"].argmax(axis=1), criterion) for of in runs])
+        for runs in (first, second)
+    ]
+    gap, error = of_each[0].mean() - of_each[1].mean(), 0.0
+    if np.array_equal(first[0]["ids"], second[0]["ids"]):
+        pair = Family({best: of_each[0], other: of_each[1]}).pairs.iloc[0]
+        error = math.sqrt(pair.variance_seeds + pair.variance_images)
+    return gap <= max(error, margin)
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What was found, and how it is said."""
+
+    rows: pd.DataFrame
+    family: Family
+    baseline: pd.Series
+    criterion: str
+    margin: float
+    best: str  # on validation images, of those that none beats
+    use: str
+    level: list[str]  # cannot be told apart from the best
+    worse: list[str]
+    costs: dict[str, float]
+
+    @property
+    def rival(self) -> str | None:
+        """The model that the recommended one is compared with."""
+        if self.use != self.best:
+            return self.best
+        return next(iter([*self.level, *self.worse]), None)
+
+    def what(self) -> str:
+        """Returns what to use, and why."""
+        use, best, others = self.use, self.best, [x for x in self.level if x != self.use]
+        if not self.level and not self.worse:
+            return f"{use} is the only model to choose."
+        if use != best:
+            text = f"Use {use}: it cannot be told apart from {listed([best, *others])}"
+            text += f" on these test images, and needs {self._times(best)} than {best}"
+            text += ", the best on validation images" * (self.rows["rank"][best][0] == "1")
+        elif others:
+            best = "the best" if self.rows["rank"][use] == "1" else "among the best"
+            text = f"Use {use}: it is {best} on validation images, but {listed(others)} cannot be"
+            text += " told apart from it on these test images"
+        else:
+            text = f"Use {use}: it is better than every other model on these test images"
+        if self.worse and self.level:
+            is_are = "is" if len(self.worse) == 1 else "are"
+            text += f"; {listed(self.worse)} {is_are} worse"
+        return f"{text}."
+
+    def _times(self, than: str) -> str:
+        """How many times fewer multiply-adds a prediction takes."""
+        if not self.costs[self.use]:
+            return "no multiply-adds, fewer"
+        return f"{self.costs[than] / self.costs[self.use]:.2g} times fewer multiply-adds"
+
+    def how_sure(self) -> str:
+        """Returns the score and its interval, and the difference from the rival with its own."""
+        row, seeds = self.rows.loc[self.use], self.rows.seeds[self.use]
+        over = f"{seeds} seeds" if seeds > 1 else "one seed"
+        text = f"Its test {TITLES[self.criterion]} is {percent(row.score, 1)} % (95 % interval "
+        text += f"{percents(row.ci95_low, row.ci95_high, 1)}; {over}, {self.family.images} images"
+        text += f" in {self.family.units} groups" * (self.family.units < self.family.images) + ")"
+        if self.rival is None:
+            return f"{text}."
+        pair = self.family.pair(self.use, self.rival)
+        between = f"{points(pair.ci95_low, 1)} to {points(pair.ci95_high, 1)}"
+        text += f"; the difference from {self.rival} is {points(pair.difference, 1)} points "
+        text += f"({between}"
+        text += ", corrected for all pairs" * (len(self.family.mean) > 3) + ")"
+        better = self.family.probability(pair, self.margin)
+        worse = 1 - self.family.probability(pair, -self.margin)
+        name, chance = (self.use, better) if better >= worse else (self.rival, worse)
+        by = f"{100 * self.margin:g} points with a probability of"
+        if chance >= 0.5:
+            text += f". {name} is better by more than {by} {_chance(chance)}"
+        else:
+            text += f". They are within {by} {_chance(1 - better - worse)}"
+        if not self.family.freedom:
+            text += ". With one seed a model, nothing is known of what another seed would give"
+        return f"{text}."
+
+    def what_would_change_it(self) -> str:
+        """Returns what would settle an open comparison, or which trade a reader could make."""
+        if self.rival is None:
+            return "Other architectures may do better: train some to compare."
+        pair = self.family.pair(self.use, self.rival)
+        if not pair.established:
+            seeds, images, times = self.family.needed(pair)
+            ways = [f"{round_up(images)} test images"] if math.isfinite(images) else []
+            if not self.family.freedom:
+                return " and then ".join(["More seeds come first", *ways]) + "."
+            ways += [f"{seeds:.0f} seeds of each model"] if math.isfinite(seeds) else []
+            if not ways and math.isfinite(times):
+                ways = [f"{times:.2g} times as many seeds and test images"]
+            if ways:
+                return f"{' or '.join(ways)} would settle it, if the difference is as observed."
+            return "The difference is too small for more seeds or images to settle."
+        cheaper = [x for x in self.worse if self.costs[x] * CHEAPER < self.costs[self.use]]
+        if cheaper:
+            name = max(cheaper, key=lambda label: self.rows.score[label])
+            lost = percent(self.rows.score[self.use] - self.rows.score[name], 1)
+            times = self.costs[self.use] / self.costs[name] if self.costs[name] else math.inf
+            fewer = f"{times:.2g} times fewer" if math.isfinite(times) else "no"
+            return (
+                f"If cost matters more: {name} needs {fewer} multiply-adds and loses {lost} points."
+            )
+        return "It is also the cheapest of them: only other data or architectures would change it."
+
+    def warnings(self, compared: list[str], sound: list[str]) -> tuple[str, ...]:
+        """Returns what a reader must know before acting."""
+        rows, base, texts = self.rows, self.baseline, []
+        for label in compared:
+            if label not in sound:
+                texts.append(f"{label}: {rows.state[label]}. It is not recommended.")
+            elif rows.state[label] and label in (self.use, self.best):
+                texts.append(f"Preliminary: of {label}, {rows.state[label]}.")
+        if not sound:
+            texts[-1:] = [f"{texts[-1]} No model is without such seeds."]
+        first = rows.label.iloc[0]
+        if first in sound and first != self.best and first not in self.level:
+            texts.append(
+                f"{first} is the best on validation images, but {self.best} is better on the test "
+                "images: the validation images misled."
+            )
+        if not self.family.pair(self.use, base.label).established or (
+            self.family.mean[self.use] < base.score
+        ):
+            texts.append(
+                f"{self.use} is not established to be better than always answering "
+                f"“{base.class_name}” ({TITLES[self.criterion]} {percent(base.score, 1)} %)."
+            )
+        if rows.least_recall[self.use] == 0:
+            texts.append(f"{self.use} recognises no image of at least one class.")
+        if self.criterion == "accuracy" and base.test_accuracy_mean > 0.6:
+            texts.append(
+                f"{percent(base.test_accuracy_mean, 0)} % of the test images are "
+                f"“{base.class_name}”, so accuracy says little of the other classes: "
+                "config.select=balanced_accuracy compares by balanced accuracy."
+            )
+        elsewhere = [label for label in rows.label if label not in compared]
+        if elsewhere:
+            texts.append(f"Tested on other images, so not compared: {listed(elsewhere)}.")
+        return tuple(texts)
+
+
+def _chance(probability: float) -> str:
+    if probability > 0.99 or probability < 0.01:
+        return "over 99 %" if probability > 0.5 else "under 1 %"
+    return f"{100 * probability:.0f} %"
+
+
+def round_up(count: float) -> str:
+    """Returns a count rounded up to two digits, with commas between thousands."""
+    step = 10 ** max(0, math.floor(math.log10(count)) - 1)
+    return f"{math.ceil(count / step) * step:,}"
