@@ -55,9 +55,15 @@ def load_classifier(run: FinishedRun) -> Classifier:
 
 
 def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
-    """Returns the test images of a run in the order of its predictions: uint8 [N, S, S, 3].
+    """Returns the test images of a run in the order of its predictions: see `load_images`."""
+    return load_images(run, "test", data_path)
 
-    `data_path` is where the data lies now, "" for where it was. Raises UserError if it changed.
+
+def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
+    """Returns the images of a part in the order of the run's predictions: uint8 [N, S, S, 3].
+
+    `part` is test or validation; `data_path` is where the data lies now, "" for where it was.
+    Raises UserError if it changed.
     """
     config = ConfigDict(run.config["data"])
     if data_path:
@@ -66,12 +72,12 @@ def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
     use_compilation_cache(cache_dir)
     dataset = load_dataset(config, cache_dir)
     same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
-    if not same or dataset.ids("test") != run.test["ids"].tolist():
+    if not same or dataset.ids(part) != getattr(run, part)["ids"].tolist():
         raise UserError(
             f"the images in {config.path or config.source} are not those that {run.path} was "
             "trained on (their fingerprint differs): give the original data"
         )
-    return dataset.images("test")
+    return dataset.images(part)
 
 
 def compiled(model: Classifier, function: Callable) -> Callable:

@@ -51,6 +51,7 @@ class Section:
     warnings: list[str] = field(default_factory=list)
     pictures_first: bool = False  # before the tables
     data: dict = field(default_factory=dict)  # numbers, for readers of the JSON file
+    finding: str = ""  # the result in one sentence, visible while the chapter is folded
 
 
 def _part(content: dict):
