@@ -5,27 +5,43 @@
     python -m analysis.gradcam WORKDIR [--method=...] [--images=8] [--data=PATH] [--output=DIR]
 
 Of a run: photo, heat map and both for some test images, and the raw maps as .npz. Of a workdir: the
-pictures and tables of the report. The methods are in `analysis/explain/methods.py`.
+pictures of the report's chapter, in WORKDIR/gradcam. The methods, LIME and SHAP among them, are in
+`analysis/explain/methods.py`.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
+from analysis.compare import Comparison
 from analysis.evaluate import confused_pairs, confusion_of
-from analysis.explain import faithfulness
+from analysis.explain import faithfulness, packages, worth
 from analysis.explain.heatmaps import ExplainedRun, View, draw_views
 from analysis.explain.methods import METHODS, SMALLEST_MAP
 from analysis.explain.selection import by_disagreement, find_images, in_turn, sample_images
 from analysis.page.figures import colours, plt, save, shortened
 from analysis.page.section import Picture, Section
+from analysis.page.tables import percent
 from analysis.runs import FinishedRun, Groups, chosen_runs, group_runs, load_run, same_images
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import MODELS
 
 SCALE = "Colour is the share of each map's own maximum; strengths of maps cannot be compared."
+
+
+MODELS_SHOWN = 8  # the best ones: a grid of more is too large to read
+SCORED, SCORED_BY_METHOD = 32, 16  # images of the table of models, and of that of methods
+COMPARED = ("gradcam", "hirescam", "integrated", "occlusion", "lime", "shap")  # on one model
+
+
+def heat_maps(comparison: Comparison) -> Section:
+    """Returns the chapter of the report."""
+    count = comparison.options.gradcam_images
+    return gradcam_section(comparison.groups, comparison.output, count, comparison.data_path)
 
 
 def gradcam_section(
@@ -37,45 +53,59 @@ def gradcam_section(
     title = METHODS[choose("method", method, METHODS)].title
     section = Section("What the models looked at", [f"Heat maps by {title}."], pictures_first=True)
     runs, left_out = _comparable(groups, METHODS[method].kind)
-    rows, scores, about = [], {}, {}
+    rows, names, scores, about = [], [], {}, {}
     for label, run in runs.items():
+        if len(scores) == MODELS_SHOWN:
+            left_out[label] = f"behind the best {MODELS_SHOWN}"
+            continue
         explained = ExplainedRun(run, method, data_path=data_path)
         if explained.only_pixels:
             left_out[label] = f"none of its stages returns {SMALLEST_MAP}x{SMALLEST_MAP} places"
             continue
-        if not rows:  # the most accurate one
+        name = [shortened(part, 18) for part in (run.model, run.variant) if part]
+        if not rows:  # the best one
             votes = np.stack([run.predicted for run in runs.values()])
             chosen = by_disagreement(votes, explained.labels, count)
-            sample = sample_images(explained.labels, 32)  # whose maps are scored
-            rows = [[explained.photo(row) for row in chosen]]
-            section.pictures = best_pictures(label, explained, output, method, count)
-            ids = "; ".join(map(str, run.test["ids"][chosen]))
+            sample = sample_images(explained.labels, SCORED)  # whose maps are scored
+            first, rows = explained, [[explained.photo(row) for row in chosen]]
+        names.append("\n".join([*name, title]))
         rows.append(explained.views(chosen, run.predicted[chosen]))
+        if explained is first:
+            best, others = label, _compared(first, method)
+            rows += [_untitled(other.views(chosen, run.predicted[chosen])) for other in others]
+            names += ["\n".join([*name, METHODS[other.method].title]) for other in others]
         photos, targets = explained.photos[sample], run.predicted[sample]
         scores[label] = faithfulness.score_maps(explained.model, explained.explain, photos, targets)
-        about[label] = run.correct.mean(), explained.resolution
-    section.text += [f"{label} is left out: {why}." for label, why in left_out.items()]
+        about[label] = [percent(run.correct.mean()), explained.resolution]
+    for why in dict.fromkeys(left_out.values()):
+        labels = ", ".join(label for label, reason in left_out.items() if reason == why)
+        section.text.append(f"Left out ({why}): {labels}.")
     if not rows:
         return section
-    names = ["photo"]
-    for run in (runs[label] for label in scores):
-        names.append("\n".join(shortened(x, 18) for x in (run.model, run.variant) if x))
     models, curves = f"{method}_models.png", f"{method}_faithfulness.svg"
-    save(draw_views(rows, names), output / models)
+    save(draw_views(rows, ["photo", *names]), output / models)
     save(faithfulness.draw_faithfulness(scores, title, colours(groups)), output / curves)
-    captions = (
+    pictures = best_pictures(best, first, output, method, count, chosen)
+    captions = _captions(best, scores, first.run.test["ids"][chosen], len(sample))
+    grid, chart = (Picture(*one, wide=True) for one in zip((models, curves), captions, strict=True))
+    section.pictures = [grid, *pictures, chart]
+    section.tables = [faithfulness.score_table(scores, ["model", "test acc. %", "map"], about)]
+    section.data = {label: faithfulness.summarise(values) for label, values in scores.items()}
+    _add_methods(section, best, [first, *others], sample[:SCORED_BY_METHOD])
+    return section
+
+
+def _captions(best: str, shown: Sequence[str], ids: np.ndarray, scored: int) -> tuple[str, str]:
+    """Returns the captions of the grid and of the chart."""
+    return (
         "The same test images through every model, each with the class it predicts and its "
-        f"confidence; ✓ right, ✗ wrong. First those on which {', '.join(runs)} disagree most, then "
-        f"those on which all agree, spread over the true classes. {SCALE} Files: {ids}.",
+        f"confidence; ✓ right, ✗ wrong; {best}, the best model with maps, by several methods. "
+        f"First those on which {', '.join(shown)} disagree most, then those on which all agree, "
+        f"spread over the true classes. {SCALE} Files: {'; '.join(map(str, ids))}.",
         "How fast the probability of the predicted class falls while pixels are blurred in the "
-        f"order of the map, and rises while they return: mean over {len(sample)} test images, "
+        f"order of the map, and rises while they return: mean over {scored} test images, "
         "spread over the classes. Dotted: in random order.",
     )
-    first, last = Picture(models, captions[0], wide=True), Picture(curves, captions[1], wide=True)
-    section.pictures = [first, *section.pictures, last]
-    section.tables = [faithfulness.score_table(scores, about)]
-    section.data = {label: faithfulness.summarise(values) for label, values in scores.items()}
-    return section
 
 
 def _comparable(groups: Groups, kind: str) -> tuple[dict[str, FinishedRun], dict[str, str]]:
@@ -83,32 +113,85 @@ def _comparable(groups: Groups, kind: str) -> tuple[dict[str, FinishedRun], dict
     runs, left_out = {}, {}
     for label, (run, *_) in groups.items():
         if kind != "logits" and not MODELS[run.model].trained_by_gradient:
-            left_out[label] = "it is not trained by gradient and has no layers to look into"
+            left_out[label] = "not trained by gradient, without layers to look into"
         elif runs and not same_images(run, next(iter(runs.values()))):
-            left_out[label] = "it was tested on other images"
+            left_out[label] = "tested on other images"
         else:
             runs[label] = run
     return runs, left_out
 
 
+def _compared(explained: ExplainedRun, method: str) -> list[ExplainedRun]:
+    """Returns the run explained by every other method that suits it and is installed."""
+    others = []
+    for name in COMPARED:
+        entry = METHODS[name]
+        suits = entry.kind == "logits" or explained.model.trained_by_gradient
+        if name != method and suits and packages.installed(entry.package):
+            others.append(explained.by(name))
+    return [other for other in others if not other.only_pixels]
+
+
+def _untitled(views: list[View]) -> list[View]:
+    """Returns views without titles, where the row above has the same."""
+    return [replace(view, title="") for view in views]
+
+
+def _add_methods(
+    section: Section, label: str, explained: list[ExplainedRun], sample: Sequence[int]
+) -> None:
+    """Adds what the methods are worth on one model and the same images: table, text, finding."""
+    run, scores, about = explained[0].run, {}, {}
+    for one in explained:
+        title = METHODS[one.method].title
+        photos, targets = one.photos[sample], run.predicted[sample]
+        scores[title] = faithfulness.score_maps(one.model, one.explain, photos, targets)
+        about[title] = [one.resolution]
+    table = faithfulness.score_table(scores, [f"method on {label}", "map"], about)
+    table.caption = f"The same scores on the same {len(sample)} test images."
+    slow = [METHODS[name].title for name in ("lime", "shap") if METHODS[name].title in scores]
+    section.finding = worth.sentence(label, scores, slow)
+    if slow:
+        section.text.append(
+            f"{' and '.join(slow)} ask the model {packages.EVALUATIONS} times an image, and hide "
+            "regions behind the blur that the gain is measured with, which favours them."
+        )
+    missing = {m.package: m.title for m in METHODS.values() if not packages.installed(m.package)}
+    if missing:
+        names = " and ".join(missing.values())
+        section.text.append(f"{names} can be compared, too: {packages.INSTALL}")
+    section.tables.append(table)
+    section.data["methods"] = {name: faithfulness.summarise(s) for name, s in scores.items()}
+
+
 def best_pictures(
-    label: str, explained: ExplainedRun, output: Path, method: str, count: int
+    label: str,
+    explained: ExplainedRun,
+    output: Path,
+    method: str,
+    count: int,
+    shown: Sequence[int] = (),
 ) -> list[Picture]:
-    """Draws right beside wrong predictions, and both classes of the most confused pairs."""
+    """Draws right beside wrong predictions, and both classes of the most confused pairs.
+
+    Images `shown` elsewhere are shown again only where there are no others.
+    """
     correct = explained.run.correct
     if correct.all():
         return []
-    rows = []
+    confused_views, errors = _draw_confused(explained, shown)
+    shown, rows = [*shown, *errors], []
     for side in (correct, ~correct):
-        chosen = in_turn(explained.surest(np.flatnonzero(side)), explained.labels, count)
+        candidates = explained.surest(_new(np.flatnonzero(side), shown))
+        chosen = in_turn(candidates, explained.labels, count)
         views = explained.views(chosen, explained.run.predicted[chosen])
         blank = [None] * (count - len(chosen))
         rows += [[*(explained.photo(row) for row in chosen), *blank], [*views, *blank]]
     right_wrong, confused = f"{method}_right_wrong.png", f"{method}_confused.png"
     save(draw_views(rows, ["right", "", "wrong", ""]), output / right_wrong)
-    save(_draw_confused(explained), output / confused)
+    save(confused_views, output / confused)
     captions = (
-        f"{label}, the most accurate model with maps: test images that it predicts rightly and "
+        f"{label}, the best model with maps: test images that it predicts rightly and "
         f"wrongly, the most confident of each true class. Maps are of the predicted class. {SCALE}",
         f"{label}: its most confused pairs of classes, in both directions, with the most confident "
         f"errors. After each photo, the maps for the predicted class and for the true one. {SCALE}",
@@ -116,22 +199,30 @@ def best_pictures(
     return [Picture(right_wrong, captions[0], wide=True), Picture(confused, captions[1], wide=True)]
 
 
-def _draw_confused(explained: ExplainedRun) -> plt.Figure:
-    labels, predicted = explained.labels, explained.run.predicted
+def _new(rows: np.ndarray, shown: Sequence[int]) -> np.ndarray:
+    """Returns the rows that were not shown, all of them if there are none."""
+    new = rows[~np.isin(rows, shown)]
+    return new if len(new) else rows
+
+
+def _draw_confused(explained: ExplainedRun, shown: Sequence[int]) -> tuple[plt.Figure, list[int]]:
+    """Returns the picture of confused pairs, and the images in it."""
+    drawn, labels, predicted = [], explained.labels, explained.run.predicted
     rows, names = [], []
     for pair in confused_pairs(confusion_of(explained.run)).head(3).itertuples():
         for true, taken in ((pair.first, pair.second), (pair.second, pair.first)):
             errors = np.flatnonzero((labels == true) & (predicted == taken))
             if not len(errors):
                 continue
-            chosen, views = explained.surest(errors)[:2], []
+            chosen, views = explained.surest(_new(errors, shown))[:2], []
+            drawn += chosen.tolist()
             both = [explained.views(chosen, np.full(len(chosen), c)) for c in (taken, true)]
             for row, *heats in zip(chosen, *both, strict=True):
                 views += [explained.photo(row), *heats]
             rows.append(views + [None] * (6 - len(views)))
             number = "one image" if len(errors) == 1 else f"{len(errors)} images"
             names.append(f"{explained.name(true)}\nas {explained.name(taken)}\n({number})")
-    return draw_views(rows, names)
+    return draw_views(rows, names), drawn
 
 
 def explain_run(
@@ -189,9 +280,10 @@ def main(argv: list[str]) -> int:
             f"give one, such as {path}/cnn/seed0"
         )
     groups = group_runs(chosen_runs(path))
-    output = output_folder(OUTPUT.value or path / "report")
+    output = output_folder(OUTPUT.value or path / "gradcam")  # never among the report's own
     section = gradcam_section(groups, output, int(IMAGES.value), DATA.value, METHOD.value)
-    print("\n".join([*section.text, *(str(output / p.file) for p in section.pictures)]))
+    files = [str(output / picture.file) for picture in section.pictures]
+    print("\n".join(filter(None, [section.finding, *section.text, *files])))
     return 0
 
 

@@ -21,8 +21,9 @@ import jinja2
 from absl import flags
 from ml_collections import ConfigDict
 
-from analysis import gradcam, inside, robustness
+from analysis import ensembles, gradcam, inside, robustness
 from analysis.compare import Comparison, compare, write_tables
+from analysis.explain import packages
 from analysis.page import chapters
 from analysis.page.section import Section, Table, remembered
 from analysis.page.tables import printed_table
@@ -42,10 +43,6 @@ class Chapter:
     options: tuple[str, ...] = ()  # it depends on; left out where the first is 0 or False
 
 
-def _heat_maps(c: Comparison) -> Section:
-    return gradcam.gradcam_section(c.groups, c.output, c.options.gradcam_images, c.data_path)
-
-
 def _robustness(c: Comparison) -> Section:
     count, baseline = c.options.robustness_images, c.options.baseline
     return robustness.robustness_section(c.groups, c.output, count, baseline, c.data_path)
@@ -62,7 +59,14 @@ CHAPTERS = (  # in the order of the page
     Chapter("From pretrained weights", chapters.transfer),
     Chapter("Classes and what is taken for what", chapters.classes),
     Chapter("Which differences are established", chapters.pairs_of_models),
-    Chapter("What the models looked at", _heat_maps, "gradcam.json", ("gradcam_images",)),
+    Chapter("What the models looked at", gradcam.heat_maps, "gradcam.json", ("gradcam_images",)),
+    Chapter("Ensembles", ensembles.ensembles_section),
+    Chapter(
+        "Averaged weights and mirror images",
+        ensembles.averages_section,
+        "averages.json",
+        ("average_weights",),
+    ),
     Chapter("Robustness", _robustness, "robustness.json", ("robustness_images", "baseline")),
     Chapter("Looking inside", _inside, "inspect.json", ("look_inside",)),
     Chapter("How far their confidence can be trusted", chapters.calibration),
@@ -128,6 +132,7 @@ def make_section(
     if not chapter.file:
         return chapter.make(comparison)
     options = {name: comparison.options[name] for name in chapter.options}
+    options["packages"] = [name for name in ("lime", "shap") if packages.installed(name)]
     if not options[chapter.options[0]]:
         return None
     progress(f"report: {chapter.title.lower()}")

@@ -2,13 +2,14 @@
 
 * Deletion and insertion (Petsiuk et al. 2018, arXiv:1806.07421): pixels are blurred, or returned to
   a blurred image, in the order of the map; the probability of the class should fall, or rise, fast:
-  faster than in a random order.
+  faster than in a random order, and than from the centre outwards, as photos centre their subject.
 * Focus: how small a part of the image the map points at. A focused map need not be right.
 * Sanity check (Adebayo et al. 2018, arXiv:1810.03292): the map of a network with shuffled weights
   should differ. Where it does not, the map shows the image rather than what was learned.
 """
 
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,7 +22,7 @@ from scipy import ndimage, stats
 from analysis.forward import compiled, in_batches
 from analysis.page.figures import legend_beside, literal, plt
 from analysis.page.section import Table
-from analysis.page.tables import decimal, percent
+from analysis.page.tables import decimal
 from models import Classifier
 from models.classifier import merge_model, split_model
 
@@ -88,60 +89,84 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def score_maps(
     model: Classifier, explain: Callable[..., np.ndarray], images: np.ndarray, targets: np.ndarray
 ) -> Scores:
-    """Returns the scores [N] and curves [N, STEPS + 1] of the maps that an `explainer` gives."""
+    """Returns the scores [N] and curves [N, STEPS + 1] of the maps that an `explainer` gives.
+
+    `seconds` [1] is the time an image takes, without compilation.
+    """
     maps = explain(images, targets)
-    shuffled = explain(images, targets, shuffled_model(model))
+    other, began = shuffled_model(model), time.perf_counter()
+    shuffled, took = explain(images, targets, other), time.perf_counter() - began
     scores = {
         "zero": maps.max(axis=(1, 2)) == 0,
         "half_area": half_area(maps),
         "similarity": rank_correlation(maps, shuffled),
+        "seconds": np.array([took / len(images)]),
     }
     program = compiled(model, lambda m, x: jax.nn.softmax(m(m.preprocess(x))))
     predict = partial(in_batches, program)
     noise = np.random.default_rng(0).random(maps.shape)
-    for name, order in (("map", maps), ("random", noise)):
+    for name, order in (("map", maps), ("random", noise), ("centre", centred(maps.shape))):
         curves = deletion_and_insertion(predict, images, order, targets)
         scores[f"deletion_{name}"], scores[f"insertion_{name}"] = curves
     return scores
 
 
-def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
-    """Returns the mean of all but NaN, and the half-width of its 95 % t-interval, NaN for one."""
+def centred(shape: tuple[int, int, int]) -> np.ndarray:
+    """Returns maps [N, S, S] that fall from the centre outwards, whatever the image shows."""
+    places = np.arange(shape[1]) - (shape[1] - 1) / 2
+    return np.broadcast_to(-(places[:, None] ** 2) - places**2, shape)
+
+
+def gains(scores: Scores, over: str = "random") -> np.ndarray:
+    """Returns insertion less deletion [N], less what the `over` order reaches on the same image."""
+    areas = {
+        name: np.trapezoid(scores[f"insertion_{name}"] - scores[f"deletion_{name}"], dx=1 / STEPS)
+        for name in ("map", over)
+    }
+    return areas["map"] - areas[over]
+
+
+def mean_and_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Returns the mean of all but NaN, and the half-width of its t-interval, NaN for one."""
     known = pd.Series(values).dropna()
-    return float(known.mean()), float(stats.t.ppf(0.975, len(known) - 1) * known.sem())
+    quantile = stats.t.ppf((1 + level) / 2, len(known) - 1)
+    return float(known.mean()), float(quantile * known.sem())
 
 
 def summarise(scores: Scores) -> dict[str, tuple[float, float]]:
-    """Returns mean and half-width of the 95 % interval of every score; curves become areas.
-
-    `gain` is insertion less deletion, less what a random map reaches on the same image.
-    """
+    """Returns mean and half-width of the 95 % interval of every score; curves become areas."""
     values = {key: scores[key] for key in ("half_area", "similarity")}
     curves = {key: score for key, score in scores.items() if score.ndim == 2}
     values |= {key: np.trapezoid(curve, dx=1 / STEPS) for key, curve in curves.items()}
-    random_order = values["insertion_random"] - values["deletion_random"]
-    values["gain"] = values["insertion_map"] - values["deletion_map"] - random_order
-    return {key: mean_and_interval(value) for key, value in values.items()}
+    values |= {"gain": gains(scores), "gain_centre": gains(scores, "centre")}
+    summary = {key: mean_and_interval(value) for key, value in values.items()}
+    return summary | {"seconds": (scores["seconds"].item(), math.nan)}
 
 
-def score_table(scores: dict[str, Scores], about: dict[str, tuple[float, str]]) -> Table:
-    """Returns a row per label; `about` has the accuracy in 0..1 and the resolution of each."""
-    columns = {"deletion_map": "deletion", "insertion_map": "insertion", "gain": "gain over random"}
+def score_table(scores: dict[str, Scores], heads: list[str], about: dict[str, list[str]]) -> Table:
+    """Returns a row per label: what `about` says of it under `heads`, then its scores."""
+    columns = {"gain": "gain over random", "gain_centre": "over the centre"}
     columns |= {"half_area": "area of half", "similarity": "similarity"}
     rows = []
-    for label, (accuracy, resolution) in about.items():
+    for label, cells in about.items():
         summary, zero = summarise(scores[label]), scores[label]["zero"]
-        cells = [*(_plus_minus(*summary[key]) for key in columns), f"{zero.sum()} of {len(zero)}"]
-        rows.append([label, percent(accuracy), resolution, *cells])
+        numbers = [_plus_minus(*summary[key]) for key in columns]
+        numbers += [seconds(summary["seconds"][0]), f"{zero.sum()} of {len(zero)}"]
+        rows.append([label, *cells, *numbers])
     caption = (
-        "Areas under deletion (lower is better) and insertion (higher is better); pixels give way "
-        "to a blur of an eighth of the image's side. Gain: insertion less deletion, compared with "
-        "a random order. Area of half: the smallest share of the image that holds half of the map; "
-        "coarse maps cannot be as focused as fine ones. Similarity: rank correlation with the map "
-        "of shuffled weights, which should be near 0. Mean ± half of the 95 % t-interval over "
-        "images."
+        "Gain: area under insertion less that under deletion (pixels return from, or give way to, "
+        "a blur of an eighth of the image's side), less what a random order of pixels reaches, or "
+        "one from the centre outwards; higher is better. Area of half: the smallest share of the "
+        "image that holds half of the map; coarse maps cannot be as focused as fine ones. "
+        "Similarity: rank correlation with the map of shuffled weights, which should be near 0. "
+        "Mean ± half of the 95 % t-interval over images. Seconds are without compilation."
     )
-    return Table(["model", "test acc. %", "map", *columns.values(), "zero maps"], rows, caption)
+    return Table([*heads, *columns.values(), "s an image", "zero maps"], rows, caption)
+
+
+def seconds(value: float) -> str:
+    """Returns a time as a reader sees it, with two significant digits."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def _plus_minus(mean: float, half: float) -> str:

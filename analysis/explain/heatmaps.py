@@ -1,5 +1,6 @@
 """Saliency maps of a run's test images, and pictures of them: heat maps over photos, on a grid."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,16 +75,25 @@ class ExplainedRun:
     def __init__(
         self, run: FinishedRun, method: str, stage: int | None = None, data_path: str = ""
     ):
-        self.run, self.model, kind = run, load_classifier(run), METHODS[method].kind
+        self.run, self.model = run, load_classifier(run)
         self.photos, self.labels = load_test_images(run, data_path), run.test["labels"]
         self.probabilities = softmax(run.test["logits"], axis=1)
-        size = self.photos.shape[1]
+        self._choose(method, stage)
+
+    def _choose(self, method: str, stage: int | None = None) -> None:
+        size, kind, self.method = self.photos.shape[1], METHODS[method].kind, method
         self.explain = explainer(self.model, size, method, stage)
         self.stage = default_stage(self.model, size) if stage is None else stage
         self.only_pixels = kind == "map" and self.stage == 0  # a CAM that weighs colours alone
         side = map_side(self.model, size, self.stage)
         of_stage = f"{side}x{side}, stage {self.stage} of {len(self.model.stages)}"
         self.resolution = of_stage if kind == "map" else "pixels"  # as a reader sees it
+
+    def by(self, method: str) -> "ExplainedRun":
+        """Returns the same run and images, explained by another method."""
+        other = copy.copy(self)
+        other._choose(method)
+        return other
 
     def photo(self, row: int) -> View:
         """Returns the photo of a test image under its true class."""

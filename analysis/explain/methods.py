@@ -5,7 +5,8 @@ scaled, of the size of the image, all zero without positive evidence. There are 
 
 * of a stage's input (class activation maps, CAM): `gradcam`, `gradcam++`, `hirescam`;
 * of the pixels, by gradient: `gradient`, `smoothgrad`, `integrated`;
-* of the logits alone, which any classifier gives: `occlusion`.
+* of the logits alone, which any classifier gives: `occlusion`, and through the packages of these
+  names (extra `[explain]`) `lime` and `shap`.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.explain import packages
 from analysis.forward import in_batches
 from errors import UserError, choose
 from models import Classifier
@@ -146,6 +148,7 @@ class Method:
     title: str  # as a reader sees it
     kind: str  # "map" of a stage's input, "pixels" by gradient, "logits" of any classifier
     copies: int = 1  # of an image, in memory at once
+    package: str = ""  # that must be installed; `maps` is then (predict, image, target) -> [S, S]
 
 
 # With their papers on arXiv. Score-CAM (1910.01279) is left out: on 100 test images of the digits,
@@ -162,6 +165,8 @@ METHODS = {
         _over_channels(integrated_gradients), "integrated gradients", "pixels", PATH_STEPS
     ),
     "occlusion": Method(_occlusion, "occlusion", "logits", WINDOWS**2),  # 1311.2901
+    "lime": Method(packages.lime_map, "LIME", "logits", package="lime"),  # 1602.04938
+    "shap": Method(packages.shap_map, "SHAP", "logits", package="shap"),  # 1705.07874
 }
 
 
@@ -174,9 +179,9 @@ def explainer(
 ) -> Callable[..., np.ndarray]:
     """Returns a function of images uint8 [N, S, S, 3] and classes [N] to maps float32 [N, S, S].
 
-    It is compiled once, and also takes another model of the same architecture. `stage` is the one
-    whose input is the map of a CAM, None the default one; `batch` counts the copies that a method
-    makes of images. Raises UserError for a method or stage that does not suit the model.
+    It is compiled once, seeded, and also takes another model of the same architecture. `stage` is
+    the one whose input is the map of a CAM, None the default one; `batch` counts the copies that a
+    method makes of images. Raises UserError for a method or stage that does not suit the model.
     """
     entry = METHODS[choose("method", method, METHODS)]
     if entry.kind != "logits" and not model.trained_by_gradient:
@@ -184,6 +189,7 @@ def explainer(
             f"{type(model).__name__} has no layers that learn by gradient, which {entry.title} "
             "needs: use method=occlusion"
         )
+    packages.need(entry.package)
     if entry.kind != "map" and stage is not None:
         raise UserError(f"{entry.title} looks at pixels, not at a stage: leave out stage={stage}")
     stage = default_stage(model, image_size) if stage is None else stage
@@ -193,6 +199,8 @@ def explainer(
             f"stage {stage} of this {type(model).__name__} is given no map of the image: choose "
             f"one of {', '.join(map(str, suited))} (0 is the image itself)"
         )
+    if entry.package:
+        return _one_by_one(model, entry)
 
     @jax.jit
     def maps(model: Classifier, images, targets) -> jax.Array:
@@ -202,5 +210,25 @@ def explainer(
 
     def explain(images: np.ndarray, targets: np.ndarray, other: Classifier = model):
         return in_batches(partial(maps, other), images, np.asarray(targets, np.int32), size=size)
+
+    return explain
+
+
+def _one_by_one(model: Classifier, entry: Method) -> Callable[..., np.ndarray]:
+    """Returns the function of `explainer` for a method of a package, which sees one image."""
+
+    @jax.jit
+    def logits(model: Classifier, images) -> jax.Array:
+        return model(model.preprocess(images)).astype(jnp.float32)
+
+    def explain(images: np.ndarray, targets: np.ndarray, other: Classifier = model):
+        def predict(some: np.ndarray) -> np.ndarray:
+            # Always whole batches, as every other number of images would be compiled anew.
+            rows = np.arange(-(-len(some) // packages.BATCH) * packages.BATCH) % len(some)
+            some, program = some.astype(np.float32), partial(logits, other)
+            return in_batches(program, some[rows], size=packages.BATCH)[: len(some)]
+
+        maps = [entry.maps(predict, *one) for one in zip(images, map(int, targets), strict=True)]
+        return np.stack(maps).astype(np.float32)
 
     return explain

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,7 +8,8 @@ import pytest
 
 from analysis import gradcam
 from analysis.explain.heatmaps import ExplainedRun
-from analysis.explain.methods import explainer
+from analysis.explain.methods import METHODS, explainer
+from analysis.explain.packages import installed
 from analysis.forward import load_classifier, load_test_images
 from analysis.runs import group_runs, load_runs
 from errors import UserError
@@ -22,13 +24,55 @@ def test_the_section_of_a_workdir(corner_workdir, tmp_path):
     names = [picture.file for picture in section.pictures]
     assert names[0] == "gradcam_models.png" and names[-1] == "gradcam_faithfulness.svg"
     text = " ".join(section.text)
-    assert "knn is left out: it is not trained by gradient" in text
-    assert "linear is left out: none of its stages returns 4x4 places" in text
-    (table,) = section.tables
-    (row,) = table.rows
-    assert row[0] == "cnn" and len(row) == len(table.columns)
+    assert "Left out (not trained by gradient, without layers to look into): knn." in text
+    assert "Left out (none of its stages returns 4x4 places): linear." in text
+    models, methods = section.tables
+    (row,) = models.rows
+    assert row[0] == "cnn" and len(row) == len(models.columns)
     gain, half = section.data["cnn"]["gain"]
     assert gain > half > 0  # better than a random map
+    present = [name for name in gradcam.COMPARED if installed(METHODS[name].package)]
+    assert [row[0] for row in methods.rows] == [METHODS[name].title for name in present]
+    assert section.data["methods"]["occlusion"]["gain"][0] > 0
+    assert "over a random map" in section.finding
+    assert ("can be compared, too: pip install" in text) == (len(present) < len(gradcam.COMPARED))
+
+
+def test_only_the_best_models_are_drawn(corner_workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(gradcam, "MODELS_SHOWN", 1)
+    monkeypatch.setattr(gradcam, "COMPARED", ())
+    runs = group_runs(load_runs(corner_workdir))
+    groups = {name: runs["cnn"] for name in ("a", "b", "c")}
+    section = gradcam.gradcam_section(groups, tmp_path, 2)
+    assert "Left out (behind the best 1): b, c." in section.text
+    assert [row[0] for row in section.tables[0].rows] == ["a"]
+
+
+def test_a_photo_is_shown_again_only_where_there_is_no_other():
+    rows = np.array([3, 5, 8])
+    assert gradcam._new(rows, [5, 9]).tolist() == [3, 8]
+    assert gradcam._new(rows, [3, 5, 8]).tolist() == [3, 5, 8]
+
+
+def test_the_command_leaves_the_report_alone(corner_workdir, tmp_path):
+    """It writes into WORKDIR/gradcam, whatever the report holds under the same names."""
+    workdir = tmp_path / "work"
+    shutil.copytree(corner_workdir, workdir)
+    report = workdir / "report"
+    report.mkdir()
+    kept = ("index.html", "gradcam.json", "gradcam_models.png", "gradcam_faithfulness.svg")
+    for name in kept:
+        (report / name).write_bytes(name.encode())
+    times = {path: path.stat().st_mtime_ns for path in report.iterdir()}
+    command = [sys.executable, "-m", "analysis.gradcam", str(workdir), "--images=2"]
+    data = f"--data={corner_workdir / 'corner.npz'}"
+    done = subprocess.run([*command, data], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == {
+        name: name.encode() for name in kept
+    }
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert (workdir / "gradcam" / "gradcam_models.png").stat().st_size > 1000
 
 
 def test_right_beside_wrong(corner_run, tmp_path):

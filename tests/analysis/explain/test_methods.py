@@ -31,8 +31,8 @@ def images():
 
 @pytest.fixture(scope="module")
 def maps(cnn, images):
-    """The maps of every method but pixel gradients, with all images in one batch."""
-    names = [name for name, method in METHODS.items() if method.kind != "pixels"]
+    """The maps of activations and of occlusion, with all images in one batch."""
+    names = [n for n, method in METHODS.items() if method.kind != "pixels" and not method.package]
     return {name: explain(cnn, *images, method=name, batch=10**4) for name in names}
 
 

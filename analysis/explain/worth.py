@@ -1,0 +1,58 @@
+"""Are slow explanations worth their time? Methods compared on one model and the same images."""
+
+import numpy as np
+
+from analysis.explain.faithfulness import Scores, gains, mean_and_interval, seconds
+
+
+def differences(
+    scores: dict[str, Scores], slow: list[str]
+) -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Returns the paired difference in gain of every slow method and quick one, low, high.
+
+    The 95 % t-intervals are simultaneous (Bonferroni) and NaN for one image.
+    """
+    pairs = [(a, b) for a in slow for b in scores if b not in slow]
+    found = {}
+    for a, b in pairs:
+        paired = gains(scores[a]) - gains(scores[b])
+        mean, half = mean_and_interval(paired, 1 - 0.05 / len(pairs))
+        found[a, b] = mean, mean - half, mean + half
+    return found
+
+
+def sentence(label: str, scores: dict[str, Scores], slow: list[str]) -> str:
+    """Returns whether the slow methods are worth their time on a model, with the numbers."""
+    gain = {name: gains(values).mean() for name, values in scores.items()}
+    count = len(next(iter(scores.values()))["zero"])
+    quick = max((name for name in scores if name not in slow), key=gain.get)
+    over = f"over {count} image{'s' * (count > 1)} of {label}"
+    if not slow:
+        return (
+            f"The maps of {quick} follow the model best of {len(scores)} methods: {over}, their "
+            f"gain over a random map is {gain[quick]:.2f}."
+        )
+    compared = differences(scores, slow)
+    worth = [a for a in slow if all(compared[pair][1] > 0 for pair in compared if pair[0] == a)]
+    others = [name for name in slow if name not in worth]
+    start = _verdict(worth or others, "worth" if worth else "not shown to be worth")
+    start += f", {others[0]} is not shown to be" if worth and others else ""
+    took = {name: seconds(values["seconds"].item()) for name, values in scores.items()}
+    shown = [
+        f"{gain[name]:.2f} by {name} ({took[name]} s an image{_more(*compared[name, quick])})"
+        for name in slow
+    ]
+    return (
+        f"{start}: {over}, the gain over a random map is {' and '.join(shown)}, at most "
+        f"{gain[quick]:.2f} by a quicker method ({quick}, {took[quick]} s)."
+    )
+
+
+def _verdict(names: list[str], worth: str) -> str:
+    verb, whose = ("is", "its") if len(names) == 1 else ("are", "their")
+    return f"{' and '.join(names)} {verb} {worth} {whose} time"
+
+
+def _more(mean: float, low: float, high: float) -> str:
+    """Returns the interval of a difference, nothing where it is unknown."""
+    return "" if np.isnan(low) else f"; {low:+.2f} to {high:+.2f} beside the best quicker one"
