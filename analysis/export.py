@@ -9,6 +9,7 @@ logits become answers; `--config.weights=archcompare:FILE` reads it too. README.
 """
 
 import json
+import math
 import re
 from collections import Counter
 from contextlib import suppress
@@ -18,7 +19,15 @@ import jinja2
 import numpy as np
 
 from analysis import audit
-from analysis.evaluate import classes_of, confused_pairs, confusion_of, evaluate, softmax
+from analysis.confidence import RISK, softmax
+from analysis.evaluate import (
+    classes_of,
+    confused_pairs,
+    confusion_of,
+    coverage_of_sets,
+    evaluate,
+)
+from analysis.page.tables import NONE
 from analysis.predict import CARD, WEIGHTS, Predictor, predictor_of
 from analysis.runs import FinishedRun, load_run, read_audit
 from analysis.uncertainty import wilson
@@ -95,7 +104,7 @@ def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
-    environment.filters |= {"percent": lambda share: f"{100 * share:.1f} %", "text": _markdown}
+    environment.filters |= {"percent": _percent, "text": _markdown}
     weights = run.summary.get("weights", "none")
     return environment.get_template("model_card.md.j2").render(
         run=run,
@@ -117,12 +126,16 @@ def _results(run: FinishedRun, predictor: Predictor) -> dict:
     confidence = softmax(run.test["logits"], predictor.facts["temperature"]).max(axis=1)
     table = classes_of(run).to_dict("records")
     for row, right in zip(table, np.diag(counts), strict=True):
-        row["interval"] = wilson(right, row["support"])
+        row["interval"] = wilson(right, row["support"]) if row["support"] else (math.nan, math.nan)
     trusted = []
     for entry in predictor.facts["review_thresholds"]:
         answered = confidence >= predictor.threshold(entry["target"])
         accuracy = correct[answered].mean() if answered.any() else None
         trusted.append((entry["target"], entry["confidence"], answered.mean(), accuracy))
+    sets, facts = [], predictor.facts["sets"]
+    for entry in facts["levels"]:
+        held, size = (values.mean() for values in coverage_of_sets(run, facts, entry["level"]))
+        sets.append((entry["level"], entry["least"], held, size))
     return {
         "count": len(correct),
         "correct": int(correct.sum()),
@@ -135,6 +148,8 @@ def _results(run: FinishedRun, predictor: Predictor) -> dict:
         "confident_answers": int((confidence >= CONFIDENT).sum()),
         "confident": CONFIDENT,
         "trusted": trusted,
+        "risk": RISK,
+        "sets": sets,
     }
 
 
@@ -147,6 +162,10 @@ def _audit(run: FinishedRun) -> str:
         raise UserError(
             f"{workdir}/audit/audit.json cannot be read ({error}): audit the data again"
         ) from error
+
+
+def _percent(share: float) -> str:
+    return NONE if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def _markdown(text: object) -> str:

@@ -4,13 +4,16 @@
 
 MODEL is the directory of a complete run, or what `python -m analysis.export` wrote. PHOTOS are
 image files, folders, or quoted patterns such as 'photos/**/*.jpg'. Confidences are probabilities
-after temperature scaling; an answer is to be reviewed if its confidence is below the one that gave
---target_accuracy on the run's validation images. Photos unlike the training images may get
-confident wrong answers. Exit codes: 0 every image was read, 1 some could not be, 2 a mistake.
+after temperature scaling; an answer is to be reviewed if its confidence is below the one that
+promises --target_accuracy, by the run's validation images. `set95` names the classes, likeliest
+first, that hold the true one with 95 % probability; a ; parts them, and " stands around a name that
+has one. Photos unlike the training images may get confident wrong answers and wrong sets.
+Exit codes: 0 every image was read, 1 some could not be, 2 a mistake.
 """
 
 import csv
 import glob
+import io
 import math
 import os
 import sys
@@ -27,7 +30,8 @@ from typing import TextIO
 import numpy as np
 from absl import flags
 
-from analysis.evaluate import choose_threshold, fit_temperature, softmax
+from analysis.confidence import least_probability, sets_of_classes, softmax
+from analysis.evaluate import sets_fitted_to, temperature_of, threshold_of
 from analysis.forward import classifier_from, compiled
 from analysis.runs import FinishedRun, load_run
 from data.decoding import MAX_PIXELS, resize, to_rgb
@@ -42,7 +46,8 @@ from training.weights import find_weights
 WEIGHTS, CARD = "model.safetensors", "README.md"  # what an export writes
 TARGETS = (0.9, 0.95, 0.99)  # accuracies that an export knows review thresholds for
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
-COLUMNS = ("path", *(name for pair in RANKS for name in pair), "review", "error")
+SET_LEVEL = 0.95
+COLUMNS = ("path", *(name for pair in RANKS for name in pair), "set95", "review", "error")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class Predictor:
     """A trained classifier, and what is known of its input and output."""
 
     model: Classifier
-    facts: dict  # of `training.weights.save_weights`, and `temperature` and `review_thresholds`
+    # Of `training.weights.save_weights`, and `temperature`, `review_thresholds` and `sets`; exports
+    # made before there were sets have none.
+    facts: dict
 
     def threshold(self, target: float) -> float:
         """Returns the confidence below which to review answers, for this accuracy of the others."""
@@ -61,6 +68,23 @@ class Predictor:
                 f"{', '.join(map(str, known))}; choose one of them, or give the run directory"
             )
         return math.inf if known[target] is None else known[target]
+
+    def sets(self, logits: np.ndarray) -> np.ndarray | None:
+        """Returns which classes are in each image's `set95`, bool [N, K]; None without promise."""
+        fitted = self.facts.get("sets")
+        return sets_of_classes(logits, fitted, SET_LEVEL) if fitted else None
+
+    def not_promised(self, target: float) -> str:
+        """Returns in words which of threshold and sets these validation images cannot give."""
+        text = ""
+        if self.threshold(target) == math.inf:
+            text = f"no confidence promises an accuracy of {target}, so every image is to review; "
+        if "sets" not in self.facts:
+            text += "this export is older than sets of classes, so set95 is empty; "
+        elif least_probability(self.facts["sets"], SET_LEVEL) is None:
+            text += f"{self.facts['sets']['images']} validation images are too few for sets of "
+            text += "classes, so set95 is empty; "
+        return text.removesuffix("; ")
 
 
 def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
@@ -77,12 +101,10 @@ def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
 
 def predictor_of(run: FinishedRun, targets: Sequence[float] = TARGETS) -> Predictor:
     """Returns the classifier of a complete run, with review thresholds for these accuracies."""
-    logits, labels = run.validation["logits"], run.validation["labels"]
-    temperature = fit_temperature(logits, labels)
-    probabilities = softmax(logits, temperature)
-    thresholds = [choose_threshold(probabilities, labels, goal) for goal in targets]
+    temperature = temperature_of(run)
+    thresholds = [threshold_of(run, temperature, goal) for goal in targets]
     fitted = {"temperature": temperature, "review_thresholds": thresholds}
-    return _read(find_weights(run.path), plain(fitted))
+    return _read(find_weights(run.path), plain(fitted | {"sets": sets_fitted_to(run)}))
 
 
 def _read(file: Path, fitted: dict | None = None) -> Predictor:
@@ -166,14 +188,25 @@ def predict(
             images = np.zeros((size, side, side, 3), np.uint8)
             for i, (image, _) in enumerate(decoded):
                 images[i] = image
-            probabilities = softmax(np.asarray(program(images)), facts["temperature"])
-            for path, (_, error), row in zip(paths[start:], decoded, probabilities, strict=False):
+            logits = np.asarray(program(images))
+            probabilities, sets = softmax(logits, facts["temperature"]), predictor.sets(logits)
+            for i, (path, (_, error)) in enumerate(zip(paths[start:], decoded, strict=False)):
+                row = probabilities[i]
                 sure = not error and row.max() >= threshold
                 cells = {"path": path, "review": "no" if sure else "yes", "error": error}
                 best = [] if error else np.argsort(-row, kind="stable")
                 for (name, confidence), label in zip(RANKS, best, strict=False):
                     cells |= {name: facts["class_names"][label], confidence: float(row[label])}
+                if sets is not None and not error:
+                    names = [facts["class_names"][label] for label in best if sets[i, label]]
+                    cells["set95"] = _joined(names)
                 yield dict.fromkeys(COLUMNS, "") | cells
+
+
+def _joined(names: list[str]) -> str:
+    """Returns names as one line of CSV with semicolons: whatever a name holds, it can be read."""
+    csv.writer(line := io.StringIO(), delimiter=";").writerow(names)
+    return line.getvalue().removesuffix("\r\n")
 
 
 def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:
@@ -237,6 +270,8 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    if reason := predictor.not_promised(target):
+        print(reason, file=sys.stderr)
     print(
         f"{counts['images']} images, {counts['review']} to review, of which {counts['error']} "
         "could not be read" + (f": {output}" if output not in ("", "-") else ""),
@@ -247,7 +282,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     OUTPUT = flags.DEFINE_string("output", "-", "CSV file of the table; - is standard output")
-    goal = "Accuracy, by the validation images, of the answers that nobody reviews"
+    goal = "Accuracy promised, by the validation images, of the answers that nobody reviews"
     TARGET = flags.DEFINE_float("target_accuracy", 0.95, goal, lower_bound=0, upper_bound=1)
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at once", lower_bound=1)
     RECURSIVE = flags.DEFINE_bool("recursive", True, "Search folders in folders too")

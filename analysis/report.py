@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from analysis import ensembles, gradcam, inside, robustness
+from analysis.calibration import calibration_section
 from analysis.compare import Comparison, compare, write_tables
 from analysis.explain import packages
 from analysis.page import chapters
@@ -69,7 +70,7 @@ CHAPTERS = (  # in the order of the page
     ),
     Chapter("Robustness", _robustness, "robustness.json", ("robustness_images", "baseline")),
     Chapter("Looking inside", _inside, "inspect.json", ("look_inside",)),
-    Chapter("How far their confidence can be trusted", chapters.calibration),
+    Chapter("How far their confidence can be trusted", calibration_section),
     Chapter("Data", chapters.data),
     Chapter("How to reproduce this", chapters.reproduce),
 )

@@ -13,7 +13,7 @@ from analysis.forward import load_test_images
 from analysis.page import charts
 from analysis.page.figures import draw_photos, save, shortened
 from analysis.page.section import Details, Picture, Section, Table
-from analysis.page.tables import decimal, percent, printed_pairs, printed_table
+from analysis.page.tables import percent, printed_pairs, printed_table
 from analysis.runs import FinishedRun, read_plan
 from errors import UserError
 
@@ -96,7 +96,7 @@ def classes(comparison: Comparison) -> Section:
     )
     never = ", ".join(scores.index[scores.predicted == 0])
     if never:
-        section.text.append(f"{best} never predicts {never}: its precision there is 0.")
+        section.text.append(f"{best} never predicts {never}: its precision there is undefined.")
     confused = compare.confused_along(comparison.groups)
     if len(confused):
         caption = "The most confused pairs of classes by model, the least accurate first: test "
@@ -167,32 +167,6 @@ def pairs_of_models(comparison: Comparison) -> Section:
         lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
         section.details = [Details(f"Test images that one model alone gets right: {counts}", lines)]
     return section
-
-
-def calibration(comparison: Comparison) -> Section:
-    """Reliability, temperature scaling, and accuracy when unsure predictions are left out."""
-    table = comparison.table
-    columns = {
-        "model": list(comparison.groups),
-        "ECE %": table.ece_mean.map(percent),
-        "NLL": table.nll_mean.map(decimal),
-        "temperature": table.temperature_mean.map("{:.2f}".format),
-        "ECE % scaled": table.ece_scaled_mean.map(percent),
-        "NLL scaled": table.nll_scaled_mean.map(decimal),
-        "answered %": table.answered_mean.map(lambda share: percent(share, 1)),
-        "accuracy on these %": table.accuracy_answered_mean.map(percent),
-    }
-    text = (
-        "The temperature, fitted on validation images, divides the logits: above 1 the model was "
-        "too sure, below 1 not sure enough. “Answered” are test images whose scaled confidence "
-        "reaches the threshold that gave 95 % accuracy on validation images; the rest would go to "
-        "a person. Means over seeds; the charts pool them, before scaling."
-    )
-    caption = "Reliability: on the dashed line, confidence is accuracy."
-    pictures = [_chart(comparison, charts.draw_reliability, "reliability.svg", caption)]
-    caption = "Accuracy when only the surest predictions are answered."
-    pictures.append(_chart(comparison, charts.draw_coverage, "coverage.svg", caption))
-    return Section(text=[text], tables=[_as_table(pd.DataFrame(columns))], pictures=pictures)
 
 
 def transfer(comparison: Comparison) -> Section | None:

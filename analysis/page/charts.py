@@ -6,12 +6,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import NullFormatter
 
-from analysis import compare, evaluate
+from analysis import compare
 from analysis.compare import Comparison
 from analysis.page import figures
 from analysis.page.figures import literal, plt, shortened
 from analysis.page.tables import scaled
-from analysis.runs import FinishedRun, correctness
 from analysis.uncertainty import pareto_front
 
 
@@ -162,44 +161,4 @@ def draw_pareto(comparison: Comparison) -> plt.Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("test accuracy, %")
     figures.legend_beside(figure, axes.flat)
-    return figure
-
-
-def draw_reliability(comparison: Comparison) -> plt.Figure:
-    """A diagram a model: accuracy by confidence, and how often each confidence occurs."""
-    figure, axes = figures.small_multiples(len(comparison.groups), 4, (3, 3))
-    for axis, (runs, _, style) in zip(axes, _models(comparison), strict=True):
-        pooled = _pooled(runs)
-        bins = evaluate.reliability(*pooled)
-        share = bins.images / bins.images.sum()
-        axis.bar(bins.low, share, 1 / len(bins), align="edge", color="#cccccc")
-        axis.plot((0, 1), (0, 1), color="#666666", lw=1, ls="--")
-        axis.plot(bins.confidence, bins.accuracy, "o-", ms=4, **style)
-        error = evaluate.calibration_error(*pooled)
-        axis.set_title(f"{style['label']}: ECE {100 * error:.1f} %", fontsize=9)
-        axis.set(xlim=(0, 1), ylim=(0, 1))
-        axis.grid()
-    figure.supxlabel("confidence in the predicted class", fontsize=10)
-    figure.supylabel("accuracy; grey: share of images", fontsize=10)
-    return figure
-
-
-def _pooled(runs: list[FinishedRun]) -> tuple[np.ndarray, np.ndarray]:
-    """Test probabilities [S * N, K] and labels of all seeds."""
-    probabilities = [evaluate.softmax(run.test["logits"]) for run in runs]
-    return np.concatenate(probabilities), np.concatenate([run.test["labels"] for run in runs])
-
-
-def draw_coverage(comparison: Comparison) -> plt.Figure:
-    """Accuracy on the images answered against their share, as the confidence asked for rises."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    for runs, _, style in _models(comparison):
-        probabilities, labels = _pooled(runs)
-        curve = evaluate.coverage_curve(probabilities, labels)
-        curve = 100 * curve[curve.coverage * len(labels) >= 20]  # of fewer images it is noise
-        axis.step(curve.coverage, curve.accuracy, where="post", **style)
-    lowest = 100 * min(correctness(runs).mean() for runs in comparison.groups.values())
-    axis.set(xlabel="images answered, %", ylabel="accuracy on them, %", ylim=(lowest - 2, 100.5))
-    axis.grid()
-    figures.legend_beside(figure, [axis])
     return figure

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, precision_score, recall_score
 
 from analysis import audit, export
+from analysis.confidence import sets_of_classes
 from analysis.forward import load_test_images
 from analysis.predict import load_predictor, predict, predictor_of
 from analysis.runs import load_run
@@ -129,7 +130,7 @@ def test_a_target_out_of_reach_stays_so(workdir, tmp_path):
     np.savez(run_dir / "predictions_validation.npz", **known)
     export.export_run(load_run(run_dir), tmp_path / "out")
     assert load_predictor(tmp_path / "out").threshold(0.9) == math.inf
-    assert "none reaches it: review everything" in (tmp_path / "out/README.md").read_text()
+    assert "none promises it: review everything" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -241,6 +242,33 @@ def test_the_numbers_in_the_card_are_those_of_the_predictions(workdir, card):
     most = max(pairs.count(pair) for pair in pairs)
     first = re.search(r"in (\d+) test images, the other way round in (\d+)", card)
     assert int(first[1]) + int(first[2]) == most
+
+
+def test_the_card_tells_of_thresholds_and_sets(workdir, card):
+    run = load_run(workdir / "cnn/seed0")
+    facts = predictor_of(run).facts
+    assert facts["sets"]["images"] == len(run.validation["labels"]) // 2
+    for line in ("least that promises the target accuracy", "at most 10.0 %", "Split conformal"):
+        assert line in card
+    for entry in facts["sets"]["levels"]:
+        start = f"| {100 * entry['level']:.1f} % | "
+        sets = sets_of_classes(run.test["logits"], facts["sets"], entry["level"])
+        if sets is None:
+            assert f"{start}too few validation images for a promise | – |" in card
+            continue
+        held = sets[np.arange(len(sets)), run.test["labels"]].mean()
+        assert f"{start}{100 * held:.1f} % | {sets.sum(axis=1).mean():.2f} |" in card
+    assert "nan" not in card
+
+
+def test_a_class_without_test_images_has_no_recall(workdir, tmp_path):
+    run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
+    known = dict(np.load(run_dir / "predictions_test.npz"))
+    kept = known["labels"] != 2
+    np.savez(run_dir / "predictions_test.npz", **{k: v[kept] for k, v in known.items()})
+    run = load_run(run_dir)
+    text = export.model_card(run, predictor_of(run), "x")
+    assert re.search(r"\| été \| [\d.–]+( %)? \| – \| – \| – \|", text) and "nan" not in text
 
 
 def test_confident_errors_are_counted(workdir, card):

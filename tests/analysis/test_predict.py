@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.special import betaincinv
 
 from analysis import predict as command
+from analysis.confidence import fit_temperature, softmax
 from analysis.predict import COLUMNS, find_images, load_predictor, open_output, predict, write_rows
 from analysis.runs import load_run
 from configs import digits
@@ -73,12 +75,6 @@ def files(moved):
     return [str(moved[1] / name) for name in load_run(moved[0]).test["ids"]]
 
 
-def mean_loss(predictions, temperature):
-    scaled = predictions["logits"].astype(float) / temperature
-    log_sum = np.log(np.exp(scaled).sum(axis=1))
-    return (log_sum - scaled[np.arange(len(scaled)), predictions["labels"]]).mean()
-
-
 # --- predictions ----------------------------------------------------------------------------------
 
 
@@ -98,11 +94,9 @@ def test_files_give_the_classes_and_probabilities_that_the_run_saved(moved, pred
     assert len({row["class"] for row in rows}) == 3  # or else the comparison would say little
 
 
-def test_confidences_are_scaled_by_the_temperature_best_on_validation_images(moved, predictor):
-    known, best = load_run(moved[0]).validation, predictor.facts["temperature"]
-    assert best != 1 and 0.06 < best < 19  # inside the range searched
-    for factor in (0.97, 1.03):
-        assert mean_loss(known, best) < mean_loss(known, best * factor)
+def test_confidences_are_scaled_by_the_temperature_of_validation_images(moved, predictor):
+    known = load_run(moved[0]).validation
+    assert predictor.facts["temperature"] == fit_temperature(known["logits"], known["labels"])
 
 
 def test_size_of_batches_does_not_matter(predictor, files):
@@ -159,17 +153,65 @@ def test_answers_at_the_threshold_pass_and_those_below_are_reviewed(predictor, f
             assert set(expected) == {"yes", "no"}
 
 
-def test_the_threshold_reaches_its_target_on_validation_images(moved, predictor):
-    known = load_run(moved[0]).validation
-    powers = np.exp(known["logits"].astype(float) / predictor.facts["temperature"])
-    top = (powers / powers.sum(axis=1, keepdims=True)).max(axis=1)
-    right = known["logits"].argmax(axis=1) == known["labels"]
-    for target in (0.5, 0.8, 1.0):
-        least = load_predictor(moved[0], target).threshold(target)
-        sizes = [(top >= level).sum() for level in top if right[top >= level].mean() >= target]
-        assert (top >= least - 1e-9).sum() == max([*sizes, 0])
+def test_the_threshold_keeps_its_promise_by_validation_images(moved, predictor, tmp_path):
+    run = load_run(shutil.copytree(moved[0], tmp_path / "run"))
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(600, 3)).astype(np.float32) * 4
+    labels = (softmax(logits).cumsum(axis=1) < random.random((600, 1))).sum(axis=1)
+    np.savez(
+        run.path / "predictions_validation.npz", ids=np.arange(600), labels=labels, logits=logits
+    )
+    confidence = softmax(logits, fit_temperature(logits, labels)).max(axis=1)
+    right = logits.argmax(axis=1) == labels
+    for target in (0.9, 0.95):
+        least = load_predictor(run.path, target).threshold(target)
+        kept = confidence >= least - 1e-9
+        low = betaincinv(right[kept].sum(), (~right)[kept].sum() + 1, 0.1)  # Clopper and Pearson
+        assert 30 < kept.sum() < 600 and right[kept].mean() > low >= target
     with pytest.raises(UserError, match="thresholds for 0.95"):
         predictor.threshold(0.9)
+
+
+# --- sets of classes ------------------------------------------------------------------------------
+
+
+def with_sets(predictor, least, temperature=2.0):
+    levels = [{"level": 0.9, "least": None}, {"level": 0.95, "least": least}]
+    sets = {"temperature": temperature, "images": 15, "levels": levels}
+    names = ["a;b", '"q"', "c, d\ne"]
+    return replace(predictor, facts=predictor.facts | {"sets": sets, "class_names": names})
+
+
+def test_sets_can_be_read_whatever_names_hold(moved, predictor, files, tmp_path):
+    made = with_sets(predictor, 0.3)
+    rows = list(predict(made, files, TARGET))
+    with open_output(str(tmp_path / "t.csv")) as file:
+        write_rows(file, rows)
+    expected = softmax(load_run(moved[0]).test["logits"], 2.0)
+    sizes = set()
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        for row, own in zip(csv.DictReader(file), expected, strict=True):
+            (names,) = csv.reader(io.StringIO(row["set95"], newline=""), delimiter=";")
+            best = np.argsort(-own)
+            assert names == [made.facts["class_names"][k] for k in best if own[k] >= 0.3]
+            sizes.add(len(names))
+    assert len(sizes) > 1
+
+
+def test_what_cannot_be_promised_is_said(predictor, files):
+    silent = with_sets(predictor, 0.3)
+    known = [{"target": TARGET, "confidence": 0.5}]
+    silent.facts["review_thresholds"] = known
+    assert silent.not_promised(TARGET) == ""
+    few = with_sets(predictor, None)
+    few.facts["review_thresholds"] = [{"target": TARGET, "confidence": None}]
+    assert {row["set95"] for row in predict(few, files, TARGET)} == {""}
+    assert {row["review"] for row in predict(few, files, TARGET)} == {"yes"}
+    told = few.not_promised(TARGET)
+    assert "every image is to review" in told and "15 validation images are too few" in told
+    del few.facts["sets"]  # as older versions exported
+    assert {row["set95"] for row in predict(few, files, TARGET)} == {""}
+    assert "older than sets" in few.not_promised(TARGET)
 
 
 # --- which files ----------------------------------------------------------------------------------
@@ -305,7 +347,9 @@ def test_command_writes_a_row_an_image_and_says_by_its_exit_code(moved, call, tm
     assert len({row["path"] for row in rows}) == len(rows) == 60
     assert {row["class"] for row in rows} == set(NAMES)
     review = sum(row["review"] == "yes" for row in rows)
-    assert f"60 images, {review} to review, of which 0" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"60 images, {review} to review, of which 0" in told
+    assert "no confidence promises" in told  # by so few validation images
     (tmp_path / "bad.png").write_bytes(b"bad")
     arguments = [sys.executable, "-m", "analysis.predict", run, photos / NAMES[1], tmp_path]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True)
