@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from analysis.runs import FinishedRun
 from configs import base
 from errors import UserError
-from input_pipeline import load_dataset
+from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.weights.own import read_own
 from training.weights import find_weights
@@ -54,16 +54,10 @@ def load_classifier(run: FinishedRun) -> Classifier:
     return classifier_from(file, read_own(file))
 
 
-def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
-    """Returns the test images of a run in the order of its predictions: see `load_images`."""
-    return load_images(run, "test", data_path)
+def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
+    """Returns the dataset of a run, whose parts have the order of its predictions.
 
-
-def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
-    """Returns the images of a part in the order of the run's predictions: uint8 [N, S, S, 3].
-
-    `part` is test or validation; `data_path` is where the data lies now, "" for where it was.
-    Raises UserError if it changed.
+    `data_path` is where the data lies now, "" for where it was. Raises UserError if it changed.
     """
     config = ConfigDict(run.config["data"])
     if data_path:
@@ -72,12 +66,24 @@ def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
     use_compilation_cache(cache_dir)
     dataset = load_dataset(config, cache_dir)
     same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
-    if not same or dataset.ids(part) != getattr(run, part)["ids"].tolist():
+    if not same or any(
+        dataset.ids(part) != getattr(run, part)["ids"].tolist() for part in ("test", "validation")
+    ):
         raise UserError(
             f"the images in {config.path or config.source} are not those that {run.path} was "
             "trained on (their fingerprint differs): give the original data"
         )
-    return dataset.images(part)
+    return dataset
+
+
+def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
+    """Returns the images of a part, test or validation, in that order: uint8 [N, S, S, 3]."""
+    return load_data(run, data_path).images(part)
+
+
+def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:
+    """Returns the test images of a run in that order: uint8 [N, S, S, 3]."""
+    return load_images(run, "test", data_path)
 
 
 def compiled(model: Classifier, function: Callable) -> Callable:

@@ -1,10 +1,11 @@
 """How much accuracy do corrupted and attacked test images cost each model?
 
-    python -m analysis.robustness RUN_OR_WORKDIR [--images=N] [--seeds=1] [--baseline=MODEL] \
-        [--corruptions=a,b] [--data=PATH] [--output=DIR]
+    python -m analysis.robustness RUN_OR_WORKDIR [--images=N] [--seeds=N] [--attacked_seeds=1] \
+        [--baseline=MODEL] [--corruptions=a,b] [--data=PATH] [--output=DIR]
 
-Writes robustness.csv and two pictures, and prints the table. Every model sees the same corrupted
-pixels, at its own image size. Attacks need a gradient, so nearest neighbours are only corrupted.
+Writes robustness.csv and two pictures, and prints the table. The stored photo is corrupted and then
+resized as each run does, so models of every image size meet the same one. Attacks change a model's
+own pixels and need its gradient, so nearest neighbours are only corrupted.
 """
 
 import itertools
@@ -13,71 +14,67 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis.forward import compiled, in_batches, load_classifier, load_test_images
+from analysis.compare import draws_nothing
+from analysis.forward import compiled, in_batches, load_classifier
 from analysis.page.figures import save
 from analysis.page.section import Details, Picture, Section, Table
-from analysis.runs import Groups, chosen_runs, evenly_spaced, group_runs, same_images
-from analysis.stress import summary
-from analysis.stress.attacks import ATTACKS, EPSILONS, PGD_STEPS, loss_gradient
-from analysis.stress.charts import draw_accuracies, draw_corruptions
-from analysis.stress.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from analysis.stress.summary import CLEAN, SHOWN_EPSILON, Outcomes
+from analysis.runs import FinishedRun, Groups, chosen_runs, evenly_spaced, group_runs, same_images
+from analysis.stress import photos, summary
+from analysis.stress.attacks import RESTARTS, STEPS, attack
+from analysis.stress.charts import SHOWN_MODELS, draw_accuracies, draw_corruptions
+from analysis.stress.corruptions import CORRUPTIONS, SEVERITIES
+from analysis.stress.summary import CLEAN, FEWEST_ERRORS, Outcomes
+from analysis.uncertainty import Family
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
 
-BATCH = 32  # images; a gradient of a large network takes far more memory than its prediction
-EXPLANATION = (
-    "Intervals are over images (Wilson, 95 %). Corrupted: mean over {corruptions} at "
-    f"{len(SEVERITIES)} severities; kept: its share of the clean accuracy. mCE: mean over "
-    "corruptions of the error divided by that of {baseline}, lower is better. FGSM and PGD "
-    f"({PGD_STEPS} steps): accuracy when no value moves by more than {SHOWN_EPSILON} grey levels "
-    "of 255, – without a gradient. In brackets: accuracy in percent."
+BATCH = 128  # images
+BYTES = 2**30  # of corrupted pixels in memory at once
+CAPTION = (
+    "Corrupted accuracy: the mean over {corruptions} at "
+    f"{len(SEVERITIES)} severities, its 95 % interval "
+    "over {over}; models that share a letter cannot be told apart. Kept: its share of the clean "
+    "accuracy. Errors: their sum over all corruptions beside that of {baseline} "
+    f"(– if it has fewer than {FEWEST_ERRORS}). "
+    "PGD: an upper bound of the accuracy under attack (– without a gradient), {attacked} of each "
+    "model."
+)
+METHOD = (
+    "A photo is corrupted as it is stored and then resized for each model; its shorter side is at "
+    f"most {photos.LARGEST} pixels, or the largest image size. Random draws depend on the photo "
+    "alone.",
+    "Errors are divided sum by sum. The mean corruption error of Hendrycks and Dietterich (2019) "
+    "averages the ratios of single corruptions instead, so one that hardly harms the baseline can "
+    "outweigh all others.",
+    f"PGD takes {STEPS} steps up the cross-entropy and up the logit margin, each from {RESTARTS} "
+    "starts (FGSM's point, then random ones). An image counts as right if it withstands all of "
+    "them; a better attack may leave less.",
 )
 
 
 def predicted_classes(model: Classifier, images: jax.Array) -> jax.Array:
-    """[B, S, S, 3] float32 in 0..255 -> int [B]."""
+    """[B, S, S, 3] in 0..255 -> int [B]."""
     return model(model.preprocess(images)).argmax(axis=-1)
 
 
-def predict_under(
-    models: dict, images: np.ndarray, labels: np.ndarray, corruptions: Sequence[str]
-) -> dict:
-    """Returns the `Outcomes` bool [N] of models on images uint8 [N, S, S, 3], under equal keys."""
-    programs = {name: compiled(model, predicted_classes) for name, model in models.items()}
-    outcomes = {name: {} for name in models}
-    for condition in [CLEAN, *itertools.product(corruptions, SEVERITIES)]:
-        shown = images if condition == CLEAN else corrupt(images, *condition)
-        for name, program in programs.items():
-            classes = in_batches(lambda x, f=program: f(x.astype(jnp.float32)), shown, size=BATCH)
-            outcomes[name][condition] = classes == labels
-    for name, model in models.items():
-        if model.trained_by_gradient:
-            outcomes[name] |= _attacked(model, images, labels)
-    return outcomes
+def outcomes_of(
+    run: FinishedRun, pixels: np.ndarray, clean: np.ndarray, labels: np.ndarray, attacked: bool
+) -> tuple[np.ndarray, Outcomes]:
+    """Returns which answers are right for pixels uint8 [C, N, S, S, 3], and under attack.
 
-
-def _attacked(model: Classifier, images: np.ndarray, labels: np.ndarray) -> Outcomes:
-    classes, gradient = compiled(model, predicted_classes), compiled(model, loss_gradient)
-    key = jax.random.split(jax.random.key(0))[1]  # starts PGD where earlier versions did
-
-    def under_attack(images: jax.Array, labels: jax.Array, indices: jax.Array) -> Outcomes:
-        images, right = images.astype(jnp.float32), {}
-        for epsilon in EPSILONS:
-            by_image = jax.vmap(jax.random.fold_in, (None, 0))
-            keys = by_image(jax.random.fold_in(key, epsilon), indices)
-            for name, attack in ATTACKS.items():
-                changed = attack(gradient, images, labels, epsilon, keys)
-                right[name, epsilon] = classes(changed) == labels
-        return right
-
-    return in_batches(under_attack, images, labels, np.arange(len(images)), size=BATCH)
+    They are bool [C, N], and by attack and epsilon bool [N] for clean images uint8 [N, S, S, 3].
+    """
+    model = load_classifier(run)
+    program = compiled(model, predicted_classes)
+    classes = in_batches(program, pixels.reshape(-1, *pixels.shape[2:]), size=BATCH)
+    attacked = attacked and model.trained_by_gradient
+    under_attack = attack(model, clean, labels) if attacked else {}
+    return classes.reshape(len(pixels), -1) == labels, under_attack
 
 
 def spread(labels: np.ndarray, count: int) -> np.ndarray:
@@ -86,31 +83,50 @@ def spread(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def group_outcomes(
-    groups: Groups, count: int, corruptions: Sequence[str], seeds: int = 1, data_path: str = ""
-) -> tuple[dict[str, Outcomes], np.ndarray]:
-    """Returns the outcomes of each label, bool [S, N], and the first image at the largest size."""
-    chosen = {label: runs[:seeds] for label, runs in groups.items()}
-    first, *_ = all_runs = list(itertools.chain(*chosen.values()))
-    rows = spread(first.test["labels"], count)
-    by_data: dict[str, list] = {}
-    for run in all_runs:
+    groups: Groups,
+    rows: np.ndarray,
+    corruptions: Sequence[str] = tuple(CORRUPTIONS),
+    attacked: int = 1,
+    data_path: str = "",
+) -> dict[str, Outcomes]:
+    """Returns the outcomes of each label on rows of the test part: bool [S, N].
+
+    Attacks are those of the first `attacked` seeds.
+    """
+    first, *_ = every = list(itertools.chain(*groups.values()))
+    by_data: dict[str, list[FinishedRun]] = {}
+    for run in every:
         if not same_images(run, first):
             raise UserError(
                 f"{run.path} and {first.path} were tested on different images: measure their "
                 "robustness one by one"
             )
         by_data.setdefault(json.dumps(run.config["data"], sort_keys=True), []).append(run)
-    by_run, sample = {}, np.zeros((0, 0, 3), np.uint8)
-    for runs in by_data.values():
-        images = load_test_images(runs[0], data_path)[rows]
-        sample = max(sample, images[0], key=len)
-        models = {run.path: load_classifier(run) for run in runs}
-        by_run |= predict_under(models, images, first.test["labels"][rows], corruptions)
+    tested = {key: photos.TestPart.of(runs[0], data_path) for key, runs in by_data.items()}
+    victims = {run.path for runs in groups.values() for run in runs[:attacked]}
+    conditions = list(itertools.product(corruptions, SEVERITIES))
+    parts: dict[Path, list[Outcomes]] = {run.path: [] for run in every}
+    for block in photos.blocks(rows, tested, BYTES // len(conditions)):
+        labels, pixels = first.test["labels"][block], photos.corrupted(tested, block, conditions)
+        for key, runs in by_data.items():
+            clean = tested[key].clean(block)
+            for run in runs:
+                right, more = outcomes_of(run, pixels[key], clean, labels, run.path in victims)
+                right = dict(zip(conditions, right, strict=True))
+                parts[run.path].append({CLEAN: run.correct[block]} | right | more)
     outcomes = {}
-    for label, runs in chosen.items():
-        of_seeds = [by_run[run.path] for run in runs]
-        outcomes[label] = {c: np.stack([right[c] for right in of_seeds]) for c in of_seeds[0]}
-    return outcomes, sample
+    for label, runs in groups.items():
+        outcomes[label] = {
+            condition: np.stack(
+                [
+                    np.concatenate([part[condition] for part in parts[run.path]])
+                    for run in runs
+                    if condition in parts[run.path][0]
+                ]
+            )
+            for condition in parts[runs[0].path][0]
+        }
+    return outcomes
 
 
 def baseline_labels(baseline: str, groups: Groups) -> list[str]:
@@ -131,36 +147,65 @@ def robustness_section(
     count: int,
     baseline: str = "",
     data_path: str = "",
-    seeds: int = 1,
+    seeds: int = 0,
+    attacked: int = 1,
     corruptions: Sequence[str] = tuple(CORRUPTIONS),
 ) -> Section:
-    """Tests the first seeds of every model on `count` images; writes a table and two pictures.
+    """Tests every model on `count` images; writes a table and two pictures.
 
     `baseline` is the label, or the model of the least accurate variant, whose errors are 100 %.
+    `seeds` are the first ones of each model, 0 for all; `attacked` of them are attacked.
     """
     candidates = baseline_labels(baseline, groups)
-    outcomes, sample = group_outcomes(groups, count, corruptions, seeds, data_path)
+    groups = {label: runs[: seeds or None] for label, runs in groups.items()}
+    first = next(iter(groups.values()))[0]
+    rows = spread(first.test["labels"], count)
+    outcomes = group_outcomes(groups, rows, corruptions, attacked, data_path)
     baseline = min(candidates, key=lambda label: (outcomes[label][CLEAN].mean(), label))
     table = summary.accuracy_table(outcomes)
     table.to_csv(output / "robustness.csv", index=False)
-    save(draw_accuracies(outcomes), output / "robustness.svg")
-    save(draw_corruptions(sample, list(corruptions)), output / "corruptions.png")
-    by_model = summary.summarise(table, baseline)
-    shown = summary.printed(by_model)
-    runs = "first seed" if seeds == 1 else f"first {seeds} seeds"
-    source = f"{table.images[0]} test images, spread evenly over classes; {runs} of each model."
-    number = "one corruption" if len(corruptions) == 1 else f"{len(corruptions)} corruptions"
-    meaning = EXPLANATION.format(corruptions=number, baseline=baseline)
-    caption = f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}"
+    family = Family(
+        summary.shares(outcomes),
+        None if first.clusters is None else first.clusters[rows],
+        fixed={label for label, runs in groups.items() if draws_nothing(runs[0])},
+    )
+    by_model = summary.summarise(table, family, baseline)
+    drawn = sorted(outcomes, key=lambda label: -family.mean[label])[:SHOWN_MODELS]
+    save(draw_accuracies({label: outcomes[label] for label in drawn}), output / "robustness.svg")
+    (photo,) = photos.TestPart.of(first, data_path).stored(rows[:1])
+    save(draw_corruptions(photo, list(corruptions)), output / "corruptions.png")
+    seeds = _number(sorted({len(runs) for runs in groups.values()}), "seed")
+    source = f"{len(rows)} test images, spread evenly over classes; {seeds} of each model."
+    caption = CAPTION.format(
+        corruptions=_number([len(corruptions)], "corruption"),
+        over="seeds and images" if family.freedom else "images alone",
+        baseline=baseline,
+        attacked="first seed" if attacked == 1 else f"first {attacked} seeds",
+    )
+    drawing = f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}"
+    if len(drawn) < len(outcomes):
+        drawing += f" Of {len(outcomes)} models, the {len(drawn)} most accurate under corruption."
     sheet = Picture("corruptions.png", "The first of these images under each corruption.")
+    shown = summary.printed(by_model, baseline)
     return Section(
         "Robustness",
-        [summary.conclude(outcomes)],
-        [Table(list(shown), shown.values.tolist(), f"{source} {meaning}")],
-        [Picture("robustness.svg", caption, wide=True)],
-        [Details("What the corruptions look like", picture=sheet)],
+        finding=summary.conclude(family),
+        tables=[Table(list(shown), shown.values.tolist(), f"{source} {caption}")],
+        pictures=[Picture("robustness.svg", drawing, wide=True)],
+        details=[
+            Details("How this is measured", list(METHOD)),
+            Details("What costs each model the most", summary.worst_corruptions(by_model)),
+            Details("What the corruptions look like", picture=sheet),
+        ],
         data=json.loads(by_model.set_index("model").to_json(orient="index")),
     )
+
+
+def _number(counts: list[int], what: str) -> str:
+    """One corruption, 3 seeds, 1 to 3 seeds."""
+    if counts == [1]:
+        return f"one {what}"
+    return " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]]))) + f" {what}s"
 
 
 def main(argv: list[str]) -> int:
@@ -173,19 +218,27 @@ def main(argv: list[str]) -> int:
     output = output_folder(OUTPUT.value or path / "robustness")
     try:
         section = robustness_section(
-            groups, output, IMAGES.value, BASELINE.value, DATA.value, SEEDS.value, names
+            groups,
+            output,
+            IMAGES.value,
+            BASELINE.value,
+            DATA.value,
+            SEEDS.value,
+            ATTACKED.value,
+            names,
         )
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
     table = section.tables[0]
     print(pd.DataFrame(table.rows, columns=table.columns).to_string(index=False))
-    print("\n".join([table.caption, *section.text, f"\nwritten to {output}"]))
+    print("\n".join([table.caption, section.finding, f"\nwritten to {output}"]))
     return 0
 
 
 if __name__ == "__main__":
     IMAGES = flags.DEFINE_integer("images", 128, "Test images", lower_bound=2)
-    SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of each model, the first ones", lower_bound=1)
+    SEEDS = flags.DEFINE_integer("seeds", 0, "First seeds of each model, 0: all", lower_bound=0)
+    ATTACKED = flags.DEFINE_integer("attacked_seeds", 1, "Of these, attacked ones", lower_bound=1)
     BASELINE = flags.DEFINE_string("baseline", "", "Model whose errors count as 100 %")
     CORRUPTED = flags.DEFINE_list("corruptions", [], "Corruptions, all by default")
     DATA = flags.DEFINE_string("data", "", "Where the data lies now, if it was moved")

@@ -8,6 +8,8 @@ from analysis.stress.attacks import ATTACKS
 from analysis.stress.corruptions import CORRUPTIONS, SEVERITIES, corrupt, spoken
 from analysis.stress.summary import CLEAN, Outcomes
 
+SHOWN_MODELS = 12  # more lines in one panel cannot be told apart
+
 
 def draw_accuracies(outcomes: dict[str, Outcomes]) -> Figure:
     """A panel per corruption or attack: accuracy by severity, a thin line a seed where several."""
@@ -22,7 +24,9 @@ def draw_accuracies(outcomes: dict[str, Outcomes]) -> Figure:
             if (name, levels[0]) not in right:
                 continue  # cannot be attacked
             series = [right[CLEAN], *(right[name, level] for level in levels)]
-            accuracy = 100 * np.mean(series, axis=2)  # [1 + levels, S]
+            attacked = min(map(len, series))  # fewer seeds than are corrupted
+            # [1 + levels, S]
+            accuracy = 100 * np.array([x[:attacked].mean(axis=1) for x in series])
             style = {"color": colours[label], "label": figures.literal(label)}
             if accuracy.shape[1] > 1:
                 axis.plot([0, *levels], accuracy, color=colours[label], lw=0.6, alpha=0.4)
@@ -40,14 +44,14 @@ def draw_accuracies(outcomes: dict[str, Outcomes]) -> Figure:
 
 
 def draw_corruptions(image: np.ndarray, names: list[str]) -> Figure:
-    """A row per corruption: the image uint8 [S, S, 3], then the five severities."""
+    """A row per corruption: the image uint8 [H, W, 3], then the five severities."""
     columns = 1 + len(SEVERITIES)
     size = ((columns + 1.3) / columns, 1)  # room for the names
     figure, axes = figures.small_multiples(len(names) * columns, columns, size)
     for axis, title in zip(axes, ["clean", *map(str, SEVERITIES)], strict=False):
         axis.set_title(title, fontsize=10)
     for name, row in zip(names, range(0, len(axes), columns), strict=True):
-        shown = [corrupt(image[None], name, severity)[0] for severity in SEVERITIES]
+        shown = [corrupt(image, name, severity) for severity in SEVERITIES]
         for axis, pixels in zip(axes[row : row + columns], [image, *shown], strict=True):
             axis.imshow(pixels, interpolation="nearest")
             axis.set(xticks=[], yticks=[])

@@ -3,11 +3,12 @@
 They are those of ImageNet-C that a small photo shows (Hendrycks & Dietterich 2019, "Benchmarking
 neural network robustness to common corruptions and perturbations", with its constants), and
 rotation, scale and occlusion. Each is a function `(draw, image, constant)` of a NumPy generator, an
-image uint8 [S, S, 3] and what the table at the end has for a severity; `corrupt` rounds and clips
-its values. Lengths in pixels are for a side of 224, and shrink with the image to a quarter.
+image uint8 [H, W, 3] and what the table at the end has for a severity; `corrupt` rounds and clips
+its values. Lengths in pixels are for a shorter side of 224, and shrink with it to a quarter.
 """
 
 import io
+import zlib
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
@@ -21,18 +22,16 @@ from errors import UserError, choose
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
-def corrupt(images: np.ndarray, name: str, severity: int, seed: int = 0) -> np.ndarray:
-    """Corrupts images, uint8 [N, S, S, 3], by draws of seed, corruption, severity and row."""
+def corrupt(image: np.ndarray, name: str, severity: int, seed: int = 0) -> np.ndarray:
+    """Corrupts one image, uint8 [H, W, 3], by draws of its pixels, the seed and the corruption."""
     choose("corruption", name, CORRUPTIONS)
     if severity not in SEVERITIES:
         raise UserError(f"severity of {name}: {severity!r} is not one of 1, 2, 3, 4, 5")
     number, (apply, constants) = list(CORRUPTIONS).index(name), CORRUPTIONS[name]
-    corrupted = np.empty_like(images)
-    for row, image in enumerate(images):
-        draw = np.random.default_rng([seed, number, severity, row])
-        changed = apply(draw, image, constants[severity - 1])
-        corrupted[row] = np.clip(np.round(changed), 0, 255)
-    return corrupted
+    # Of the pixels, so that a photo is corrupted alike whatever is measured beside it.
+    draw = np.random.default_rng([seed, number, severity, zlib.crc32(image.tobytes())])
+    changed = apply(draw, image, constants[severity - 1])
+    return np.clip(np.round(changed), 0, 255).astype(np.uint8)
 
 
 def gaussian_noise(draw: Generator, image: np.ndarray, deviation: float) -> np.ndarray:
@@ -51,9 +50,9 @@ def impulse_noise(draw: Generator, image: np.ndarray, amount: float) -> np.ndarr
     return np.where(uniform < amount / 2, 0, np.where(uniform > 1 - amount / 2, 255, image))
 
 
-def length_scale(side: int) -> float:
-    """Returns the factor of lengths that are stated for 224 pixels."""
-    return max(side / 224, 0.25)
+def length_scale(image: np.ndarray) -> float:
+    """Returns the factor of lengths that are stated for a shorter side of 224 pixels."""
+    return max(min(image.shape[:2]) / 224, 0.25)
 
 
 def disc(radius: float) -> np.ndarray:
@@ -89,12 +88,12 @@ def blur(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 def defocus_blur(draw: Generator, image: np.ndarray, radius: float) -> np.ndarray:
     """Convolves with a disc."""
-    return blur(image, disc(radius * length_scale(len(image))))
+    return blur(image, disc(radius * length_scale(image)))
 
 
 def motion_blur(draw: Generator, image: np.ndarray, lengths: tuple[float, float]) -> np.ndarray:
     """Smears along a trail of twice the first length within 45 degrees; it fades by the second."""
-    radius, deviation = length_scale(len(image)) * np.array(lengths)
+    radius, deviation = length_scale(image) * np.array(lengths)
     return blur(image, streak(draw.uniform(-np.pi / 4, np.pi / 4), 2 * radius, deviation))
 
 
@@ -123,11 +122,11 @@ def jpeg(draw: Generator, image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def pixelate(draw: Generator, image: np.ndarray, share: float) -> np.ndarray:
-    """Shrinks the side to a share of it and enlarges again: each block becomes its mean."""
-    side, box = len(image), Image.Resampling.BOX
-    blocks = max(int(side * share), 1)
-    shrunk = Image.fromarray(image).resize((blocks, blocks), box)
-    return np.asarray(shrunk.resize((side, side), box))
+    """Shrinks the sides to a share of them and enlarges again: each block becomes its mean."""
+    height, width = image.shape[:2]
+    blocks = max(int(width * share), 1), max(int(height * share), 1)
+    shrunk = Image.fromarray(image).resize(blocks, Image.Resampling.BOX)
+    return np.asarray(shrunk.resize((width, height), Image.Resampling.BOX))
 
 
 def rotation(draw: Generator, image: np.ndarray, degrees: float) -> np.ndarray:
@@ -145,11 +144,14 @@ def scale(draw: Generator, image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def occlusion(draw: Generator, image: np.ndarray, area: float) -> np.ndarray:
-    """Covers a share of the image with one grey square, anywhere inside it."""
-    side = len(image)
-    edge = np.sqrt(area) * side
-    place = np.arange(side) + 0.5 - draw.uniform(0, side - edge, (2, 1))  # [2, S]
-    rows, columns = (place > 0) & (place < edge)
+    """Covers a share of the image with one grey rectangle of its shape, anywhere inside it."""
+
+    def covered(side: int, start: float) -> np.ndarray:
+        edge = np.sqrt(area) * side
+        place = np.arange(side) + 0.5 - start * (side - edge)
+        return (place > 0) & (place < edge)
+
+    rows, columns = map(covered, image.shape[:2], draw.random(2))
     return np.where((rows[:, None] & columns)[..., None], 128, image)
 
 

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from analysis.page.tables import percent, percents, points
+from analysis.page.tables import percent, percents
 from analysis.stress.attacks import ATTACKS
 from analysis.stress.corruptions import CORRUPTIONS, spoken
-from analysis.uncertainty import Interval, image_interval
+from analysis.uncertainty import Family, ends, image_interval
 
 SHOWN_EPSILON = 2  # of attacks in the table, in grey levels of 255
+FEWEST_ERRORS = 30  # of a baseline that the errors of other models are divided by
+NAMED = 4  # models in a sentence, the others are counted
 
 Condition = tuple[str, int]  # corruption and severity, or attack and epsilon
 Outcomes = dict[Condition, np.ndarray]  # right or wrong: bool [N] of one run, [S, N] of its seeds
@@ -23,83 +24,104 @@ def accuracy_table(outcomes: dict[str, Outcomes]) -> pd.DataFrame:
     for model, by_condition in outcomes.items():
         for condition in sorted(by_condition, key=lambda c: (order.index(c[0]), c[1])):
             right = by_condition[condition]
-            low, high = image_interval(right)
-            rows.append((model, *condition, right.mean(), low, high, *reversed(right.shape)))
-    columns = ["model", "corruption", "severity", "accuracy", "ci95_low", "ci95_high"]
-    return pd.DataFrame(rows, columns=[*columns, "images", "seeds"])
+            row = dict(zip(("model", "corruption", "severity"), (model, *condition), strict=True))
+            row |= {"accuracy": right.mean(), **ends("images_", image_interval(right))}
+            rows.append(row | dict(zip(("seeds", "images"), right.shape, strict=True)))
+    return pd.DataFrame(rows)
 
 
-def summarise(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """Returns a row per model; mCE (Hendrycks & Dietterich 2019) is NaN without baseline errors."""
-    clean = table[table.corruption == CLEAN[0]].set_index("model")
+def shares(outcomes: dict[str, Outcomes]) -> dict[str, np.ndarray]:
+    """Returns the share of corruptions under which each image is classified rightly, [S, N].
+
+    The model with the highest mean comes first.
+    """
+    each = {
+        model: np.mean([x for (name, _), x in right.items() if name in CORRUPTIONS], axis=0)
+        for model, right in outcomes.items()
+    }
+    return {model: each[model] for model in sorted(each, key=lambda m: (-each[m].mean(), m))}
+
+
+def summarise(table: pd.DataFrame, family: Family, baseline: str) -> pd.DataFrame:
+    """Returns a row per model of the `accuracy_table` and the family of its `shares`.
+
+    `errors` is the sum of errors under all corruptions divided by the baseline's, NaN where it has
+    too few.
+    """
     corrupted = table[table.corruption.isin(list(CORRUPTIONS))]
     by_corruption = corrupted.groupby(["corruption", "model"], sort=False).accuracy.mean().unstack()
-    attacked = table[table.severity == SHOWN_EPSILON].set_index(["corruption", "model"]).accuracy
-    mean, errors = by_corruption.mean(), 1 - by_corruption
-    ratios = errors.div(errors[baseline].where(errors[baseline] > 0), axis=0)
-    columns = {
-        "clean": clean.accuracy,
-        "ci95_low": clean.ci95_low,
-        "ci95_high": clean.ci95_high,
-        "corrupted": mean,
-        "kept": mean / clean.accuracy.where(clean.accuracy > 0),
-        "mce": ratios.mean(skipna=False),
-        **{name.lower(): attacked.get(name, np.nan) for name in ATTACKS},
-        "worst": by_corruption.idxmin(),
-        "worst_accuracy": by_corruption.min(),
-    }
-    return pd.DataFrame(columns, index=clean.index).reset_index()
+    wrong = ((1 - corrupted.accuracy) * corrupted.images).groupby(corrupted.model).sum()
+    few = round(wrong[baseline]) < FEWEST_ERRORS
+    rows = []
+    for model, own in table.groupby("model", sort=False):
+        accuracy = own.set_index(["corruption", "severity"])
+        pgd = accuracy.accuracy.get(("PGD", SHOWN_EPSILON), np.nan)
+        clean, mean, (low, high) = (
+            accuracy.accuracy[CLEAN],
+            family.mean[model],
+            family.interval(model),
+        )
+        row = {"model": model, "clean": clean, "corrupted": mean}
+        row |= {"corrupted_low": low, "corrupted_high": high, "group": family.letters[model]}
+        row |= {"kept": mean / clean if clean else np.nan}
+        row |= {"errors": np.nan if few else wrong[model] / wrong[baseline], "pgd": pgd}
+        row |= {"worst": by_corruption[model].idxmin()}
+        rows.append(row | {"worst_accuracy": by_corruption[model].min()})
+    return pd.DataFrame(rows)
 
 
-def printed(summary: pd.DataFrame) -> pd.DataFrame:
+def printed(summary: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Returns the summary as a reader wants it, in percent."""
     return pd.DataFrame(
         {
             "model": row.model,
-            "clean acc. %": percent(row.clean, 1),
-            "95 % interval": percents(row.ci95_low, row.ci95_high, 1),
             "corrupted acc. %": percent(row.corrupted, 1),
+            "95 % interval": percents(row.corrupted_low, row.corrupted_high, 1),
+            "group": row.group,
             "kept %": percent(row.kept, 1),
-            "mCE %": percent(row.mce, 1),
-            f"FGSM {SHOWN_EPSILON}/255 %": percent(row.fgsm, 1),
-            f"PGD {SHOWN_EPSILON}/255 %": percent(row.pgd, 1),
-            "worst corruption": f"{spoken(row.worst)} ({percent(row.worst_accuracy, 1)})",
+            f"errors, % of {baseline}'s": percent(row.errors, 0),
+            f"PGD {SHOWN_EPSILON}/255, at most %": percent(row.pgd, 1),
         }
         for row in summary.itertuples()
     )
 
 
-def mean_interval(differences: np.ndarray) -> Interval:
-    """Returns the 95 % bootstrap interval of a mean over two images or more, [N]."""
-    interval = stats.bootstrap(
-        (differences,),
-        np.mean,
-        n_resamples=2000,
-        batch=100,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+def worst_corruptions(summary: pd.DataFrame) -> list[str]:
+    """Returns a line per model: the corruption that costs it the most."""
+    return [
+        f"{row.model}: {spoken(row.worst)}, {percent(row.worst_accuracy, 1)} %"
+        for row in summary.itertuples()
+    ]
 
 
-def conclude(outcomes: dict[str, Outcomes]) -> str:
-    """Returns which model is most accurate under corruption, and whether that is established."""
-    shares = {
-        model: np.mean([x for (name, _), x in right.items() if name in CORRUPTIONS], axis=(0, 1))
-        for model, right in outcomes.items()
-    }  # [N], the share of corruptions under which each image is classified rightly
-    ranked = sorted(shares, key=lambda model: (-shares[model].mean(), model))
-    accuracy = [percent(shares[model].mean(), 1) for model in ranked]
-    text = f"{ranked[0]} has the highest accuracy under corruption, {accuracy[0]} %"
+def listed(names: list[str]) -> str:
+    """Returns names as a sentence has them; beyond a few they are counted."""
+    if len(names) > NAMED + 1:
+        names = [*names[:NAMED], f"{len(names) - NAMED} others"]
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
+
+def conclude(family: Family) -> str:
+    """Returns which model is most accurate under corruption, and over which others surely."""
+    ranked = sorted(family.mean, key=lambda model: (-family.mean[model], model))
+    best, accuracy = ranked[0], percent(family.mean[ranked[0]], 1)
+    interval = percents(*family.interval(best), 1)
+    text = (
+        f"{best} has the highest accuracy under corruption, {accuracy} % (95 % interval {interval})"
+    )
     if len(ranked) == 1:
         return f"{text}."
-    best, second = (shares[model] for model in ranked[:2])
-    if len(best) < 2:
-        return f"{text}; these images are too few to tell it from {ranked[1]}."
-    low, high = mean_interval(best - second)
-    verdict = "established" if low > 0 else "not established"
+    ahead = {
+        pair.second if pair.first == best else pair.first
+        for pair in family.pairs[family.pairs.established].itertuples()
+        if best == (pair.first if pair.difference > 0 else pair.second)
+    }
+    behind = [model for model in ranked[1:] if model in ahead]
+    near = [model for model in ranked[1:] if model not in ahead]
+    if not near:
+        return f"{text}; its lead over {listed(behind)} is established."
+    if not behind:
+        return f"{text}, but no lead over another model is established."
     return (
-        f"{text}; {ranked[1]} follows with {accuracy[1]} %. The difference is "
-        f"{verdict} on these images (95 % interval {points(low, 1)} to {points(high, 1)} points, "
-        "paired bootstrap over images)."
+        f"{text}; its lead over {listed(behind)} is established, that over {listed(near)} is not."
     )
