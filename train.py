@@ -4,7 +4,6 @@ Every number drawn comes from (seed, purpose, step), so an interrupted run that 
 checkpoint ends with the same bits as one that was never interrupted.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from experiment.files import DamagedFile, read_json, write_json
 from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, check_architecture, split_model
-from training.cost import model_cost, peak_memory
+from training.cost import model_cost, step_memory
 from training.log import environment
 from training.phase import train_phase
 from training.preflight import check_phases, inspect_pixels
 from training.record import Diverged, RunRecord
-from training.steps import make_eval_step
+from training.steps import Metrics, make_eval_step
 from training.weights import find_weights, save_weights
 
 
@@ -71,12 +70,12 @@ def train_and_evaluate(
     record = RunRecord(config, run_dir, dataset, model, mesh, should_stop)
     try:
         weights = train(record) if model.trained_by_gradient else fit(record)
-        metrics, speed = predict(record, weights)
+        metrics, memory = predict(record, weights)
     except Diverged as error:
         summary |= {"status": "diverged", "error": str(error), "cost": cost(record, None)}
     else:
         progress = record.progress
-        summary |= {"status": "complete", "metrics": metrics, "cost": cost(record, speed)}
+        summary |= {"status": "complete", "metrics": metrics, "cost": cost(record, memory)}
         summary |= {"best_step": progress.best_step, "steps": progress.step}
         summary |= {"phases": progress.phases}
         arrays = {path: np.asarray(a) for part in weights.values() for path, a in part.items()}
@@ -118,7 +117,7 @@ def fit(record: RunRecord) -> dict:
     train, validation = (
         (dataset.images(part), dataset.labels(part)) for part in ("train", "validation")
     )
-    record.clock = time.monotonic()
+    record.start_clock()
     model.fit(train, validation, config.eval_batch_size)
     _, params, stats = split_model(model)
     weights = record.put({"params": params, "stats": stats})
@@ -130,35 +129,37 @@ def fit(record: RunRecord) -> dict:
     return weights
 
 
-def predict(record: RunRecord, weights: dict) -> tuple[dict, float]:
-    """Writes the predictions on validation and test images.
+def predict(record: RunRecord, weights: dict) -> tuple[dict, int | None]:
+    """Writes the predictions on validation and test images, and the groups of `data.groups`.
 
-    Returns:
-      The metrics of both, and images/s on the second, for which nothing is compiled any more.
+    Returns the metrics of both, and the bytes on each device that a batch of predictions takes.
     """
-    metrics, eval_step = {}, make_eval_step(record.model)
+    config, dataset, metrics = record.config, record.dataset, {}
+    eval_step, empty = make_eval_step(record.model), record.put(Metrics.empty())
+    batch = next(record.feed("validation").evaluation(config.eval_batch_size))
+    memory = step_memory(eval_step, weights, empty, batch)
     for part in ("validation", "test"):
-        feed, began = record.feed(part), time.monotonic()
-        scores, logits = record.evaluate(feed, weights, eval_step)
-        speed = len(logits) / (time.monotonic() - began)
-        ids, labels = np.array(record.dataset.ids(part)), record.dataset.labels(part)
-        path = record.run_dir / f"predictions_{part}.npz"
-        np.savez(path, ids=ids, labels=labels, logits=logits)
+        scores, logits = record.evaluate(record.feed(part), weights, eval_step)
+        labels, groups = dataset.labels(part), dataset.listing.groups
+        arrays = {"ids": np.array(dataset.ids(part)), "labels": labels, "logits": logits}
+        if groups:
+            arrays["groups"] = np.array([groups[row] for row in dataset.rows[part]])
+        np.savez(record.run_dir / f"predictions_{part}.npz", **arrays)
         correct = int((logits.argmax(axis=1) == labels).sum())
         metrics[part] = scores | {"correct": correct, "count": len(labels)}
-    return metrics, speed
+    return metrics, memory
 
 
-def cost(record: RunRecord, inference_speed: float | None) -> dict:
-    """Returns what the run took, as `summary.json` holds it."""
+def cost(record: RunRecord, prediction_memory: int | None) -> dict:
+    """Returns what the run took, as `summary.json` holds it; bytes are on each device."""
     progress, timed = record.progress, record.progress.timed_seconds
     return model_cost(record.model, record.config.data.image_size) | {
         "train_images_per_second": progress.timed_images / timed if timed else None,
-        "inference_images_per_second": inference_speed,
         "seconds": progress.seconds,
         "seconds_to_best": progress.seconds_to_best,
-        "compile_seconds": record.compile_seconds,
-        **peak_memory(),
+        "compile_seconds": progress.compile_seconds,
+        "train_step_memory_bytes": progress.train_step_memory_bytes,
+        "predict_step_memory_bytes": prediction_memory,
     }
 
 

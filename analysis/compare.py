@@ -38,11 +38,13 @@ from models import MODELS
 
 COSTS = (
     "parameters",
-    "flops_per_image",
+    "multiply_adds_per_image",
+    "train_step_memory_bytes",
+    "predict_step_memory_bytes",
     "seconds",
     "seconds_to_best",
+    "compile_seconds",
     "train_images_per_second",
-    "inference_images_per_second",
 )
 NEEDED = ("seeds_needed", "images_needed", "times_needed")
 
@@ -240,7 +242,7 @@ def make_table(
     for label, runs in groups.items():
         figures = pd.DataFrame([evaluate.evaluate(run) for run in runs])
         figures = figures.drop(columns=["accuracy", "validation_accuracy"])
-        costs = pd.DataFrame([run.summary["cost"] for run in runs]).reindex(columns=COSTS)
+        costs = pd.DataFrame([run.cost for run in runs]).reindex(columns=COSTS)
         first, correct, ids = runs[0], correctness(runs), runs[0].test["ids"]
         accuracy, family = correct.mean(axis=1), family_of[label]
         published = options.reference.get(first.model, math.nan)

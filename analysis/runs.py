@@ -42,6 +42,13 @@ class FinishedRun:
         """Model and variant, as a reader sees them."""
         return f"{self.model} ({self.variant})" if self.variant else self.model
 
+    @property
+    def cost(self) -> dict:
+        """What the run cost; older versions stored a multiply-add as two operations."""
+        cost = self.summary["cost"]
+        old = cost.get("flops_per_image")
+        return cost if old is None else {"multiply_adds_per_image": old / 2} | cost
+
     @cached_property
     def dataset(self) -> dict:
         """Content of dataset.json."""

@@ -46,9 +46,7 @@ def listed(names: Sequence[str]) -> str:
 
 def multiply_adds(table: pd.DataFrame) -> dict[str, float]:
     """Returns the multiply-adds of one prediction by label; NaN where they are not known."""
-    if "multiply_adds_per_image" in table:
-        return dict(zip(table.label, table.multiply_adds_per_image, strict=True))
-    return dict(zip(table.label, table.flops_per_image, strict=True))
+    return dict(zip(table.label, table.multiply_adds_per_image, strict=True))
 
 
 def recommend(

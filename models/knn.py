@@ -74,10 +74,9 @@ class Knn(Classifier):
         pixels = image_size * image_size * 3
         self.stages = nnx.List([Neighbours(num_classes, pixels, metric, max_k)])
 
-    def flops_per_image(self) -> float:
-        """Returns the operations of comparing one image with all that are remembered."""
-        head = self.stages[-1]
-        return head.images[...].size * (3 if head.metric == "l1" else 2)
+    def multiply_adds(self) -> int:
+        """Returns how many pixel values one image is compared with: each adds to a distance."""
+        return self.stages[-1].images.size
 
     def fit(self, train: tuple, validation: tuple, batch_size: int) -> dict[int, float]:
         """Remembers the training images and keeps the smallest k of best validation accuracy.

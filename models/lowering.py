@@ -1,8 +1,28 @@
 """Convolution and pooling by the lowering that is fast on the backend; results are the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+_plain = ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_lowering() -> Iterator[None]:
+    """Leaves every convolution one convolution in what is traced, so that it can be counted."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu" and not _plain.get()
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
@@ -21,7 +41,7 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
     Padding never wins, which after ReLU is the same as padding with zeros. On a CPU as a maximum
     of shifted slices, along rows and then columns, whose gradient is far cheaper.
     """
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for axis in (1, 2):
         places = -(-x.shape[axis] // 2)
@@ -66,7 +86,7 @@ def convolve(
     few = x.shape[-1] <= 4 or rows * columns <= 16 or size == (1, 1)
     dilated = any(set(options.get(f"{s}_dilation") or (1,)) != {1} for s in ("lhs", "rhs"))
     suits = depthwise or (few and feature_group_count == 1)
-    if jax.default_backend() != "cpu" or dilated or not suits:
+    if not _on_cpu() or dilated or not suits:
         options["feature_group_count"] = feature_group_count
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))

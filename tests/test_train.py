@@ -100,9 +100,22 @@ def test_training_metrics_and_costs_are_logged(linear):
     assert all(line["learning_rate"] > 0 for line in training[:-1])
     cost = summary["cost"]
     assert cost["parameters"] == 8 * 8 * 3 * 10 + 10
-    assert cost["flops_per_image"] >= 2 * 8 * 8 * 3 * 10
-    assert cost["train_images_per_second"] > 0 and cost["peak_memory_bytes"] > 0
+    assert cost["multiply_adds_per_image"] == 8 * 8 * 3 * 10
+    assert cost["train_images_per_second"] > 0 and cost["compile_seconds"] > 0
+    batch = config.batch_size * 8 * 8 * 3  # bytes of images, which a step takes
+    assert batch < cost["train_step_memory_bytes"] < 20 * batch + 50 * cost["parameters"]
     assert 0 < cost["seconds_to_best"] <= cost["seconds"]
+
+
+def test_groups_are_kept_beside_the_predictions(linear, digits_run, make_folder, tmp_path):
+    assert predictions(linear[1]).keys() == {"ids", "labels", "logits"}
+    root = make_folder({f"{part}/{c}": 4 for part in ("train", "val", "test") for c in "ab"})
+    data = {"data__source": "folder", "data__path": str(root), "data__groups": r"(\w/\d)\.png"}
+    train_and_evaluate(digits_run("linear", epochs=1, **data), tmp_path / "run")
+    for part in ("validation", "test"):
+        saved = predictions(tmp_path / "run", part)
+        keys = [name[-7:-4] for name in saved["ids"]]
+        assert saved["groups"].tolist() == keys and len(set(keys)) == 8
 
 
 def test_a_run_directory_may_be_named_by_one_word(digits_run, tmp_path, monkeypatch):
@@ -250,7 +263,8 @@ def test_knn_runs_without_training(digits_run, tmp_path):
     summary = train_and_evaluate(digits_run("knn"), tmp_path)
     assert summary["metrics"]["test"]["accuracy"] > 0.97
     assert summary["cost"]["train_images_per_second"] is None
-    assert summary["cost"]["flops_per_image"] == 2 * 1163 * 192
+    assert summary["cost"]["multiply_adds_per_image"] == 1163 * 192
+    assert summary["cost"]["train_step_memory_bytes"] is None
     assert read_own(tmp_path / WEIGHTS)["arrays"]["stages.0.images"].shape == (1163, 192)
 
 

@@ -1,8 +1,7 @@
 """What a model costs, counted or measured on the device at hand, never guessed."""
 
 import math
-import resource
-import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +9,30 @@ from clu import parameter_overview
 
 from models import Classifier
 from models.classifier import split_model
+from models.lowering import plain_lowering
 
 
 def model_cost(model: Classifier, image_size: int) -> dict:
-    """Returns parameters, FLOPs of one image's forward pass, and the device."""
+    """Returns parameters, multiply-adds of one image's forward pass, and the device."""
     devices = jax.devices()
     return {
         "parameters": int(parameter_overview.count_parameters(split_model(model)[1])),
-        "flops_per_image": flops_per_image(model, image_size),
+        "multiply_adds_per_image": multiply_adds(model, image_size),
         "device": f"{len(devices)} x {devices[0].device_kind}",
     }
 
 
-def flops_per_image(model: Classifier, image_size: int) -> float:
-    """Returns the floating-point operations of one image's forward pass.
+def multiply_adds(model: Classifier, image_size: int) -> int:
+    """Returns the multiply-adds of one image's forward pass, as published tables count them.
 
-    Counted are matrix products and convolutions, a multiply-add as two, as published tables do; so
-    the number is the same on every device. A model that compares images says its own.
+    Counted are matrix products and convolutions as the architecture states them, whatever is fast
+    on this device. A model that compares images says its own.
     """
     if not model.trained_by_gradient:
-        return float(model.flops_per_image())
+        return int(model.multiply_adds())
     image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-    return float(_count(jax.make_jaxpr(lambda m, x: m(m.preprocess(x)))(model, image).jaxpr))
+    with plain_lowering():
+        return _count(jax.make_jaxpr(lambda m, x: m(m.preprocess(x)))(model, image).jaxpr)
 
 
 def _count(jaxpr) -> int:
@@ -42,10 +43,10 @@ def _count(jaxpr) -> int:
         outputs = math.prod(equation.outvars[0].aval.shape) if equation.outvars else 0
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            total += 2 * outputs * math.prod(shapes[0][axis] for axis in contracted)
+            total += outputs * math.prod(shapes[0][axis] for axis in contracted)
         elif equation.primitive.name == "conv_general_dilated":
             features = shapes[1][equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * outputs * math.prod(shapes[1]) // features
+            total += outputs * math.prod(shapes[1]) // features
         repeats = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)  # of a closed one
@@ -54,9 +55,43 @@ def _count(jaxpr) -> int:
     return total
 
 
-def peak_memory() -> dict:
-    """Returns the most memory in use so far: of the first device, or of the process on a CPU."""
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    host *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-    return {"peak_memory_bytes": peak or host, "peak_memory_of": "device" if peak else "process"}
+def step_memory(step, *arguments) -> int | None:
+    """Returns the bytes on each device that a jitted step takes; None where nothing says so.
+
+    It compiles the step, which its first call then finds compiled. Donated arguments count once.
+    """
+    memory = step.lower(*arguments).compile().memory_analysis()
+    if memory is None:
+        return None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return int(held - memory.alias_size_in_bytes)
+
+
+class CompileTime:
+    """Seconds in which this process traced, lowered or compiled; what overlaps counts once."""
+
+    def __init__(self):
+        self.spans: list[tuple[float, float]] = []  # disjoint, ascending
+        self.seconds = 0.0
+
+    def __call__(self, event: str, duration: float, **_) -> None:
+        """Listens to JAX, which reports a duration when it ends."""
+        if not event.startswith("/jax/core/compile/"):
+            return
+        end = time.monotonic()
+        begin = end - duration
+        while self.spans and self.spans[-1][1] > begin:  # a program traced within this one
+            first, last = self.spans.pop()
+            self.seconds -= last - first
+            begin, end = min(begin, first), max(end, last)
+        self.spans.append((begin, end))
+        self.seconds += end - begin
+
+
+COMPILING = CompileTime()
+jax.monitoring.register_event_duration_secs_listener(COMPILING)
+
+
+def working_time() -> float:
+    """Returns the seconds of a clock that stands still while anything is compiled."""
+    return time.monotonic() - COMPILING.seconds

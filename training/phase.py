@@ -1,5 +1,6 @@
 """One phase of a run: some stages train, on images or on stored features, until it is enough."""
 
+import itertools
 import math
 import sys
 import time
@@ -16,6 +17,7 @@ from errors import Interrupted
 from experiment.fields import first_trained_stage, phase_config, phase_names
 from input_pipeline import Feed, steps_per_epoch
 from training import checkpoint
+from training.cost import step_memory, working_time
 from training.optimizer import make_optimizer, make_plateau, make_schedule
 from training.record import Diverged, RunRecord
 from training.steps import (
@@ -42,7 +44,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
       stored: arrays of a checkpoint of this phase to go on from, or None.
     """
     progress = record.progress
-    record.clock = time.monotonic()
+    record.start_clock()
     phase = Phase(record, weights)
     config, per_epoch, total = phase.config, phase.steps_per_epoch, phase.steps
     state = initial_state(config, weights, phase.optimizer, phase.first)
@@ -52,6 +54,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
     done = progress.step - progress.phase_start
     order = config.seed + (progress.phase << 32)  # another one in each phase
     batches = phase.feed.training(order, config.batch_size, done, total)
+    batches = _measure_memory(record, phase, state, batches)
     if progress.step == 0:
         _save_augmented_batch(record, phase)
     title = f"{config.model.name} seed {config.seed} {phase.name}"
@@ -117,7 +120,6 @@ class Phase:
             config, model, self.optimizer, classes, first=first, cached=cached
         )
         self.eval_step = make_eval_step(model, first if cached else 0)
-        self.compiled = False  # whether this process has taken a step
         self.said_at = time.monotonic()  # when the last line of progress was printed
 
 
@@ -142,29 +144,31 @@ def _feeds(
     return *stored, True
 
 
+def _measure_memory(
+    record: RunRecord, phase: Phase, state: dict, batches: Iterator[dict]
+) -> Iterator[dict]:
+    """Returns the same batches; `record` knows the most memory that a step on them takes."""
+    first, progress = next(batches), record.progress
+    memory = step_memory(phase.train_step, state, first, phase.key)
+    known = (progress.train_step_memory_bytes, memory)
+    progress.train_step_memory_bytes = max(filter(None, known), default=None)
+    return itertools.chain([first], batches)
+
+
 def _take_steps(
     record: RunRecord, phase: Phase, state: dict, batches: Iterator[dict], steps: int, bar: tqdm
 ) -> tuple[dict, dict]:
-    """Trains for some steps; returns the state and {"images_per_second"} if it was measured."""
-    progress = record.progress
+    """Trains for some steps; returns the state and {"images_per_second"}."""
+    progress, began = record.progress, working_time()
     stop = progress.step + steps
-    began, counted_from = time.monotonic(), progress.step
     while progress.step < stop:
         state = phase.train_step(state, next(batches), phase.key)
         progress.step += 1
         bar.update()
-        if not phase.compiled:  # the step that compiles is no part of the speed
-            jax.block_until_ready(state)
-            phase.compiled = True
-            record.compile_seconds += time.monotonic() - began
-            began, counted_from = time.monotonic(), progress.step
         if progress.step < stop and record.should_stop():  # at `stop` the pause comes first
             record.interrupt(state)
     jax.block_until_ready(state)
-    images = (progress.step - counted_from) * phase.config.batch_size
-    if not images:
-        return state, {}
-    seconds = time.monotonic() - began
+    images, seconds = steps * phase.config.batch_size, working_time() - began
     progress.timed_images += images
     progress.timed_seconds += seconds
     return state, {"images_per_second": images / seconds}

@@ -1,7 +1,6 @@
 """The record of a run under way: its progress and best weights, and how they are saved."""
 
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from errors import Interrupted, UserError
 from input_pipeline import Dataset, Feed, load_dataset
 from models import Classifier
 from training.checkpoint import CheckpointError, Checkpoints, restore
+from training.cost import COMPILING, working_time
 from training.log import MetricsLog
 from training.steps import Metrics, copy_arrays
 
@@ -38,10 +38,12 @@ class Progress:
     best_loss: float | None = None
     best_score: list[float] | None = None  # see `steps.selection_score`
     evaluations_since_best: int = 0  # in the phase
-    seconds: float = 0.0  # of training and validation, summed over interruptions
+    seconds: float = 0.0  # of training and validation, not of compiling, over interruptions
     seconds_to_best: float = 0.0
-    timed_images: int = 0  # trained on in the phase, without the steps that compile
+    timed_images: int = 0  # trained on in the phase
     timed_seconds: float = 0.0
+    compile_seconds: float = 0.0  # beside them
+    train_step_memory_bytes: int | None = None  # on each device, of the phase that takes most
     phases: list[dict] = field(default_factory=list)  # a record of each one that ended
 
     def begin_next_phase(self) -> None:
@@ -77,8 +79,8 @@ class RunRecord:
         self.progress, self.best = Progress(), {}
         self.stored = self._resume()
         self.metrics = MetricsLog(run_dir, self.progress.step, config.runtime.tensorboard)
-        self.compile_seconds = 0.0
-        self.clock = self.saved_at = time.monotonic()
+        self.saved_at = working_time()
+        self.start_clock()
 
     def feed(self, part: str, large: bool = False) -> Feed:
         """Returns the batches of a part, of `data.store_size` if `large`, on the device once."""
@@ -121,11 +123,16 @@ class RunRecord:
         progress.seconds_to_best, progress.evaluations_since_best = progress.seconds, 0
         self.best = copy_arrays(weights)
 
+    def start_clock(self) -> None:
+        """Begins to count the run's seconds."""
+        self.clock, self.compiled = working_time(), COMPILING.seconds
+
     def count_time(self) -> None:
-        """Adds the time since the last call to the run's seconds."""
-        now = time.monotonic()
-        self.progress.seconds += now - self.clock
-        self.clock = now
+        """Adds the time since the last call to the run's seconds, and that of compiling apart."""
+        clock, compiled = self.clock, self.compiled
+        self.start_clock()
+        self.progress.seconds += self.clock - clock
+        self.progress.compile_seconds += self.compiled - compiled
 
     def save(self, state: dict) -> None:
         """Saves the best weights, then the whole state."""
@@ -134,7 +141,7 @@ class RunRecord:
             best = {"step": progress.best_step, "loss": progress.best_loss}
             self.checkpoints.save("best", progress.best_step, self.best, best)
         self.checkpoints.save("latest", progress.step, state, asdict(progress))
-        self.saved_at = time.monotonic()
+        self.saved_at = working_time()
 
     def interrupt(self, state: dict) -> None:
         """Saves the state and raises Interrupted."""

@@ -136,8 +136,8 @@ def _cost(members: Sequence[FinishedRun], best: FinishedRun) -> float:
     runs = distinct(members)
     if len({run.label for run in runs}) == 1:
         return float(len(runs))
-    flops = {run.path: run.summary["cost"].get("flops_per_image") or math.nan for run in runs}
-    return sum(flops.values()) / flops[best.path]
+    work = {run.path: run.cost.get("multiply_adds_per_image") or math.nan for run in runs}
+    return sum(work.values()) / work[best.path]
 
 
 def listed(names: Iterable[str], most: int = 12) -> str:

@@ -42,7 +42,7 @@ def overview(comparison: Comparison) -> Section:
         "that over images what these very networks would do on other photos of the same kind "
         "(Wilson's). F1 is the mean over classes, NLL the loss in nats, Brier from 0 to 2, ECE the "
         "calibration error of the top class in 15 bins; accuracies, F1 and ECE are in percent. "
-        "FLOPs are matrix products and convolutions of one image forward, a multiply-add as two. "
+        "Multiply-adds are those of matrix products and convolutions of one image forward. "
         "Seconds and images/s are means over seeds, without compilation, on "
         f"{', '.join(sorted(set(table.device)))}."
     ]
@@ -65,7 +65,7 @@ def overview(comparison: Comparison) -> Section:
 
 
 def costs(comparison: Comparison) -> Section:
-    """Accuracy against parameters, FLOPs, training time and speed of prediction."""
+    """Accuracy against parameters, multiply-adds, training time and memory."""
     caption = "Filled: no other model is both cheaper and more accurate (the Pareto front). Bars: "
     caption += "95 % intervals over seeds, or over images where there is one seed."
     return Section(pictures=[_chart(comparison, charts.draw_pareto, "pareto.svg", caption)])

@@ -128,15 +128,21 @@ def draw_agreement(comparison: Comparison) -> plt.Figure:
     return _percent_map(shares.fillna(shares.T), size, 16, "same prediction, % of test images")
 
 
-def draw_pareto(comparison: Comparison) -> plt.Figure:
-    """Accuracy against four costs; a line joins the models that no other beats in both."""
+def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -> plt.Figure:
+    """Accuracy against four costs; a line joins the models that no other beats in both.
+
+    The last is `milliseconds` for one image if they were measured, or the memory of training.
+    """
     table = comparison.table
     costs = {
         "parameters": table.parameters,
-        "FLOPs per image, forward": table.flops_per_image,
+        "multiply-adds per image, forward": table.multiply_adds_per_image,
         "seconds of training": table.seconds,
-        "seconds to predict 1,000 images": 1000 / table.inference_images_per_second,
     }
+    if milliseconds is None or milliseconds.isna().all():
+        costs["bytes of memory for a training step"] = table.train_step_memory_bytes
+    else:
+        costs["milliseconds to predict one image"] = milliseconds
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharey=True)
     accuracy = 100 * table.test_accuracy_mean.to_numpy()
     for axis, (title, cost) in zip(axes.flat, costs.items(), strict=True):

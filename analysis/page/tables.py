@@ -71,10 +71,9 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
         "Brier": table.brier_mean.map(decimal),
         "ECE": table.ece_mean.map(percent),
         "params": table.parameters.map(scaled),
-        "FLOPs/image": table.flops_per_image.map(scaled),
+        "multiply-adds": table.multiply_adds_per_image.map(scaled),
         "train s": table.seconds.map(scaled),
         "train images/s": table.train_images_per_second.map(scaled),
-        "predict images/s": table.inference_images_per_second.map(scaled),
     }
     used = {"published %": table.published.notna(), "without leaks %": table.leaks}
     used["without near leaks %"] = table.near_leaks

@@ -25,7 +25,6 @@ def test_a_run_gives_its_saved_logits_again(runs, digits_run, model):
     assert images.dtype == np.uint8 and len(images) == len(run.test["labels"])
     logits = predict_logits(forward.load_classifier(run), images, size=100)
     np.testing.assert_allclose(logits, run.test["logits"], atol=1e-4)
-    assert run.summary["cost"]["inference_images_per_second"] > 0
     images = forward.load_images(run, "validation")
     logits = predict_logits(forward.load_classifier(run), images, size=100)
     np.testing.assert_allclose(logits, run.validation["logits"], atol=1e-4)

@@ -285,6 +285,23 @@ def test_the_seconds_of_a_phase_survive_an_interruption(tuned_run, tmp_path, mon
     assert summary["phases"][0]["seconds"] == pytest.approx(summary["cost"]["seconds"], rel=0.2)
 
 
+def test_costs_are_those_of_the_run_whatever_ran_before(digits_run, few_digits, tmp_path):
+    """No phase counts its compiling as training, of steps and of stored features alike."""
+    once = {"phases": "head,all", "phase__head__epochs": 1, "phase__all__epochs": 1}
+    changes = few_digits | once | {"batch_size": 19}  # no other test's: this one compiles it
+    config = digits_run("cnn", **changes)
+    first, again = (train_and_evaluate(config, tmp_path / name) for name in ("first", "again"))
+    assert [phase["stored_features"] for phase in first["phases"]] == [True, False]
+    costs = first["cost"], again["cost"]
+    saved = costs[0]["compile_seconds"] - costs[1]["compile_seconds"]
+    assert saved > 0.5
+    assert costs[0]["seconds"] - costs[1]["seconds"] < saved / 2
+    assert costs[0]["seconds"] == pytest.approx(sum(p["seconds"] for p in first["phases"]), abs=0.1)
+    small = train_and_evaluate(digits_run("linear", **few_digits | {"epochs": 1}), tmp_path / "c")
+    for memory in ("train_step_memory_bytes", "predict_step_memory_bytes"):
+        assert costs[0][memory] == costs[1][memory] > 5 * small["cost"][memory] > 0
+
+
 def test_the_sample_of_the_preflight_spreads_over_all_classes(tmp_path, cache_dir):
     from train import sample
 
