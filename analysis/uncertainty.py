@@ -15,7 +15,6 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar as mcnemar_test
 from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95
@@ -243,19 +242,6 @@ def letters(labels: Sequence[str], established: Collection[tuple[str, str]]) -> 
 def ends(name: str, interval: Interval) -> dict[str, float]:
     """Returns an interval as two columns of a table, `name` before their names."""
     return {f"{name}ci95_low": interval[0], f"{name}ci95_high": interval[1]}
-
-
-def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns the two-sided p-value of the exact McNemar test; it says nothing of other seeds.
-
-    Of several seeds, bool [S, N], it is twice the median p-value, which is valid however the tests
-    depend on each other (Vovk and Wang 2020).
-    """
-    values = []
-    for a, b in zip(first, second, strict=True):
-        table = [[0, (a & ~b).sum()], [(~a & b).sum(), 0]]  # the test ignores the diagonal
-        values.append(float(mcnemar_test(table, exact=True).pvalue))
-    return values[0] if len(values) == 1 else min(1.0, 2 * float(np.median(values)))
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
