@@ -8,7 +8,6 @@ per_class into WORKDIR/report and prints the answer. `analysis.report` makes a p
 
 import itertools
 import math
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from analysis.runs import (
     Groups,
     correctness,
     group_runs,
+    incomplete,
     load_runs,
+    planned_seeds,
     read_audit,
     read_plan,
     same_images,
@@ -98,7 +99,7 @@ def compare(
     baseline = baseline_row(first, criterion)
     families = make_families(groups, criterion, baseline.label)
     states = planned_seeds(groups, reasons)
-    table = make_table(groups, families, options, audit, states)
+    table = make_table(groups, families, criterion, options, audit, states)
     pairs = make_pairs(groups, families, options.margin / 100)
     said = recommend(table, pairs, families[0], baseline, groups, criterion, options.margin / 100)
     return Comparison(
@@ -137,49 +138,6 @@ def read_options(workdir: Path) -> ConfigDict:
     stored = read_plan(workdir).get("compare", {})
     options.update(ConfigDict({k: v for k, v in stored.items() if k in options}))
     return options
-
-
-def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
-    """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
-    plan = read_plan(workdir)
-    reasons = {name: "not started" for name in plan.get("runs", [])}
-    for run in runs:
-        reasons.pop(run.name, None)
-        if run.status != "complete":
-            reasons[run.name] = run.state
-            continue
-        try:
-            _ = run.test, run.validation, run.dataset, run.environment
-        except UserError as error:
-            reasons[run.name] = f"damaged: {error}"
-            continue
-        identity = run.dataset.get("identity")
-        if identity and identity not in plan.get("identities", [identity]):
-            reasons[run.name] = "its images, labels or parts are not those of the experiment"
-    return reasons
-
-
-def planned_seeds(groups: Groups, reasons: dict[str, str]) -> dict[str, tuple[int, str]]:
-    """Returns the number of seeds that each label should have, and "" or what became of them."""
-    families = {}  # by model and what follows the seed in a run's name
-    for label, runs in groups.items():
-        families |= {_family(run.name): label for run in runs}
-    missing: dict[str, Counter] = {label: Counter() for label in groups}
-    for name, why in reasons.items():
-        if label := families.get(_family(name)):
-            missing[label][why.partition(":")[0]] += 1
-    states = {}
-    for label, runs in groups.items():
-        total, lost = len(runs) + missing[label].total(), missing[label]
-        text = f"{len(runs)} of {total} seeds completed"
-        text += "".join(f"; {number} {why}" for why, number in lost.items())
-        states[label] = total, text if lost else ""
-    return states
-
-
-def _family(name: str) -> tuple[str, str]:
-    model, _, folder = name.partition("/")
-    return model, folder.removeprefix("seed").lstrip("0123456789")
 
 
 def values_of(runs: list[FinishedRun], criterion: str, part: str = "test") -> np.ndarray:
@@ -226,6 +184,7 @@ def make_families(groups: Groups, criterion: str, baseline: str) -> list[Family]
 def make_table(
     groups: Groups,
     families: list[Family],
+    criterion: str,
     options: ConfigDict,
     audit: dict | None = None,
     states: dict[str, tuple[int, str]] | None = None,
@@ -259,14 +218,11 @@ def make_table(
             "state": state,
             "rank": f"{better + 1}{'=' if tied else ''}",
             "group": family.letters[label] if family is families[0] else "",
+            "criterion": criterion,
             "validation_score": ranked[label],
             "score": family.mean[label],
             **uncertainty.ends("", family.interval(label)),
             **uncertainty.ends("simultaneous_", family.interval(label, 0.95 ** (1 / len(groups)))),
-            "seeds_ci95_low": math.nan,
-            "seeds_ci95_high": math.nan,
-            "images_ci95_low": family.interval(label)[0],
-            "images_ci95_high": family.interval(label)[1],
             "test_images": len(ids),
             "test_accuracy_mean": accuracy.mean(),
             "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,
@@ -374,7 +330,7 @@ def write_tables(comparison: Comparison) -> None:
     if not groups:
         return
     table, pairs, confused = comparison.table, comparison.pairs, confused_along(groups)
-    tables.write_table(table, tables.printed_table(table), output / "table")
+    tables.write_table(table, tables.printed_table(table, comparison.baseline), output / "table")
     tables.write_table(pairs, tables.printed_pairs(pairs), output / "pairs")
     tables.write_table(confused, confused.round(1), output / "confused")
     only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
@@ -389,7 +345,10 @@ def main(argv: list[str]) -> None:
     if not comparison.groups:
         raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
     write_tables(comparison)
-    printed = tables.printed_table(comparison.table), tables.printed_pairs(comparison.pairs)
+    printed = [
+        tables.printed_table(comparison.table, comparison.baseline),
+        tables.printed_pairs(comparison.pairs),
+    ]
     print("\n".join(table.to_string(index=False) + "\n" for table in printed if len(table)))
     print(f"{comparison.recommendation}\n\ntables: {comparison.output}")
 

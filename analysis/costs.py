@@ -19,10 +19,13 @@ from absl import flags
 from analysis.compare import Comparison, compare
 from analysis.forward import cache_dir_of, load_classifier, use_compilation_cache
 from analysis.page import charts
+from analysis.page.chapters import DRAWN, best
 from analysis.page.figures import save
-from analysis.page.section import Picture, Section, Table
+from analysis.page.section import Section, Table
 from analysis.page.tables import NONE, scaled
 from analysis.runs import load_runs
+from analysis.uncertainty import pareto_front
+from analysis.verdict import listed, multiply_adds
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
@@ -130,19 +133,18 @@ def costs_section(comparison: Comparison, rounds: int = ROUNDS, batch: int = BAT
             "a CPU left out depthwise convolutions, and compiling counts as training."
         )
     milliseconds = table.label.map({k: v["milliseconds_at_1"] for k, v in speeds.items()})
-    figure = charts.draw_pareto(comparison, milliseconds.astype(float))
+    drawn = best(comparison, DRAWN)
+    figure = charts.draw_pareto(drawn, milliseconds.astype(float).head(DRAWN))
     figure.tight_layout()
     save(figure, comparison.output / "pareto.svg")
-    caption = "Filled: no other model is both cheaper and more accurate (the Pareto front). Bars: "
-    caption += "95 % intervals."
     devices = jax.devices()
     of, here = sorted(set(table.device)), f"{len(devices)} x {devices[0].device_kind}"
     about = EXPLANATION.format(of=", ".join(of), here=here, rounds=rounds)
     return Section(
         tables=[_table(table, speeds, about)],
-        pictures=[Picture("pareto.svg", caption, wide=True)],
+        chart="pareto",
         warnings=warnings,
-        finding=_finding(speeds),
+        finding=" ".join(filter(None, [_front(table), _finding(speeds)])),
         data=speeds,
     )
 
@@ -182,6 +184,12 @@ def _table(table: pd.DataFrame, speeds: dict[str, dict], about: str) -> Table:
 def _number(value: float) -> str:
     """Three digits, thousands in full."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _front(table: pd.DataFrame) -> str:
+    """Which models no other beats in score and multiply-adds."""
+    front = pareto_front(table.label.map(multiply_adds(table)), table.score)
+    return f"{listed(table.label[front])}: no other model is both cheaper and more accurate."
 
 
 def _finding(speeds: dict[str, dict]) -> str:

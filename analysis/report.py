@@ -8,25 +8,22 @@ robustness, looking inside) are made anew only when their runs or options change
 them out.
 """
 
-import base64
-import re
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from mimetypes import guess_type
 from pathlib import Path
 
-import jinja2
 from absl import flags
 from ml_collections import ConfigDict
 
-from analysis import ensembles, gradcam, inside, robustness
+from analysis import costs, ensembles, gradcam, inside, labels, robustness
 from analysis.calibration import calibration_section
 from analysis.compare import Comparison, compare, write_tables
 from analysis.explain import packages
 from analysis.page import chapters
-from analysis.page.section import Section, Table, remembered
+from analysis.page.render import render
+from analysis.page.section import Section, remembered
 from analysis.page.tables import printed_table
 from analysis.runs import load_runs
 from errors import UserError
@@ -54,25 +51,22 @@ def _inside(c: Comparison) -> Section:
 
 
 CHAPTERS = (  # in the order of the page
-    Chapter("Comparison", chapters.overview),
-    Chapter("What accuracy costs", chapters.costs),
-    Chapter("How they learned", chapters.curves),
-    Chapter("From pretrained weights", chapters.transfer),
-    Chapter("Classes and what is taken for what", chapters.classes),
-    Chapter("Which differences are established", chapters.pairs_of_models),
-    Chapter("What the models looked at", gradcam.heat_maps, "gradcam.json", ("gradcam_images",)),
+    Chapter("Accuracy", chapters.overview),
+    Chapter("Accuracy and cost", partial(costs.costs_section, rounds=0)),
+    Chapter("Accuracy and cost", costs.costs_section, "costs.json", ("measure_speed",)),
+    Chapter("Learning curves", chapters.curves),
+    Chapter("Pretrained weights", chapters.transfer),
+    Chapter("Confusion", chapters.classes),
+    Chapter("Pairs of models", chapters.pairs_of_models),
+    Chapter("Heat maps", gradcam.heat_maps, "gradcam.json", ("gradcam_images",)),
     Chapter("Ensembles", ensembles.ensembles_section),
-    Chapter(
-        "Averaged weights and mirror images",
-        ensembles.averages_section,
-        "averages.json",
-        ("average_weights",),
-    ),
+    Chapter("Averaging", ensembles.averages_section, "averages.json", ("average_weights",)),
     Chapter("Robustness", _robustness, "robustness.json", ("robustness_images", "baseline")),
-    Chapter("Looking inside", _inside, "inspect.json", ("look_inside",)),
-    Chapter("How far their confidence can be trusted", calibration_section),
+    Chapter("Inside the networks", _inside, "inspect.json", ("look_inside",)),
+    Chapter("Calibration", calibration_section),
+    Chapter("Label errors", labels.labels_section),
     Chapter("Data", chapters.data),
-    Chapter("How to reproduce this", chapters.reproduce),
+    Chapter("Reproduce", chapters.reproduce),
 )
 
 
@@ -102,7 +96,6 @@ def write_report(
     if not runs:
         raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
     comparison = compare(workdir, runs, options, data_path)
-    reasons = comparison.reasons
     page, sections = comparison.output / "index.html", {chapter.title: None for chapter in CHAPTERS}
     try:
         with locked(output_folder(comparison.output, "report") / ".lock", wait=True):
@@ -110,18 +103,21 @@ def write_report(
             for slow in (False, True)[: 1 + models]:  # a page before what may take minutes
                 for chapter in CHAPTERS:
                     if bool(chapter.file) == slow:
-                        sections[chapter.title] = make_section(chapter, comparison, progress)
-                text = render(comparison, reasons, sections)
+                        made = make_section(chapter, comparison, progress)
+                        sections[chapter.title] = made or sections[chapter.title]
+                parts = [replace(part, title=title) for title, part in sections.items() if part]
+                text = render(comparison, parts)
                 page.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write the report to {comparison.output}: {error}") from error
     lines = []
     if comparison.groups:
-        lines.append(printed_table(comparison.table).to_string(index=False) + "\n")
+        printed = printed_table(comparison.table, comparison.baseline)
+        lines.append(printed.to_string(index=False) + "\n")
     lines.append(str(comparison.recommendation))
     lines += [w for section in sections.values() if section for w in section.warnings]
-    lines += [f"not complete: {name}: {reason}" for name, reason in reasons.items()]
-    return Report("\n".join(lines), page, reasons)
+    lines += [f"not complete: {name}: {reason}" for name, reason in comparison.reasons.items()]
+    return Report("\n".join(lines), page, comparison.reasons)
 
 
 def make_section(
@@ -141,37 +137,10 @@ def make_section(
     try:
         return remembered(path, comparison.runs, options, make)
     except UserError as error:
-        return Section(text=[f"Not made: {error}"])
+        return Section(finding=f"Not made: {error}")
     except Exception as error:  # noqa: BLE001 - the rest of the page is worth having
         traceback.print_exc()
-        return Section(text=[f"Not made: {type(error).__name__}: {error}"])
-
-
-def render(comparison: Comparison, reasons: dict, sections: dict[str, Section | None]) -> str:
-    """Returns index.html: every picture is inside it, every name is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-
-    def source(file: str) -> str:
-        content = base64.b64encode((comparison.output / file).read_bytes()).decode()
-        return f"data:{guess_type(file)[0]};base64,{content}"
-
-    return environment.get_template("report.html.j2").render(
-        title=comparison.workdir.resolve().name,
-        answer=str(comparison.recommendation),
-        reasons=reasons,
-        sections=[replace(part, title=title) for title, part in sections.items() if part],
-        source=source,
-        has_words=has_words,
-    )
-
-
-def has_words(table: Table, column: int) -> bool:
-    """Returns whether a column holds words, which are set flush left, and not numbers."""
-    return any(not re.match(r"(< |[+-])?\d|–$", row[column]) for row in table.rows)
+        return Section(finding=f"Not made: {type(error).__name__}: {error}")
 
 
 def main(argv: list[str]) -> int:

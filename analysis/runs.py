@@ -1,6 +1,7 @@
 """Read run directories: the contract between training and analysis."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -193,6 +194,49 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
 def read_plan(workdir: Path) -> dict:
     """Returns experiment.json: command, runs and compare; {} where a workdir has none."""
     return read_json(workdir / "experiment.json")
+
+
+def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
+    """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
+    plan = read_plan(workdir)
+    reasons = {name: "not started" for name in plan.get("runs", [])}
+    for run in runs:
+        reasons.pop(run.name, None)
+        if run.status != "complete":
+            reasons[run.name] = run.state
+            continue
+        try:
+            _ = run.test, run.validation, run.dataset, run.environment
+        except UserError as error:
+            reasons[run.name] = f"damaged: {error}"
+            continue
+        identity = run.dataset.get("identity")
+        if identity and identity not in plan.get("identities", [identity]):
+            reasons[run.name] = "its images, labels or parts are not those of the experiment"
+    return reasons
+
+
+def planned_seeds(groups: Groups, reasons: dict[str, str]) -> dict[str, tuple[int, str]]:
+    """Returns the number of seeds that each label should have, and "" or what became of them."""
+    families = {}  # by model and what follows the seed in a run's name
+    for label, runs in groups.items():
+        families |= {_family(run.name): label for run in runs}
+    missing: dict[str, Counter] = {label: Counter() for label in groups}
+    for name, why in reasons.items():
+        if label := families.get(_family(name)):
+            missing[label][why.partition(":")[0]] += 1
+    states = {}
+    for label, runs in groups.items():
+        total, lost = len(runs) + missing[label].total(), missing[label]
+        text = f"{len(runs)} of {total} seeds completed"
+        text += "".join(f"; {number} {why}" for why, number in lost.items())
+        states[label] = total, text if lost else ""
+    return states
+
+
+def _family(name: str) -> tuple[str, str]:
+    model, _, folder = name.partition("/")
+    return model, folder.removeprefix("seed").lstrip("0123456789")
 
 
 def read_audit(workdir: Path) -> dict | None:

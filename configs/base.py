@@ -214,6 +214,7 @@ def get_config(models: str = "") -> ConfigDict:
     # Test images, evenly spaced, that the report corrupts; 0: it says nothing of robustness.
     compare.robustness_images = 128
     compare.gradcam_images = 8  # in the grid of heat maps; 0: none are made
+    compare.measure_speed = True  # of predictions, by the first seed of each model
     compare.average_weights = True  # of the seeds of each model, and its views of mirror images
     compare.look_inside = True  # filters, feature maps, similarity of representations
 

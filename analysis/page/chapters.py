@@ -1,51 +1,68 @@
 """The chapters of the report that need no model; None where there is nothing to say."""
 
+import itertools
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pandas as pd
 
-from analysis import compare, evaluate
+from analysis import compare
 from analysis.compare import Comparison
-from analysis.diagnosis import diagnosis_table
-from analysis.forward import load_test_images
+from analysis.diagnosis import diagnose, diagnosis_table
 from analysis.page import charts
-from analysis.page.figures import draw_photos, save, shortened
+from analysis.page.figures import save
+from analysis.page.gallery import make_gallery
 from analysis.page.section import Details, Picture, Section, Table
-from analysis.page.tables import percent, printed_pairs, printed_table
-from analysis.runs import FinishedRun, read_plan
-from errors import UserError
+from analysis.page.tables import NONE, percent, printed_pairs, printed_table
+from analysis.runs import read_plan
+from analysis.verdict import listed
 
-PHOTOS = 12  # of a picture of mistakes
 LISTED = 200  # names in a folded list
+DRAWN = 20  # models in a chart of colours, of which there are no more
+ROWS = 40  # models in a chart with a row for each
+CLASSES = 40  # in a chart of classes
+SPOKEN = {"overfits": "overfitting", "no curve": "without a curve"}  # after a number of runs
+PAIRS = 500  # rows of a table of pairs on the page
 
 
-def _as_table(frame: pd.DataFrame, caption: str = "") -> Table:
-    return Table(list(frame), frame.astype(str).values.tolist(), caption)
+def _as_table(frame: pd.DataFrame, caption: str = "", name: str = "") -> Table:
+    return Table(list(frame), frame.astype(str).values.tolist(), caption, name)
 
 
-def _chart(of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True) -> Picture:
-    figure = draw(of)
+def best(comparison: Comparison, count: int) -> Comparison:
+    """Returns the comparison of its first `count` models alone."""
+    groups = dict(itertools.islice(comparison.groups.items(), count))
+    pairs = comparison.pairs
+    if len(pairs):
+        pairs = pairs[pairs["first"].isin(groups) & pairs["second"].isin(groups)]
+    return replace(comparison, groups=groups, table=comparison.table.head(count), pairs=pairs)
+
+
+def _chart(
+    of: Comparison, draw: Callable, file: str, caption: str, wide: bool = True, most: int = DRAWN
+) -> Picture:
+    """Draws the first models, and says so where there are more."""
+    if len(of.groups) > most:
+        caption += f" The first {most} of {len(of.groups)} models."
+    figure = draw(best(of, most))
     figure.tight_layout()
     save(figure, of.output / file)
     return Picture(file, caption, wide)
 
 
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def overview(comparison: Comparison) -> Section:
-    """The table: every model with both intervals, and the runs behind each row."""
-    table, options = comparison.table, comparison.options
-    interval = "t-interval"
-    text = [
-        f"Measured on {table.test_images[0]} test images, with the weights that validation images "
-        f"chose. The interval over seeds says where other seeds would move the mean ({interval}), "
-        "that over images what these very networks would do on other photos of the same kind "
-        "(Wilson's). F1 is the mean over classes, NLL the loss in nats, Brier from 0 to 2, ECE the "
-        "calibration error of the top class in 15 bins; accuracies, F1 and ECE are in percent. "
-        "Multiply-adds are those of matrix products and convolutions of one image forward. "
-        "Seconds and images/s are means over seeds, without compilation, on "
-        f"{', '.join(sorted(set(table.device)))}."
-    ]
+    """Every figure of every model, the ranks, and the runs behind each row."""
+    table, options, groups = comparison.table, comparison.options, comparison.groups
+    text = []
     if options.reference:
         source = options.reference_source or "the config's compare.reference"
         text.append(f"Published figures, for orientation ({source}); not measured here.")
@@ -56,116 +73,119 @@ def overview(comparison: Comparison) -> Section:
         )
     if "knn" in set(table.model):
         text.append("Nearest neighbours draw nothing at random: their seeds agree by construction.")
+    caption = f"Shares in percent. Seconds and images/s: on {', '.join(sorted(set(table.device)))}."
     lines = [
         f"{label}: " + ", ".join(f"{run.name} {percent(run.correct.mean())} %" for run in runs)
-        for label, runs in comparison.groups.items()
+        for label, runs in groups.items()
     ]
-    behind = Details("The runs behind each row, with their test accuracy", lines)
-    return Section(text=text, tables=[_as_table(printed_table(table))], details=[behind])
-
-
-def costs(comparison: Comparison) -> Section:
-    """Accuracy against parameters, multiply-adds, training time and memory."""
-    caption = "Filled: no other model is both cheaper and more accurate (the Pareto front). Bars: "
-    caption += "95 % intervals over seeds, or over images where there is one seed."
-    return Section(pictures=[_chart(comparison, charts.draw_pareto, "pareto.svg", caption)])
+    ranks = (
+        "Dots: mean over seeds; lines: 95 % intervals. Models that share a letter cannot be told "
+    )
+    ranks += "apart." + " Crosses: published." * bool(options.reference)
+    finding = f"{percent(table.score.max(), 1)} % on {_plural(table.test_images[0], 'test image')}"
+    if len(table) > 1:
+        finding = f"{percent(table.score.min(), 1)} to {finding}, {_plural(len(table), 'model')}"
+    return Section(
+        text=text,
+        tables=[_as_table(printed_table(table), caption)],
+        pictures=[_chart(comparison, charts.draw_ranks, "ranks.svg", ranks, most=ROWS)],
+        pictures_first=True,
+        details=[Details("The runs behind each row, with their test accuracy", lines)],
+        finding=finding + ".",
+    )
 
 
 def curves(comparison: Comparison) -> Section:
     """Learning curves and what they say about over- and underfitting."""
     caption = "On validation images: thin lines are seeds, dashes are models fitted at once."
     picture = _chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
-    tables = [diagnosis_table(comparison.groups)]
-    return Section(tables=tables, pictures=[picture], pictures_first=True)
+    table = diagnosis_table(comparison.groups)
+    runs = comparison.runs
+    verdicts = Counter(diagnose(run).verdict for run in runs).most_common()
+    found = ", ".join(f"{count} {SPOKEN.get(verdict, verdict)}" for verdict, count in verdicts)
+    finding = f"Of {_plural(len(runs), 'run')}: {found}"
+    return Section(tables=[table], pictures=[picture], pictures_first=True, finding=finding + ".")
 
 
 def classes(comparison: Comparison) -> Section:
-    """Per-class scores, confusion matrices, and the confused pairs with their photos."""
-    best, runs = next(iter(comparison.groups.items()))
+    """Confusion matrices with the photos in their cells, and scores by class."""
+    groups, output = comparison.groups, comparison.output
+    label, runs = next(iter(groups.items()))
     scores = compare.class_scores(runs)
-    shares = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
-    counts = scores[["support", "predicted"]].map("{:.4g}".format)
-    printed = pd.concat([shares, counts], axis=1).reset_index()
-    confusion = "Test images (mean over seeds); colour and percent are shares of the true class."
-    section = Section(
-        tables=[_as_table(printed, f"{best}: percent and numbers of images, means over seeds.")],
-        pictures=[
-            _chart(comparison, charts.draw_class_scores, "classes.svg", "F1, mean over seeds."),
-            _chart(comparison, charts.draw_confusion, "confusion.svg", confusion),
-        ],
-    )
-    never = ", ".join(scores.index[scores.predicted == 0])
-    if never:
-        section.text.append(f"{best} never predicts {never}: its precision there is undefined.")
-    confused = compare.confused_along(comparison.groups)
+    section = Section(gallery=make_gallery(comparison))
+    _long_confusion(comparison).to_csv(output / "confusion.csv", index=False)
+    confused = compare.confused_along(dict(itertools.islice(groups.items(), 8)))
     if len(confused):
-        caption = "The most confused pairs of classes by model, the least accurate first: test "
-        caption += "images of one taken for the other, both ways, mean over seeds."
-        section.tables.append(_as_table(confused.round(1), caption))
-    try:
-        section.pictures += _mistakes(best, runs[0], comparison)
-    except UserError as error:
-        section.text.append(f"No photos can be shown: {error}")
+        columns = ["pair", *reversed(confused.columns[1:])]
+        caption = "Test images of one class taken for the other, both ways, mean over seeds: the "
+        caption += "most confused pairs" + " of the first 8 models" * (len(groups) > 8) + "."
+        section.tables.append(_as_table(confused[columns].head(PAIRS).round(1), caption))
+        most = confused.loc[confused[label].idxmax()]
+        images = f"{most[label]:.{int(most[label] < 10)}f} of {len(runs[0].predicted):,}"
+        pair = most.pair.replace(" / ", " and ")
+        section.finding = f"{label} confuses {pair} most often: {images} test images."
+    else:
+        section.finding = "No test image is misclassified."
+    section.pictures.append(_class_chart(comparison))
+    never = scores.index[scores.predicted == 0].tolist()
+    if never:
+        section.text.append(f"{label} never predicts {listed(never)}.")
+    printed = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
+    counts = scores[["support", "predicted"]].map("{:.4g}".format)
+    printed = pd.concat([printed, counts], axis=1).reset_index()
+    table = _as_table(printed, "Percent, and numbers of images; means over seeds.")
+    section.details.append(Details(f"{label} by class ({len(scores)})", table=table))
     return section
 
 
-def _mistakes(label: str, run: FinishedRun, comparison: Comparison) -> list[Picture]:
-    """Draws photos of a run's most confused pair of classes, and those of highest loss."""
-    photos, losses = load_test_images(run, comparison.data_path), evaluate.highest_losses(run)
-    wrong = losses[losses.true != losses.predicted]
-    if wrong.empty:
-        return []
-    most = evaluate.confused_pairs(evaluate.confusion_of(run)).iloc[0]
-    pair = [run.class_names[int(i)] for i in most[["first", "second"]]]
-    between = wrong[wrong.true.isin(pair) & wrong.predicted.isin(pair)]
-    about_pair = f"its most confused pair, {pair[0]} and {pair[1]}. True class → predicted class."
-    about_loss = "the test images of highest loss. Wrong labels often stand here."
-
-    def draw(file: str, rows: pd.DataFrame, about: str) -> Picture:
-        rows = rows.head(PHOTOS)
-        titles = [
-            f"{shortened(r.true)} →\n{shortened(r.predicted)} {100 * r.confidence:.0f} %"
-            for r in rows.itertuples()
-        ]
-        save(draw_photos(photos[rows.index], titles), comparison.output / file)
-        files = "; ".join(map(str, rows.id))
-        return Picture(file, f"{label}, seed {run.seed}: {about} Files: {files}.", wide=True)
-
-    return [
-        draw("confused_pair.png", between, about_pair),
-        draw("highest_loss.png", wrong, about_loss),
-    ]
+def _class_chart(comparison: Comparison) -> Picture:
+    """Draws F1 by class; of many classes, the worst."""
+    count = len(comparison.runs[0].class_names)
+    caption = "F1 by class, %, mean over seeds."
+    if count > CLASSES:
+        caption += f" The {CLASSES} of {count} classes that all models together get worst."
+    draw = partial(charts.draw_class_scores, most=CLASSES)
+    return _chart(comparison, draw, "classes.svg", caption, most=ROWS)
 
 
-def pairs_of_models(comparison: Comparison) -> Section:
-    """Ranks, paired differences, agreement, and images that only one model gets right."""
+def _long_confusion(comparison: Comparison) -> pd.DataFrame:
+    """Returns every cell that is not 0: model, true and predicted class, images (mean)."""
+    frames = []
+    for label, runs in comparison.groups.items():
+        counts, names = compare.mean_confusion(runs), np.array(runs[0].class_names, object)
+        true, predicted = np.nonzero(counts)
+        cells = {"model": label, "true": names[true], "predicted": names[predicted]}
+        frames.append(pd.DataFrame(cells | {"images": counts[true, predicted].round(3)}))
+    return pd.concat(frames)
+
+
+def pairs_of_models(comparison: Comparison) -> Section | None:
+    """Paired differences, agreement, and images that only one model gets right."""
     groups, pairs = comparison.groups, comparison.pairs
-    caption = "Thick: 95 % interval over seeds; thin: over test images. A black bar at the right "
-    caption += "ties models between which no difference is established."
-    ranks = _chart(comparison, charts.draw_ranks, "ranks.svg", caption)
-    section = Section(pictures=[ranks], pictures_first=True)
     if pairs.empty:
-        return section
+        return None
     alone, right = compare.only_one_right(groups), compare.majority_right(groups)
     every, none = right.all(axis=1).sum(), (~right).all(axis=1).sum()
+    established = f"{pairs.established.sum():,} of {len(pairs):,}"
+    section = Section(finding=f"{established} differences between models are established.")
     section.text = [
-        "Differences are on the same test images, seed by seed, in percentage points. The interval "
-        "over seeds and images takes both as drawn at random (two-way analysis of variance); p is "
-        "its p-value. McNemar's exact test asks whether these trained networks differ, and nothing "
-        "of other seeds; of several seeds it is twice the median p-value. “p Holm” corrects for "
-        "the number of pairs, and decides at 0.05; with one seed it is McNemar's. Kappa is "
-        "agreement beyond chance.",
         f"By the majority of its seeds, every model gets {every} of {len(right)} test images "
         f"right, and none gets {none}.",
     ]
-    section.tables.append(_as_table(printed_pairs(pairs)))
+    caption = "Differences on the same test images, in percentage points."
+    if len(pairs) > PAIRS:
+        first = best(comparison, 32)
+        caption += f" The first 32 of {len(groups)} models; pairs.csv has all {len(pairs):,} pairs."
+        pairs = first.pairs
+    section.tables.append(_as_table(printed_pairs(pairs), caption))
     caption = "How often two models predict the same class, mean over seeds."
-    agreement = _chart(comparison, charts.draw_agreement, "agreement.svg", caption, wide=False)
+    agreement = _chart(comparison, charts.draw_agreement, "agreement.svg", caption, False, ROWS)
     section.pictures.append(agreement)
     if len(alone):
-        counts = ", ".join(f"{label} {n}" for label, n in alone["model"].value_counts().items())
+        counts = [f"{label} {n}" for label, n in alone["model"].value_counts().items()]
         lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
-        section.details = [Details(f"Test images that one model alone gets right: {counts}", lines)]
+        title = f"Test images that one model alone gets right: {listed(counts)}"
+        section.details = [Details(title, lines)]
     return section
 
 
@@ -190,7 +210,10 @@ def transfer(comparison: Comparison) -> Section | None:
     text = "Pixels: what the first layers got of a batch before training, compared with what the "
     text += "weights saw in theirs. Each phase goes on from the best weights so far."
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
-    return Section(text=[text], tables=[table], warnings=warnings)
+    wrong = [label for label, *_, state in rows if state == "DO NOT MATCH"]
+    finding = f"{_plural(len(rows), 'model')} with pretrained weights"
+    finding += f"; the pixels of {listed(wrong)} do not match." if wrong else "."
+    return Section(text=[text], tables=[table], warnings=warnings, finding=finding)
 
 
 def data(comparison: Comparison) -> Section | None:
@@ -208,6 +231,12 @@ def data(comparison: Comparison) -> Section | None:
             f"in several parts, and {count['label_conflicts']} carry contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
+    section.finding = f"{_plural(audit['images'], 'image')}, {_plural(len(counts), 'class')}"
+    section.finding = section.finding.replace("classs", "classes") + (
+        f"; {count['leaks']} groups of duplicates across parts."
+        if count["leaks"]
+        else "; no exact duplicates across parts."
+    )
     near = f"{count['near_duplicates']} groups, {count['near_leaks']} across parts"
     if not audit["near_duplicates_checked"]:
         near = "not looked for, too many images"
@@ -254,8 +283,37 @@ def reproduce(comparison: Comparison) -> Section:
         "The command again skips finished runs; --dry_run prints every config. Every figure here "
         f"comes from the run directories alone: python -m analysis.report {workdir.name}.",
     ]
-    section = Section(text=text)
-    for label, (run, *_) in comparison.groups.items():
+    finding = f"Commit {commits[0][:7]}" if about["git_commit"] else "Commit unknown"
+    finding += f", jax {about['packages'].get('jax', 'unknown')}, {about['device_kind']}."
+    section = Section(text=text, finding=finding)
+    if (table := configs(comparison)) is not None:
+        section.tables.append(table)
+    for label, (run, *_) in itertools.islice(comparison.groups.items(), CLASSES):
         config = json.dumps(run.config, indent=2, ensure_ascii=False)
         section.details.append(Details(f"Config of {label}, seed {run.seed}", code=config))
     return section
+
+
+def _fields(config: dict, prefix: str = "") -> dict[str, str]:
+    """Returns every field of a config by its full name, as text."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= _fields(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = json.dumps(value, ensure_ascii=False).strip('"')
+    return fields
+
+
+def configs(comparison: Comparison) -> Table | None:
+    """Returns a row per model with the fields of its config that differ between models."""
+    ignored = ("seed", "runtime", "compare", "workdir")
+    by_model = {
+        label: _fields({k: v for k, v in runs[0].config.items() if k not in ignored})
+        for label, runs in comparison.groups.items()
+    }
+    frame = pd.DataFrame.from_dict(by_model, orient="index").fillna(NONE)
+    frame = frame.loc[:, frame.nunique() > 1].rename_axis("model").reset_index()
+    if len(frame.columns) == 1:
+        return None
+    return _as_table(frame, "Fields of the config that differ between models.", name="configs")

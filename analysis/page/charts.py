@@ -8,10 +8,13 @@ from matplotlib.ticker import NullFormatter
 
 from analysis import compare
 from analysis.compare import Comparison
+from analysis.criterion import TITLES
 from analysis.page import figures
-from analysis.page.figures import literal, plt, shortened
+from analysis.page.figures import literal, plt
 from analysis.page.tables import scaled
 from analysis.uncertainty import pareto_front
+
+LETTERS = 8  # of groups, which have a column each; more stand in a word
 
 
 def _models(comparison: Comparison) -> Iterator[tuple]:
@@ -23,22 +26,33 @@ def _models(comparison: Comparison) -> Iterator[tuple]:
 
 
 def draw_ranks(comparison: Comparison) -> plt.Figure:
-    """Accuracy by rank with both intervals; bars at the right tie models that may be equal."""
-    groups = comparison.groups
-    figure, axis = plt.subplots(figsize=(9, 0.5 * len(groups) + 1.4))
-    for rank, (_, row, style) in enumerate(_models(comparison)):
-        seeds = (row.seeds_ci95_low, row.seeds_ci95_high)
-        images, level = (row.images_ci95_low, row.images_ci95_high), (rank, rank)
-        axis.plot(images, level, lw=1.5, **style | {"label": "over test images"})
-        if not np.isnan(row.seeds_ci95_low):
-            axis.plot(seeds, level, lw=6, alpha=0.4, **style | {"label": "over seeds"})
-        axis.plot(row.test_accuracy_mean, rank, "o", **style | {"label": "mean"})
+    """Scores by rank with their intervals; bars at the right join models that share a letter."""
+    table = comparison.table
+    figure, axis = plt.subplots(figsize=(9, 0.36 * len(table) + 1.2))
+    for place, (_, _, style) in enumerate(_models(comparison)):
+        row = table.iloc[place]
+        ends = 100 * row[["ci95_low", "ci95_high"]].to_numpy(float)
+        axis.plot(ends, (place, place), "|-", lw=1.5, **style)
+        axis.plot(100 * row.score, place, "o", **style)
         if not np.isnan(row.published):
-            axis.plot(row.published, rank, "kx", label="published")
-    axis.set_yticks(range(len(groups)), [literal(label) for label in groups])
-    axis.set(xlabel="test accuracy, %, with 95 % intervals", ylim=(len(groups) - 0.5, -0.5))
+            axis.plot(100 * row.published, place, "kx")
+    axis.set_yticks(range(len(table)), map(literal, table.label))
+    title = f"test {TITLES[comparison.criterion]}, %, with 95 % intervals"
+    axis.set(xlabel=title, ylim=(len(table) - 0.5, -0.5))
     axis.grid(axis="x")
-    figures.legend_beside(figure, [axis], loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4)
+    letters = sorted(set("".join(table.group)))
+    if len(letters) > LETTERS:
+        for place, group in enumerate(table.group):
+            axis.text(1.02, place, group, va="center", transform=axis.get_yaxis_transform())
+        return figure
+    for i, letter in enumerate(letters):
+        rows = np.flatnonzero(table.group.str.contains(letter, regex=False))
+        x, ends = 1.03 + 0.03 * i, (rows[0], rows[-1])  # x in widths of the axes
+        beside = {"transform": axis.get_yaxis_transform(), "clip_on": False}
+        axis.plot((x, x), ends, color="#999999", lw=1, **beside)
+        for row in rows:
+            axis.plot(x, row, "o", color="white", ms=11, **beside)
+            axis.text(x, row, letter, ha="center", va="center", fontsize=9, **beside)
     return figure
 
 
@@ -77,27 +91,6 @@ def plain_ticks(axis, ratio: float) -> None:
     axis.set_tick_params(which="both", labelsize=8)
 
 
-def draw_confusion(comparison: Comparison) -> plt.Figure:
-    """A matrix a model: images (mean over seeds) and their share of the true class."""
-    groups = comparison.groups
-    figure, axes = figures.small_multiples(len(groups), 3, (4.3, 4.3))
-    for axis, (label, runs) in zip(axes, groups.items(), strict=True):
-        names = [shortened(name) for name in runs[0].class_names]
-        counts = compare.mean_confusion(runs)
-        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-        def write(i: int, j: int, counts=counts, share=share) -> str:
-            if not counts[i, j] or len(counts) > 12:
-                return ""
-            text = f"{counts[i, j]:.0f}" if counts[i, j] >= 1 else f"{counts[i, j]:.1g}"
-            return text + f"\n{100 * share[i, j]:.0f} %" * (len(counts) <= 8)
-
-        figures.heat_map(axis, share, write, names, names, cmap="Blues", vmin=0, vmax=1)
-        axis.set(xlabel="predicted", ylabel="true")
-        axis.set_title(literal(label), fontsize=10)
-    return figure
-
-
 def _percent_map(shares: pd.DataFrame, size: tuple, shown: int, label: str) -> plt.Figure:
     """A heat map of shares in percent, written out where there are at most `shown` columns."""
     values = 100 * shares.to_numpy(float)
@@ -112,9 +105,12 @@ def _percent_map(shares: pd.DataFrame, size: tuple, shown: int, label: str) -> p
     return figure
 
 
-def draw_class_scores(comparison: Comparison) -> plt.Figure:
-    """A column a class, a row a model: F1 (mean over seeds) as a heat map."""
-    shares = pd.DataFrame({m: compare.class_scores(r).f1 for m, r in comparison.groups.items()}).T
+def draw_class_scores(comparison: Comparison, most: int = 40) -> plt.Figure:
+    """A column a class, a row a model: F1 (mean over seeds) as a heat map; the worst classes."""
+    scores = {label: compare.class_scores(runs) for label, runs in comparison.groups.items()}
+    shares = pd.DataFrame({label: of.f1 for label, of in scores.items()}).T
+    worst = shares.mean().nsmallest(most).index
+    shares = shares[[name for name in shares if name in worst]]
     size = (min(16, 2.5 + 0.75 * len(shares.columns)), 1.3 + 0.38 * len(shares))
     return _percent_map(shares, size, 24, "F1, %")
 
@@ -144,19 +140,16 @@ def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -
     else:
         costs["milliseconds to predict one image"] = milliseconds
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharey=True)
-    accuracy = 100 * table.test_accuracy_mean.to_numpy()
+    score = 100 * table.score.to_numpy()
     for axis, (title, cost) in zip(axes.flat, costs.items(), strict=True):
         cost = cost.where(cost > 0).to_numpy(float)  # nearest neighbours have no parameters
-        front = pareto_front(cost, accuracy)
-        axis.step(cost[front], accuracy[front], where="post", color="#999999", lw=1, zorder=0)
+        front = pareto_front(cost, score)
+        axis.step(cost[front], score[front], where="post", color="#999999", lw=1, zorder=0)
         for i, (_, row, style) in enumerate(_models(comparison)):
-            low, high = row.seeds_ci95_low, row.seeds_ci95_high
-            if np.isnan(low):
-                low, high = row.images_ci95_low, row.images_ci95_high
-            spread = [[max(0, accuracy[i] - low)], [max(0, high - accuracy[i])]]
+            spread = [[max(0, score[i] - row.ci95_low)], [max(0, row.ci95_high - score[i])]]
             style |= {"fmt": "o", "capsize": 3, "mfc": None if i in front else "white"}
             if not np.isnan(cost[i]):
-                axis.errorbar(cost[i], accuracy[i], spread, **style)
+                axis.errorbar(cost[i], score[i], spread, **style)
         if np.isnan(cost).all():
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
         else:
@@ -165,6 +158,6 @@ def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -
         axis.set(xlabel=title)
         axis.grid()
     for axis in axes[:, 0]:
-        axis.set_ylabel("test accuracy, %")
+        axis.set_ylabel(f"test {TITLES[comparison.criterion]}, %")
     figures.legend_beside(figure, axes.flat)
     return figure

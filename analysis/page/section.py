@@ -17,6 +17,7 @@ class Table:
     columns: list[str]
     rows: list[list[str]]
     caption: str = ""
+    name: str = ""  # "configs": any two of its rows can be compared
 
 
 @dataclass
@@ -31,12 +32,43 @@ class Picture:
 
 @dataclass
 class Details:
-    """What is folded away until a reader asks: lines, code or a picture."""
+    """What is folded away until a reader asks: lines, code, a picture or a table."""
 
     summary: str
     lines: list[str] = field(default_factory=list)
     code: str = ""
     picture: Picture | None = None
+    table: Table | None = None
+
+
+@dataclass
+class Matrix:
+    """The confusion of one model: mean counts [K][K] by true and predicted class."""
+
+    model: str
+    counts: list[list[float]]
+
+
+@dataclass
+class Photo:
+    """A misclassified test image; `said` is {model: {predicted class: number of seeds}}."""
+
+    source: str  # a data URI
+    file: str
+    true: int
+    said: dict[str, dict[int, int]]
+
+
+@dataclass
+class Gallery:
+    """Confusion matrices, or (true, predicted, images); each cell chooses among photos."""
+
+    classes: list[str]
+    matrices: list[Matrix]
+    photos: list[Photo]
+    note: str = ""
+    pairs: list[tuple[int, int, float]] = field(default_factory=list)  # in place of matrices
+    small: bool = False  # photos of a few pixels, shown without smoothing
 
 
 @dataclass
@@ -52,11 +84,13 @@ class Section:
     pictures_first: bool = False  # before the tables
     data: dict = field(default_factory=dict)  # numbers, for readers of the JSON file
     finding: str = ""  # the result in one sentence, visible while the chapter is folded
+    gallery: Gallery | None = None
+    chart: str = ""  # "pareto": accuracy against every cost, drawn by the page itself
 
 
 def _part(content: dict):
     """Returns the part of a section that `asdict` turned into `content`, or `content` itself."""
-    for kind in (Table, Picture, Details, Section):
+    for kind in (Table, Picture, Details, Matrix, Photo, Gallery, Section):
         if content.keys() == kind.__dataclass_fields__.keys():
             return kind(**content)
     return content

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.criterion import TITLES
+
 NONE = "–"
 UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 
@@ -54,19 +56,29 @@ def intervals(table: pd.DataFrame, name: str, write: Callable[[float], str]) -> 
     return [NONE if pd.isna(low) else f"{write(low)} to {write(high)}" for low, high in ends]
 
 
-def printed_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Returns the table as a reader sees it; columns of leaks and of published figures if any."""
+def printed_table(table: pd.DataFrame, baseline: pd.Series | None = None) -> pd.DataFrame:
+    """Returns the table as a reader sees it; columns of leaks and of published figures if any.
+
+    The last row is the `baseline`, which always answers the most frequent class.
+    """
+    title = f"test {TITLES[table.criterion.iloc[0]]} %"
+    lost = zip(table.seeds, table.planned, strict=True)
     columns = {
-        "model": [f"{r.model} ({r.variant})" if r.variant else r.model for r in table.itertuples()],
-        "seeds": table.seeds.astype(str),
-        "test acc. %": table.test_accuracy_mean.map(percent),
-        "std": table.test_accuracy_std.map(percent),
+        "model": table.label,
+        "seeds": [f"{n}" if n == planned else f"{n} of {planned}" for n, planned in lost],
+        "validation %": table.validation_score.map(percent),
+        title: table.score.map(percent),
         "95 % interval": intervals(table, "", percent),
         "group": table.group,
+        "test accuracy %": table.test_accuracy_mean.map(percent),
+        "balanced accuracy %": table.balanced_accuracy_mean.map(percent),
+        "std of seeds": table.test_accuracy_std.map(percent),
         "published %": table.published.map(percent),
         "without leaks %": table.without_leaks.map(percent),
         "without near leaks %": table.without_near_leaks.map(percent),
         "F1": table.macro_f1_mean.map(percent),
+        "AUROC": _of_two_classes(table, "auroc"),
+        "AP": _of_two_classes(table, "average_precision"),
         "NLL": table.nll_mean.map(decimal),
         "Brier": table.brier_mean.map(decimal),
         "ECE": table.ece_mean.map(percent),
@@ -77,7 +89,23 @@ def printed_table(table: pd.DataFrame) -> pd.DataFrame:
     }
     used = {"published %": table.published.notna(), "without leaks %": table.leaks}
     used["without near leaks %"] = table.near_leaks
-    return pd.DataFrame(columns).drop(columns=[name for name in used if not used[name].any()])
+    shown = pd.DataFrame(columns).drop(columns=[name for name in used if not used[name].any()])
+    if baseline is None:
+        return shown
+    row = dict.fromkeys(shown, NONE) | {"model": baseline.label, title: percent(baseline.score)}
+    row["test accuracy %"] = percent(baseline.test_accuracy_mean)
+    row["balanced accuracy %"] = percent(baseline.balanced_accuracy_mean)
+    return pd.concat([shown, pd.DataFrame([row])], ignore_index=True)
+
+
+def _of_two_classes(table: pd.DataFrame, name: str) -> list[str]:
+    """A figure in percent, and its interval where there are two classes."""
+    figures = table[f"{name}_mean"].map(percent)
+    if f"{name}_ci95_low_mean" not in table:
+        return figures.tolist()
+    ends = table[[f"{name}_ci95_low_mean", f"{name}_ci95_high_mean"]].to_numpy()
+    within = [f" ({percents(*pair)})" if pd.notna(pair[0]) else "" for pair in ends]
+    return [f"{figure}{text}" for figure, text in zip(figures, within, strict=True)]
 
 
 def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:

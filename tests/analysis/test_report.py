@@ -15,7 +15,10 @@ from configs import base
 from errors import UserError
 from experiment.machine import locked
 from tests.analysis.fabricate import CLASSES, write_run
+from tests.analysis.page.conftest import give_photos
 from train import train_and_evaluate
+
+SLOW = sum(bool(chapter.file) for chapter in report.CHAPTERS)  # chapters that run the models
 
 
 def make(workdir):
@@ -40,7 +43,7 @@ def test_page_is_self_contained_and_escapes_names(tmp_path):
     assert "<img src=x" not in page and "<b>lost" not in page
     assert "o&#39;brien &lt;img" in page and "&lt;script&gt;alert" in page
     sources = re.findall(r"""(?:src|href)=["']([^"']*)""", page)
-    assert sum(text.startswith("data:image/") for text in sources) >= 8
+    assert sum(text.startswith("data:image/") for text in sources) >= 6
     assert all(text.startswith(("data:", "#")) for text in sources)
     assert not re.search(r"url\(|@import|fetch\(|https?://", re.sub(r"base64,[^\"]*", "", page))
     assert "mlp/seed0" in page and "failed: &lt;b&gt;lost" in page
@@ -78,7 +81,7 @@ def test_a_damaged_run_and_a_failing_chapter_spoil_nothing_else(tmp_path, monkey
     assert "damaged" in made.not_complete["mlp/seed0"]
     page = made.page.read_text()
     assert "Not made: MemoryError: too &lt;large&gt;" in page
-    assert page.count("Not made") == 3  # and no data for heat maps and robustness
+    assert page.count("Not made") == SLOW  # for the others there are no data
 
 
 def test_a_stop_between_chapters_leaves_a_page(tmp_path):
@@ -147,15 +150,17 @@ def test_what_became_of_pretrained_weights_is_told(tmp_path):
     assert "wrong: its pixels" in made.text and "right: its pixels" not in made.text
 
 
-def test_five_models_of_three_seeds_are_quick_and_small(tmp_path):
+def test_eight_models_of_six_classes_are_quick_and_small(tmp_path, monkeypatch):
     """The limits are 30 s and 15 MB; the time is printed, not asserted."""
-    for model, seed in itertools.product("abcde", range(3)):
-        write_run(tmp_path, model, seed, 0.7 + 0.02 * ord(model) % 0.2, count=3000)
+    give_photos(monkeypatch, side=112, count=3000)  # noise, which no JPEG makes small
+    for model, seed in itertools.product("abcdefgh", range(2)):
+        accuracy = 0.7 + 0.02 * ord(model) % 0.2
+        write_run(tmp_path, model, seed, accuracy, count=3000, classes=[*CLASSES, "e", "f"])
     began = time.monotonic()
     made = make(tmp_path)
-    print(f"{time.monotonic() - began:.1f} s")
+    print(f"{time.monotonic() - began:.1f} s, {made.page.stat().st_size / 1e6:.1f} MB")
     assert made.page.stat().st_size < 15e6
-    assert len(pd.read_csv(tmp_path / "report" / "pairs.csv")) == 10
+    assert len(pd.read_csv(tmp_path / "report" / "pairs.csv")) == 28
 
 
 def test_chapters_that_run_the_models(tmp_path, digits_run):
@@ -167,15 +172,14 @@ def test_chapters_that_run_the_models(tmp_path, digits_run):
     told = []
     made = report.write_report(tmp_path, options, progress=told.append)
     page = made.page.read_text(encoding="utf-8")
-    assert len(told) == 3
-    for title in ("What the models looked at", "Robustness", "Looking inside"):
+    assert len(told) == SLOW
+    for title in ("Heat maps", "Robustness", "Inside the networks"):
         assert f">{title}</h2>" in page
     assert "Not made" not in page
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "report").glob("*_*.png")}
     assert before
     report.write_report(tmp_path, options)  # kept, not made again
-    changed = [path.name for path, time in before.items() if path.stat().st_mtime_ns != time]
-    assert set(changed) <= {"confused_pair.png", "highest_loss.png"}
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 def test_two_processes_make_a_report_one_after_the_other(tmp_path):
