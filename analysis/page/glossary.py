@@ -37,12 +37,12 @@ GLOSSARY = {
         "overconfident, below 1 underconfident."
     ),
     "Robustness": (
-        "Accuracy on corrupted copies of test images: noise, blur, weather, compression; the mean "
-        "over kinds and severities."
+        "Accuracy on corrupted copies of test images: noise, blur, colour, compression, geometry; "
+        "the mean over kinds and severities."
     ),
-    "mCE": (
-        "Mean corruption error: errors under corruption divided by those of a baseline model; "
-        "lower is better."
+    "Kept": "Accuracy under corruption as a share of the accuracy on the clean images.",
+    "Corruption errors": (
+        "All errors under corruption, divided by those of the baseline model; lower is better."
     ),
     "FGSM, PGD": (
         "Attacks that change each pixel a little so as to fool the model; accuracy under them is "
@@ -69,7 +69,7 @@ GLOSSARY = {
 
 # Words in headings of tables, and the term that explains them; the first that is found counts.
 _MENTIONS = (
-    ("mce", "mCE"), ("ece", "ECE"), ("nll", "NLL"), ("brier", "Brier"), ("kappa", "Kappa"),
+    ("ece", "ECE"), ("nll", "NLL"), ("brier", "Brier"), ("kappa", "Kappa"),
     ("established", "Established"), ("fgsm", "FGSM, PGD"),
     ("pgd", "FGSM, PGD"), ("balanced", "Balanced accuracy"), ("auroc", "AUROC"),
     ("average precision", "Average precision"), ("temperature", "Temperature"),
@@ -77,7 +77,8 @@ _MENTIONS = (
     ("95 %", "95 % interval"), ("multiply", "Multiply-adds"), ("flops", "Multiply-adds"),
     ("params", "Parameters"), ("parameters", "Parameters"), ("group", "Group"), ("seeds", "Seed"),
     ("latency", "Latency"), ("predict images/s", "Throughput"), ("rank", "Rank"),
-    ("corrupted", "Robustness"), ("acc", "Accuracy"),
+    ("corrupted", "Robustness"), ("kept", "Kept"), ("errors, %", "Corruption errors"),
+    ("acc", "Accuracy"),
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def test_every_photo_stands_once_and_every_chapter_is_folded(page):
 
 def test_terms_are_explained():
     assert term_of("ECE % scaled") == "ECE" and term_of("95 % over seeds") == "95 % interval"
-    assert term_of("mCE %") == "mCE" and term_of("model") == ""
+    assert term_of("kept %") == "Kept" and term_of("model") == ""
     assert all(term_of(name) in (name, "") or name for name in GLOSSARY)
     assert all(meaning.endswith(".") for meaning in GLOSSARY.values())
 
