@@ -9,9 +9,10 @@ from analysis.compare import Comparison
 from analysis.confidence import LEVELS, RISK, TARGET, coverage_curve, reliability, softmax
 from analysis.page import figures
 from analysis.page.figures import literal, plt, save, shortened
-from analysis.page.section import Details, Picture, Section, Table
+from analysis.page.section import Details, Picture, Section, Table, as_table
 from analysis.page.tables import NONE, decimal, percent
 from analysis.runs import FinishedRun, Groups
+from analysis.verdict import listed
 
 SHOWN = 12  # models in the pictures, and models or classes in the table of sets by class
 ALPHA = 0.05
@@ -53,21 +54,14 @@ def _finding(table: pd.DataFrame, excess: pd.Series, scaled: pd.Series) -> str:
         text = f"On {images} test images, no model's confidence is off by more than chance explains"
     else:
         worst = table.ece_mean[excess].max()
-        text = f"The confidence of {_listed(excess)} is off by more than chance explains (ECE "
-        text += f"{'up to ' * (int(excess.sum()) > 1)}{percent(worst, 1)} %)"
+        text = f"The confidence of {listed(excess.index[excess])} is off by more than chance"
+        text += f" explains (ECE {'up to ' * (int(excess.sum()) > 1)}{percent(worst, 1)} %)"
         still = excess & scaled
-        rest = f"still that of {_listed(still)}" if still.any() else "that of none"
+        rest = f"still that of {listed(still.index[still])}" if still.any() else "that of none"
         text += f", after temperature scaling {rest}"
     least, most = (percent(x, 0) for x in (table.answered_mean.min(), table.answered_mean.max()))
     span = most if least == most else f"{least} to {most}"
     return f"{text}; with {percent(TARGET, 0)} % accuracy promised, {span} % need no person."
-
-
-def _listed(which: pd.Series) -> str:
-    names = list(which.index[which])
-    if len(names) > 5:
-        return f"{len(names)} of {len(which)} models"
-    return " and ".join([", ".join(names[:-1]), names[-1]][-len(names) :])
 
 
 def _text(comparison: Comparison) -> list[str]:
@@ -100,7 +94,7 @@ def _calibration_table(table: pd.DataFrame, excess: pd.Series) -> Table:
         "NLL": table.nll_mean.map(decimal),
         "NLL scaled": table.nll_scaled_mean.map(decimal),
     }
-    return _as_table(columns, "Calibration before and after temperature scaling, on test images.")
+    return as_table(columns, "Calibration before and after temperature scaling, on test images.")
 
 
 def _use_table(table: pd.DataFrame) -> Table:
@@ -118,13 +112,9 @@ def _use_table(table: pd.DataFrame) -> Table:
         columns[f"{sets}: classes"] = size.map(lambda classes: decimal(classes, 2))
     caption = "What can be promised of new images, and what came of it on test images."
     if not promised.all():
-        caption += f" Everything goes to a person in some seed of: {_listed(~promised)}."
-    return _as_table(columns, caption)
-
-
-def _as_table(columns: dict, caption: str) -> Table:
-    rows = pd.DataFrame({name: list(values) for name, values in columns.items()})
-    return Table(list(rows), rows.astype(str).values.tolist(), caption)
+        never = listed(promised.index[~promised])
+        caption += f" Everything goes to a person in some seed of: {never}."
+    return as_table(columns, caption)
 
 
 def _harm(table: pd.DataFrame, newly_off: pd.Series) -> list[str]:

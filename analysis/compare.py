@@ -29,6 +29,7 @@ from analysis.runs import (
     read_audit,
     read_plan,
     same_images,
+    values_of,
 )
 from analysis.uncertainty import Family
 from analysis.verdict import Recommendation, recommend
@@ -140,12 +141,6 @@ def read_options(workdir: Path) -> ConfigDict:
     return options
 
 
-def values_of(runs: list[FinishedRun], criterion: str, part: str = "test") -> np.ndarray:
-    """Returns the criterion of each seed on each image of a part: float [S, N]."""
-    stored = [getattr(run, part) for run in runs]
-    return np.stack([values(of["labels"], of["logits"].argmax(axis=1), criterion) for of in stored])
-
-
 def draws_nothing(run: FinishedRun) -> bool:
     """Returns whether a model's training draws nothing at random, so that its seeds are one."""
     return run.model in MODELS and not MODELS[run.model].trained_by_gradient
@@ -232,7 +227,7 @@ def make_table(
             **figures.mean().add_suffix("_mean"),
             **costs.apply(pd.to_numeric).mean(),
             "image_size": first.config["data"]["image_size"],
-            "device": first.summary["cost"]["device"],
+            "device": first.cost["device"],
             "runs": ";".join(run.name for run in runs),
         }
         rows.append(row)
@@ -338,12 +333,18 @@ def write_tables(comparison: Comparison) -> None:
     pd.concat(each).to_csv(output / "per_class.csv", index=False)
 
 
-def main(argv: list[str]) -> None:
-    """Writes the tables of a workdir and prints the recommendation."""
-    workdir = Path(arguments(argv, "analysis.compare WORKDIR")[0]).expanduser()
-    comparison = compare(workdir, load_runs(workdir))
+def compare_workdir(name: str, data_path: str = "") -> Comparison:
+    """Compares the runs of the workdir named on a command line; raises UserError without any."""
+    workdir = Path(name).expanduser()
+    comparison = compare(workdir, load_runs(workdir), data_path=data_path)
     if not comparison.groups:
         raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
+    return comparison
+
+
+def main(argv: list[str]) -> None:
+    """Writes the tables of a workdir and prints the recommendation."""
+    comparison = compare_workdir(*arguments(argv, "analysis.compare WORKDIR"))
     write_tables(comparison)
     printed = [
         tables.printed_table(comparison.table, comparison.baseline),

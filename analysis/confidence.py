@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.special import betainc, log_softmax
+from scipy.special import betainc
 from scipy.stats import binom, gamma
 
 BINS = 15  # of confidence, in the calibration error
@@ -23,13 +23,28 @@ ROUNDING = 1e-6  # by which a batch of another size may move a probability
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Returns probabilities float64 [N, K] of logits [N, K] divided by a temperature."""
-    return np.exp(log_softmax(logits.astype(np.float64) / temperature, axis=1))
+    scaled = logits.astype(np.float64) / temperature  # changed in place: it may be large
+    scaled -= scaled.max(axis=1, keepdims=True)
+    np.exp(scaled, out=scaled)
+    scaled /= scaled.sum(axis=1, keepdims=True)
+    return scaled
 
 
 def losses(labels: np.ndarray, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Returns the negative log-likelihood of each label in nats: float64 [N]."""
-    log_probabilities = log_softmax(logits.astype(np.float64) / temperature, axis=1)
-    return -log_probabilities[np.arange(len(labels)), labels]
+    return _losses(*_below_highest(labels, logits), temperature)
+
+
+def _below_highest(labels: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Logits minus the highest of each image [N, K], and that of the label [N]."""
+    below = logits.astype(np.float64)
+    below -= below.max(axis=1, keepdims=True)
+    return below, below[np.arange(len(labels)), labels]
+
+
+def _losses(below: np.ndarray, own: np.ndarray, temperature: float) -> np.ndarray:
+    scaled = below / temperature
+    return np.log(np.exp(scaled, out=scaled).sum(axis=1)) - own / temperature
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray) -> pd.DataFrame:
@@ -89,9 +104,10 @@ def fit_temperature(
     sharpening would help but there is no error that could show its harm.
     """
     weight = 1.0 if clusters is None else len(np.unique(clusters)) / len(clusters)
+    below = _below_highest(labels, logits)
 
     def loss(log_temperature: float) -> float:
-        return weight * losses(labels, logits, math.exp(log_temperature)).sum()
+        return weight * _losses(*below, math.exp(log_temperature)).sum()
 
     def penalised(log_temperature: float) -> float:
         return loss(log_temperature) + 0.5 * (log_temperature / PRIOR) ** 2

@@ -9,26 +9,25 @@ each model, compiled and warm, all models in turn, in every round in another ord
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis.compare import Comparison, compare
+from analysis.compare import Comparison, compare_workdir
 from analysis.forward import cache_dir_of, load_classifier, use_compilation_cache
 from analysis.page import charts
 from analysis.page.chapters import DRAWN, best
 from analysis.page.figures import save
-from analysis.page.section import Section, Table
+from analysis.page.section import Section, Table, as_table
 from analysis.page.tables import NONE, scaled
-from analysis.runs import load_runs
 from analysis.uncertainty import pareto_front
-from analysis.verdict import listed, multiply_adds
+from analysis.verdict import listed
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
+from training.cost import devices_in_use
 
 ROUNDS, BATCH = 10, 256
 SECONDS = 1.0  # about what a model takes at one batch size, over all rounds
@@ -127,7 +126,7 @@ def costs_section(comparison: Comparison, rounds: int = ROUNDS, batch: int = BAT
             warnings.append(f"{label} cannot be timed: {error}")
     speeds = measure_speed(models, rounds, batch)
     table = comparison.table
-    if any("multiply_adds_per_image" not in run.summary["cost"] for run in comparison.runs):
+    if any("flops_per_image" in run.cost for run in comparison.runs):
         warnings.append(
             "Runs of an older version: their multiply-adds are half the FLOPs it stored, which on "
             "a CPU left out depthwise convolutions, and compiling counts as training."
@@ -137,9 +136,8 @@ def costs_section(comparison: Comparison, rounds: int = ROUNDS, batch: int = BAT
     figure = charts.draw_pareto(drawn, milliseconds.astype(float).head(DRAWN))
     figure.tight_layout()
     save(figure, comparison.output / "pareto.svg")
-    devices = jax.devices()
-    of, here = sorted(set(table.device)), f"{len(devices)} x {devices[0].device_kind}"
-    about = EXPLANATION.format(of=", ".join(of), here=here, rounds=rounds)
+    trained_on = ", ".join(sorted(set(table.device)))
+    about = EXPLANATION.format(of=trained_on, here=devices_in_use(), rounds=rounds)
     return Section(
         tables=[_table(table, speeds, about)],
         chart="pareto",
@@ -177,8 +175,7 @@ def _table(table: pd.DataFrame, speeds: dict[str, dict], about: str) -> Table:
         "images/s": [speed(label, rate, f"{rate}_quartiles") for label in table.label],
         "at batch": [str(speeds[x]["batch"]) if x in speeds else NONE for x in table.label],
     }
-    frame = pd.DataFrame(columns).astype(str)
-    return Table(list(frame), frame.values.tolist(), about)
+    return as_table(columns, about)
 
 
 def _number(value: float) -> str:
@@ -188,7 +185,7 @@ def _number(value: float) -> str:
 
 def _front(table: pd.DataFrame) -> str:
     """Which models no other beats in score and multiply-adds."""
-    front = pareto_front(table.label.map(multiply_adds(table)), table.score)
+    front = pareto_front(table.multiply_adds_per_image, table.score)
     return f"{listed(table.label[front])}: no other model is both cheaper and more accurate."
 
 
@@ -207,15 +204,11 @@ def _finding(speeds: dict[str, dict]) -> str:
 def main(argv: list[str]) -> None:
     """Measures the models of a workdir and prints the table."""
     usage = "analysis.costs WORKDIR [--rounds=10] [--batch=256]"
-    workdir = Path(arguments(argv, usage)[0]).expanduser()
-    comparison = compare(workdir, load_runs(workdir))
-    if not comparison.groups:
-        raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
+    comparison = compare_workdir(*arguments(argv, usage))
     output_folder(comparison.output, "report")
     section = costs_section(comparison, ROUNDS_FLAG.value, BATCH_FLAG.value)
     (table,) = section.tables
-    print(pd.DataFrame(table.rows, columns=table.columns).to_string(index=False))
-    print("\n".join(filter(None, [table.caption, *section.warnings, section.finding])))
+    print("\n".join(filter(None, [str(table), table.caption, *section.warnings, section.finding])))
 
 
 if __name__ == "__main__":

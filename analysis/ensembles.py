@@ -8,28 +8,18 @@ and each image together with its mirror image. Validation makes every choice. Wi
 writes ensembles.csv.
 """
 
-from collections.abc import Iterable
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis import evaluate
-from analysis.combine.gains import (
-    Row,
-    distinct,
-    figures,
-    listed,
-    measure,
-    printed,
-    spread_of_gains,
-)
+from analysis.combine.gains import Row, distinct, figures, measure, printed, spread_of_gains
 from analysis.combine.weights import model_rows
-from analysis.compare import Comparison, compare
+from analysis.compare import Comparison, compare_workdir
+from analysis.evaluate import losses, mean_probability
 from analysis.page.section import Section
 from analysis.page.tables import percent, points
-from analysis.runs import FinishedRun, Groups, load_runs, same_images
+from analysis.runs import FinishedRun, Groups, same_images
+from analysis.verdict import listed
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 
@@ -53,14 +43,6 @@ def select_members(own: np.ndarray) -> list[int]:
     # The first of a few may stay alone for a while: a second then counts less than half.
     enough = np.array(losses) <= min(losses) + LEAST
     return sorted(chosen[: enough.argmax() + 1])
-
-
-def mean_probability(runs: Iterable[FinishedRun], part: str = "test") -> np.ndarray:
-    """Returns the mean of the runs' softmax, unscaled: float64 [N, K]."""
-    total, count = 0.0, 0
-    for run in runs:
-        total, count = total + evaluate.softmax(getattr(run, part)["logits"]), count + 1
-    return total / count
 
 
 def _alike(first: FinishedRun, second: FinishedRun) -> bool:
@@ -100,7 +82,7 @@ def stored_rows(groups: Groups) -> tuple[list[Row], list[str]]:
     text = f"{len(pool)} ({models} models)"
     rows.append(measure("all models together", "", pool, [mean_probability(pool)], text=text))
     labels = pool[0].validation["labels"]
-    own = [np.exp(-evaluate.losses(labels, run.validation["logits"])) for run in pool]
+    own = [np.exp(-losses(labels, run.validation["logits"])) for run in pool]
     bag = [pool[i] for i in select_members(np.array(own))]
     chosen = distinct(bag)
     counts = [(run.name, sum(run is other for other in bag)) for run in chosen]
@@ -183,19 +165,14 @@ def averages_section(comparison: Comparison) -> Section | None:
 def main(argv: list[str]) -> None:
     """Prints what ensembles of a workdir's runs gain."""
     usage = "analysis.ensembles WORKDIR [--data=PATH] [--output=DIR] [--nomodels]"
-    workdir = Path(arguments(argv, usage)[0]).expanduser()
-    runs = load_runs(workdir)
-    if not any(run.status == "complete" for run in runs):
-        raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
-    comparison = compare(workdir, runs, data_path=DATA.value)
+    comparison = compare_workdir(*arguments(argv, usage), DATA.value)
     makers = (ensembles_section, averages_section)[: 1 + MODEL_RUNS.value]
     sections = [section for make in makers if (section := make(comparison))]
     if not sections:
-        raise UserError(f"{workdir}: an ensemble needs two complete runs")
+        raise UserError(f"{comparison.workdir}: an ensemble needs two complete runs")
     for section in sections:
-        table = section.tables[0]
-        print(pd.DataFrame(table.rows, columns=table.columns).to_string(index=False))
-        print("\n".join([table.caption, *section.text, section.finding, ""]))
+        (table,) = section.tables
+        print("\n".join([str(table), table.caption, *section.text, section.finding, ""]))
     if OUTPUT.value:
         file = output_folder(OUTPUT.value) / "ensembles.csv"
         rows = [row for section in sections for row in section.data["rows"]]

@@ -8,6 +8,7 @@ are fitted on validation predictions; the rest is of test predictions.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ from analysis.confidence import (
     softmax,
 )
 from analysis.page.tables import decimal
-from analysis.runs import FinishedRun, chosen_runs
-from analysis.uncertainty import wilson
+from analysis.runs import FinishedRun, chosen_runs, clusters_of
+from analysis.uncertainty import Family, Interval, ends, share_interval
 from experiment.command import arguments, output_folder, run_command
 from experiment.files import write_json
 
@@ -38,8 +39,9 @@ TOP_K = (2, 3, 5)
 
 def top_k_accuracy(labels: np.ndarray, logits: np.ndarray, k: int) -> float:
     """Returns the share of images whose class is among the k highest logits; ties go by order."""
-    highest = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    return float((highest == labels[:, None]).any(axis=1).mean())
+    own = logits[np.arange(len(labels)), labels][:, None]
+    before = (logits == own) & (np.arange(logits.shape[1]) < labels[:, None])
+    return float((((logits > own) | before).sum(axis=1) < k).mean())
 
 
 def per_class(labels: np.ndarray, predicted: np.ndarray, class_names: list[str]) -> pd.DataFrame:
@@ -149,7 +151,8 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     known_labels, known_logits = run.validation["labels"], run.validation["logits"]
     temperature, sets = temperature_of(run), sets_fitted_to(run)
     threshold = threshold_of(run, temperature)["confidence"]
-    scaled = softmax(logits, temperature)
+    plain = softmax(logits)
+    scaled = plain if temperature == 1 else softmax(logits, temperature)
     answered = scaled.max(axis=1) >= threshold
     change = losses(labels, logits, temperature) - losses(labels, logits)
     figures = scores(labels, logits) | {
@@ -157,12 +160,12 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
         "temperature": temperature,
         "ece_scaled": calibration_error(scaled, labels),
         "nll_scaled": float(losses(labels, logits, temperature).mean()),
-        "nll_change_se": _standard_error(change, clusters),
+        "nll_change_se": math.sqrt(Family({"": change[None]}, clusters).of_images(change, 0)[1]),
         "threshold": threshold,
         "answered": float(answered.mean()),
         "accuracy_answered": float(run.correct[answered].mean()) if answered.any() else math.nan,
     }
-    for suffix, probabilities in (("", softmax(logits)), ("_scaled", scaled)):
+    for suffix, probabilities in (("", plain), ("_scaled", scaled)):
         chance = error_by_chance(probabilities, figures[f"ece{suffix}"], clusters)
         figures |= {f"ece{suffix}_expected": chance[0], f"ece{suffix}_excess_p": chance[1]}
     for level in LEVELS:
@@ -170,16 +173,18 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
         name = f"set{100 * level:.0f}"
         figures |= {f"{name}_coverage": coverage.mean(), f"{name}_size": size.mean()}
     if logits.shape[1] == 2:
-        for name, values in ranking_values(labels == 1, softmax(logits)[:, 1]).items():
-            low, high = _share_interval(values, labels == 1, clusters)
-            figures |= {f"{name}_ci95_low": low, f"{name}_ci95_high": high}
+        for name, values in ranking_values(labels == 1, plain[:, 1]).items():
+            figures |= ends(f"{name}_", ranking_interval(values, labels == 1, clusters))
     return figures
 
 
 def _validation(run: FinishedRun) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    groups = run.validation.get("groups")
-    clusters = None if groups is None else np.unique(groups, return_inverse=True)[1]
-    return run.validation["logits"], run.validation["labels"], clusters
+    return run.validation["logits"], run.validation["labels"], clusters_of(run.validation)
+
+
+def mean_probability(runs: Sequence[FinishedRun], part: str = "test") -> np.ndarray:
+    """Returns the mean of the runs' softmax on a part, not scaled: float64 [N, K]."""
+    return sum(softmax(getattr(run, part)["logits"]) for run in runs) / len(runs)
 
 
 def temperature_of(run: FinishedRun) -> float:
@@ -207,31 +212,20 @@ def coverage_of_sets(run: FinishedRun, fitted: dict, level: float) -> tuple[np.n
     return sets[np.arange(len(labels)), labels], sets.sum(axis=1)
 
 
-def _standard_error(values: np.ndarray, clusters: np.ndarray | None) -> float:
-    """Returns the standard error of the mean of values [N]; 0 of a single one."""
-    deviations = values - values.mean()
-    if clusters is not None:
-        deviations = np.bincount(clusters, deviations)
-    count = len(deviations)
-    return float(np.sqrt((deviations**2).sum() * count / max(count - 1, 1)) / len(values))
-
-
-def _share_interval(
+def ranking_interval(
     values: np.ndarray, positive: np.ndarray, clusters: np.ndarray | None
-) -> tuple[float, float]:
-    """Returns Wilson's interval of a share that varies as the mean of values [N] does."""
-    mean, error = float(values.mean()), _standard_error(values, clusters)
-    if np.isnan(mean):
+) -> Interval:
+    """Returns the 95 % interval of one of `ranking_values`; NaN where it is not defined."""
+    family = Family({"": values[None]}, clusters)
+    mean, variance = family.of_images(values, 0)
+    if math.isnan(mean):
         return math.nan, math.nan
     groups = np.arange(len(values)) if clusters is None else clusters
     few = min(len(np.unique(groups[kind])) for kind in (positive, ~positive))
     # Scores of few images scatter less than they might: without this limit, 20 positives of 1,000
     # at an AUROC of 0.99 give intervals that hold the truth in 82 %.
-    most = min(len(np.unique(groups)), 3 * few)
-    mean = min(max(mean, 0.0), 1.0)
-    spread = mean * (1 - mean)
-    effective = min(most, spread / error**2) if spread > 0 and error > 1e-9 else most
-    return wilson(mean * effective, effective)
+    most = min(family.units, 3 * few)
+    return share_interval(mean, variance, most, most=most)
 
 
 def classes_of(run: FinishedRun) -> pd.DataFrame:

@@ -101,3 +101,12 @@ def in_batches(function: Callable, *arrays: np.ndarray, size: int = 128):
         out = function(*(jnp.asarray(array[rows]) for array in arrays))
         outputs.append(jax.tree.map(lambda x, n=count - start: np.asarray(x)[:n], out))
     return jax.tree.map(lambda *x: np.concatenate(x), *outputs)
+
+
+def predict_logits(model: Classifier, images: np.ndarray, size: int = 128) -> np.ndarray:
+    """Returns the logits float32 [N, K] of images uint8 [N, S, S, 3], or float in 0..255."""
+    return in_batches(compiled(model, _logits), images, size=size)
+
+
+def _logits(model: Classifier, images: jax.Array) -> jax.Array:
+    return model(model.preprocess(images))

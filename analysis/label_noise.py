@@ -1,16 +1,15 @@
 """Which labels are wrong, and how many? Confident learning from predictions out of sample."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from analysis.evaluate import softmax
+from analysis.evaluate import mean_probability
 from analysis.page.tables import percent
-from analysis.runs import FinishedRun, Groups
-from analysis.uncertainty import Interval, wilson
+from analysis.runs import Groups, values_of
+from analysis.uncertainty import Family, Interval, share_interval
 
 SUREST = (0.25, 0.05)  # shares of each class: of the estimate, and of its lower end
 
@@ -30,19 +29,6 @@ def confident_classes(probabilities: np.ndarray, least: np.ndarray) -> np.ndarra
     """Returns the most probable of the classes that reach their threshold, int [N]; -1 for none."""
     reached = np.where(probabilities >= least - 1e-6, probabilities, -1.0)
     return np.where(reached.max(axis=1) >= 0, reached.argmax(axis=1), -1)
-
-
-def confident_joint(labels: np.ndarray, confident: np.ndarray, classes: int) -> np.ndarray:
-    """Returns [K, K], label by confident class: counts whose rows are scaled to the class counts.
-
-    A row without a confident image is zero.
-    """
-    sure = confident >= 0
-    pairs = np.bincount(labels[sure] * classes + confident[sure], minlength=classes**2)
-    counts = pairs.reshape(classes, classes).astype(float)
-    total = counts.sum(axis=1, keepdims=True)
-    scale = np.bincount(labels, minlength=classes)[:, None] / np.maximum(total, 1)
-    return counts * scale
 
 
 @dataclass(frozen=True)
@@ -69,16 +55,19 @@ def wrong_share(
     shares = []
     for surest in (0.0, *SUREST):
         confident = confident_classes(probabilities, thresholds(labels, probabilities, surest))
-        shares.append(_contradicted(labels, confident, probabilities.shape[1], clusters))
+        shares.append(contradicted(labels, confident, probabilities.shape[1], clusters))
     usual, sure, _ = shares
     low = min(share.interval[0] for share in shares)
     return Share(min(usual.value, sure.value), (low, usual.interval[1]))
 
 
-def _contradicted(
-    labels: np.ndarray, confident: np.ndarray, classes: int, clusters: np.ndarray | None
+def contradicted(
+    labels: np.ndarray, confident: np.ndarray, classes: int, clusters: np.ndarray | None = None
 ) -> Share:
-    """The share of labels that the joint contradicts; classes without any count as the rest do."""
+    """Returns the share of labels that the confident joint, scaled to the classes, contradicts.
+
+    Classes without a confident image count as the rest do.
+    """
     sure = confident >= 0
     wrong = sure & (confident != labels)
     images, known, against = (
@@ -90,14 +79,9 @@ def _contradicted(
     # What each image adds to the error of the value, to first order; images of a cluster together.
     weight = images / np.maximum(known, 1)
     parts = sure * weight[labels] * (wrong - rate[labels]) + rate[labels] - value
-    units = (
-        np.arange(len(labels)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    )
-    variance = (np.bincount(units, parts) ** 2).sum() / len(labels) ** 2
-    # A share of that many independent images would vary as this one does.
-    most = len(np.unique(units[sure]))
-    effective = min(value * (1 - value) / variance if variance > 0 else most, most)
-    low, high = wilson(value * effective, effective)
+    _, variance = Family({"": parts[None]}, clusters).of_images(parts, 0)
+    most = len(np.unique(clusters[sure])) if clusters is not None else int(sure.sum())
+    low, high = share_interval(value, variance, most, most=most)
     return Share(value, (low if value else 0.0, high))
 
 
@@ -130,7 +114,8 @@ def contradictions(groups: Groups, part: str = "test") -> Votes:
     first = next(iter(groups.values()))[0]
     data, names = getattr(first, part), np.array(first.class_names, object)
     ids, labels, own, total = data["ids"], data["labels"], [], np.zeros(data["logits"].shape)
-    for probabilities in _mean_probabilities(voting, part):
+    for own_runs in voting.values():
+        probabilities = mean_probability(own_runs, part)
         own.append(confident_classes(probabilities, thresholds(labels, probabilities)))
         total += probabilities / len(voting)
     likely = confident_classes(total, thresholds(labels, total)) if voting else labels
@@ -161,21 +146,17 @@ def contradictions(groups: Groups, part: str = "test") -> Votes:
 def _voters(groups: Groups, part: str) -> tuple[Groups, dict[str, str]]:
     """Returns the models that vote, and why others do not."""
     data = getattr(next(iter(groups.values()))[0], part)
-    labels, present = data["labels"], len(np.unique(data["labels"]))
     same = {
         label: [run for run in runs if np.array_equal(getattr(run, part)["ids"], data["ids"])]
         for label, runs in groups.items()
     }
     silent = {label: "other images" for label, runs in same.items() if not runs}
-
-    def balanced(run: FinishedRun) -> float:
-        right = getattr(run, part)["logits"].argmax(axis=1) == labels
-        return float(pd.Series(right).groupby(labels).mean().mean())
-
     level = {
-        label: np.mean([balanced(run) for run in runs]) for label, runs in same.items() if runs
+        label: values_of(runs, "balanced_accuracy", part).mean()
+        for label, runs in same.items()
+        if runs
     }
-    best, chance = max(level.values()), 1 / present
+    best, chance = max(level.values()), 1 / len(np.unique(data["labels"]))
     least = (chance + (best if best >= (1 + chance) / 2 else 1)) / 2
     silent |= {
         label: f"balanced accuracy {percent(value, 1)} %, below {percent(least, 1)} %"
@@ -183,13 +164,3 @@ def _voters(groups: Groups, part: str) -> tuple[Groups, dict[str, str]]:
         if value < least
     }
     return {label: runs for label, runs in same.items() if label not in silent}, silent
-
-
-def _mean_probabilities(groups: Groups, part: str) -> Iterator[np.ndarray]:
-    """Yields each model's probabilities [N, K], the mean over its seeds."""
-
-    def of(run: FinishedRun) -> np.ndarray:
-        return softmax(getattr(run, part)["logits"])
-
-    for runs in groups.values():
-        yield sum(of(run) for run in runs) / len(runs)

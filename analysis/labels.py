@@ -16,54 +16,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from absl import flags
-from ml_collections import ConfigDict
 
-from analysis import evaluate
-from analysis.compare import Comparison, compare
+from analysis.compare import Comparison, compare, compare_workdir
 from analysis.label_noise import Votes, contradictions
 from analysis.page.figures import draw_photos, save, shortened
 from analysis.page.section import Picture, Section, Table
 from analysis.page.tables import NONE, decimal, percent, percents
 from analysis.review import COLUMNS, NO_CLASS, read_review, stored_review
-from analysis.runs import FinishedRun, Groups, load_runs
+from analysis.runs import FinishedRun
+from analysis.stress.photos import TestPart
 from analysis.uncertainty import wilson
 from analysis.verdict import listed
-from data.decoding import to_rgb
-from data.sources import list_source
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 
 SHOWN = 24  # photos in the report
-PHOTO = 192  # pixels of the longer side
-
-
-def original_photos(run: FinishedRun, ids: Sequence[str], data_path: str = "") -> list[np.ndarray]:
-    """Returns images of a run as they are stored, made smaller if need be: uint8 [h, w, 3] each.
-
-    Raises UserError where the data cannot be found.
-    """
-    config = ConfigDict(run.config["data"])
-    if data_path:
-        config.path = str(Path(data_path).expanduser())
-    listing = list_source(config)
-    place = {name: i for i, name in enumerate(listing.ids)}
-    photos = []
-    for name in ids:
-        try:
-            data = listing.read(place[name])
-            photo, _ = to_rgb(data, tuple(config.background), config.max_pixels, PHOTO)
-        except (KeyError, OSError, ValueError) as error:
-            where = config.path or config.source
-            raise UserError(f"{where}: {name} cannot be read ({error}): give --data") from error
-        photo.thumbnail((PHOTO, PHOTO))
-        photos.append(np.asarray(photo))
-    listing.release()
-    return photos
+PHOTO = 128  # pixels of the shorter side
 
 
 def draw_suspects(run: FinishedRun, suspects: pd.DataFrame, data_path: str = ""):
-    """Draws the photos of suspects, each with its label, the likely one and who agrees."""
-    photos = original_photos(run, suspects["id"].tolist(), data_path)
+    """Draws the photos of suspects, each with its label, the likely one and who agrees.
+
+    Raises UserError where the data cannot be found.
+    """
+    part = TestPart.of(run, data_path)
+    photos = part.stored(pd.Index(run.test["ids"]).get_indexer(suspects["id"]), PHOTO)
     titles = [
         f"{i}. {shortened(row.label)}\n{shortened(row.likely)}? {row.models_agree} of {row.models}"
         for i, row in enumerate(suspects.itertuples(), 1)
@@ -103,25 +80,19 @@ def _reviewed(run: FinishedRun, review: pd.DataFrame) -> FinishedRun:
     return other
 
 
-def _figures(groups: Groups) -> dict[str, list[str]]:
-    """Returns accuracy, balanced accuracy, NLL and ECE of each model, means over seeds."""
-    rows = {}
-    for label, runs in groups.items():
-        scores = pd.DataFrame([evaluate.scores(r.test["labels"], r.test["logits"]) for r in runs])
-        mean = scores.mean()  # the balanced accuracy is the mean recall of classes with images
-        shares = [percent(mean[name]) for name in ("accuracy", "macro_recall")]
-        rows[label] = [*shares, decimal(mean.nll), percent(mean.ece)]
-    return rows
-
-
-def _ranks(comparison: Comparison) -> dict[str, tuple[str, str]]:
-    """Returns each model's rank by its score on the test images, and its letters."""
+def _figures(comparison: Comparison) -> dict[str, tuple[str, ...]]:
+    """Returns each model's figures, its rank by its score on the test images, and its letters."""
     table = comparison.table
-    ranks = table.score.rank(ascending=False, method="min")
-    tied = table.score.duplicated(keep=False)
-    texts = ranks.astype(int).astype(str) + tied.map({True: "=", False: ""})
-    pairs = zip(texts, table.group.replace("", NONE), strict=True)
-    return dict(zip(table.label, pairs, strict=True))
+    tied = table.score.duplicated(keep=False).map({True: "=", False: ""})
+    columns = (
+        table.test_accuracy_mean.map(percent),
+        table.balanced_accuracy_mean.map(percent),
+        table.nll_mean.map(decimal),
+        table.ece_mean.map(percent),
+        table.score.rank(ascending=False, method="min").astype(int).astype(str) + tied,
+        table.group.replace("", NONE),
+    )
+    return dict(zip(table.label, zip(*columns, strict=True), strict=True))
 
 
 def _established(comparison: Comparison) -> set[tuple[str, str]]:
@@ -135,17 +106,9 @@ def _established(comparison: Comparison) -> set[tuple[str, str]]:
 
 def review_table(before: Comparison, after: Comparison) -> Table:
     """Returns each model's figures with the labels as they are, and as reviewed."""
-    columns = [
-        "model",
-        "accuracy %",
-        "balanced accuracy %",
-        "NLL",
-        "ECE %",
-        "rank on test",
-        "group",
-    ]
-    old, new = ({label: [*cells, *_ranks(c)[label]] for label, cells in _figures(c.groups).items()}
-                for c in (before, after))  # fmt: skip
+    columns = ["model", "accuracy %", "balanced accuracy %", "NLL", "ECE %", "rank on test"]
+    columns.append("group")
+    old, new = _figures(before), _figures(after)
     rows = [[label, *(f"{a} → {b}" for a, b in zip(cells, new[label], strict=True))]
             for label, cells in old.items()]  # fmt: skip
     images = [len(c.runs[0].test["ids"]) for c in (before, after)]
@@ -324,21 +287,17 @@ def take_review(comparison: Comparison, path: Path) -> list[str]:
     section = Section()
     _review_section(section, comparison, review, contradictions(comparison.groups))
     (table,) = section.tables
-    figures = pd.DataFrame(table.rows, columns=table.columns).to_string(index=False)
-    return [*section.text, figures, table.caption, f"kept in {file}: reports now show both"]
+    return [*section.text, str(table), table.caption, f"kept in {file}: reports now show both"]
 
 
 def main(argv: list[str]) -> None:
     """Lists the suspects of a workdir, or takes in a review of them."""
     usage = "analysis.labels WORKDIR [--count=60] [--data=PATH] [--output=DIR] [--review=FILE]"
-    workdir = Path(arguments(argv, usage)[0]).expanduser()
-    comparison = compare(workdir, load_runs(workdir), data_path=DATA.value)
-    if not comparison.groups:
-        raise UserError(f"{workdir} holds no complete run (WORKDIR/<model>/seed<k>/summary.json)")
+    comparison = compare_workdir(*arguments(argv, usage), DATA.value)
     if REVIEW.value:
         lines = take_review(comparison, Path(REVIEW.value).expanduser())
     else:
-        folder = output_folder(OUTPUT.value or workdir / "labels")
+        folder = output_folder(OUTPUT.value or comparison.workdir / "labels")
         lines = write_suspects(comparison, folder, COUNT.value)
     print("\n".join(lines))
 

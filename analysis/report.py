@@ -3,9 +3,9 @@
     python -m analysis.report WORKDIR [--data=PATH] [--nomodels]
 
 Writes WORKDIR/report/ from whatever runs are complete: index.html, which needs no network, and
-every table (CSV, Markdown, LaTeX) and picture (SVG, PNG). Chapters that run the models (heat maps,
-robustness, looking inside) are made anew only when their runs or options change; --nomodels leaves
-them out.
+every table (CSV, Markdown, LaTeX) and picture (SVG, PNG). Chapters that run the models (speed, heat
+maps, averaged weights, robustness, looking inside) are made anew only when their runs or options
+change; --nomodels leaves them out.
 """
 
 import traceback

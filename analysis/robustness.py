@@ -15,7 +15,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pandas as pd
 from absl import flags
 
 from analysis.compare import draws_nothing
@@ -229,9 +228,8 @@ def main(argv: list[str]) -> int:
         )
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
-    table = section.tables[0]
-    print(pd.DataFrame(table.rows, columns=table.columns).to_string(index=False))
-    print("\n".join([table.caption, section.finding, f"\nwritten to {output}"]))
+    (table,) = section.tables
+    print("\n".join([str(table), table.caption, section.finding, f"\nwritten to {output}"]))
     return 0
 
 

@@ -9,8 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from analysis.criterion import criterion_of
-from analysis.criterion import values as criterion_values
+from analysis.criterion import criterion_of, values
 from errors import UserError
 from experiment.files import read_json, read_lines
 
@@ -88,8 +87,7 @@ class FinishedRun:
     @cached_property
     def clusters(self) -> np.ndarray | None:
         """Numbers of the groups of `data.groups` of the test images, int [N]; None without any."""
-        groups = self.test.get("groups")
-        return None if groups is None else np.unique(groups, return_inverse=True)[1]
+        return clusters_of(self.test)
 
     @property
     def criterion(self) -> str:
@@ -99,8 +97,7 @@ class FinishedRun:
     @cached_property
     def validation_score(self) -> float:
         """The criterion on the validation images, by which models are ranked."""
-        labels, predicted = self.validation["labels"], self.validation["logits"].argmax(axis=1)
-        return float(criterion_values(labels, predicted, self.criterion).mean())
+        return float(values_of([self], self.criterion, "validation").mean())
 
     @property
     def class_names(self) -> list[str]:
@@ -170,6 +167,12 @@ def group_runs(runs: list[FinishedRun]) -> Groups:
     return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
 
 
+def clusters_of(part: dict[str, np.ndarray]) -> np.ndarray | None:
+    """Returns the numbers of the groups of a part's predictions, int [N]; None without any."""
+    groups = part.get("groups")
+    return None if groups is None else np.unique(groups, return_inverse=True)[1]
+
+
 def same_images(first: FinishedRun, second: FinishedRun) -> bool:
     """Returns whether two runs were tested on the same images, in the same order."""
     return np.array_equal(first.test["ids"], second.test["ids"])
@@ -184,6 +187,12 @@ def correctness(runs: list[FinishedRun]) -> np.ndarray:
                 "be compared: train them on one split, or in different workdirs"
             )
     return np.array([run.correct for run in runs])
+
+
+def values_of(runs: list[FinishedRun], criterion: str, part: str = "test") -> np.ndarray:
+    """Returns the criterion of each seed on each image of a part: float [S, N]."""
+    stored = [getattr(run, part) for run in runs]
+    return np.stack([values(of["labels"], of["logits"].argmax(axis=1), criterion) for of in stored])
 
 
 def evenly_spaced(count: int, wanted: int) -> np.ndarray:

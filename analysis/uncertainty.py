@@ -9,7 +9,7 @@ Differences of all pairs hold at once: the quantiles are Tukey's (studentized ra
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import combinations
 
 import numpy as np
@@ -35,14 +35,20 @@ def wilson(right: float, count: float, level: float = LEVEL) -> Interval:
 def image_interval(correct: np.ndarray) -> Interval:
     """Returns the 95 % interval of accuracy over test images, for these trained models [S, N]."""
     images = np.asarray(correct, float).mean(axis=0)  # [N]
-    return _share_interval(images.mean(), images.var() / len(images), len(images))
+    return share_interval(images.mean(), images.var() / len(images), len(images))
 
 
-def _share_interval(mean: float, variance: float, count: float, level: float = LEVEL) -> Interval:
-    """Wilson's interval at as many images as would vary that much; at `count` without variance."""
+def share_interval(
+    mean: float, variance: float, count: float, level: float = LEVEL, most: float = math.inf
+) -> Interval:
+    """Returns Wilson's interval at as many images as would vary that much, but at `most` so many.
+
+    Without variance it is that of `count` images.
+    """
+    mean = min(1.0, max(0.0, mean))
     inside = mean * (1 - mean)
-    effective = inside / variance if inside > 0 and variance > 0 else count
-    return wilson(min(1.0, max(0.0, mean)) * effective, effective, level)
+    effective = min(inside / variance if inside > 0 and variance > 0 else count, most)
+    return wilson(mean * effective, effective, level)
 
 
 @cache
@@ -61,8 +67,6 @@ class Family:
       mean: of each model over seeds and images.
       freedom: degrees of freedom of the seeds' variance; 0 where every model has one seed, so that
         intervals are over images alone.
-      pairs: a row per pair of models, see `_compare`.
-      letters: models that share one cannot be told apart, {label: "ab"}.
     """
 
     def __init__(
@@ -86,8 +90,17 @@ class Family:
         drawn = {label: v for label, v in values.items() if label not in fixed}
         self._of_seeds(drawn)
         self._rest = {label: self._rest_of(v) * (label in drawn) for label, v in values.items()}
-        self.pairs = pd.DataFrame([self._compare(*pair) for pair in combinations(values, 2)])
-        self.letters = letters(list(values), self._established())
+
+    @cached_property
+    def pairs(self) -> pd.DataFrame:
+        """A row per pair of models, see `_compare`."""
+        return pd.DataFrame([self._compare(*pair) for pair in combinations(self.mean, 2)])
+
+    @cached_property
+    def letters(self) -> dict[str, str]:
+        """Models that share one cannot be told apart, {label: "ab"}."""
+        established = (pair for pair in self.pairs.itertuples() if pair.established)
+        return letters(list(self.mean), {(pair.first, pair.second) for pair in established})
 
     def _of_seeds(self, drawn: dict[str, np.ndarray]) -> None:
         """Estimates the variance of a mean over its seeds: pooled, or a model's own if larger."""
@@ -116,8 +129,8 @@ class Family:
         squares = ((sums - sums.mean(axis=0)) ** 2).sum() / (len(values) - 1)
         return squares / (len(values) * self.images**2) * self.units / max(1, self.units - 1)
 
-    def _of_images(self, by_image: np.ndarray, made_up: float) -> tuple[float, float]:
-        """Mean and variance of a mean over images; two made-up units, +/- `made_up`, join them."""
+    def of_images(self, by_image: np.ndarray, made_up: float) -> tuple[float, float]:
+        """Returns mean and variance over images or groups; two units, +/- `made_up`, join them."""
         size = self.images / self.units
         sums = np.append(self._sums(by_image), [size * made_up, -size * made_up])
         sizes = np.append(self._sums(np.ones(self.images)), [size, size])
@@ -129,20 +142,20 @@ class Family:
 
     def interval(self, label: str, level: float = LEVEL) -> Interval:
         """Returns the interval of a model's mean over other seeds and other images."""
-        _, images = self._of_images(self._by_image[label], 0)
+        _, images = self.of_images(self._by_image[label], 0)
         seeds = self._seeds_part.get(label, 0.0)
         images = max(0.0, images - self._rest[label])
         tail, z = (1 - level) / 2, stats.norm.isf((1 - level) / 2)
         half = stats.t.isf(tail, max(1, self.units - 1)) ** 2 * images
         if seeds:
             half += stats.t.isf(tail, self.freedom) ** 2 * seeds
-        return _share_interval(self.mean[label], half / z**2, self.units, level)
+        return share_interval(self.mean[label], half / z**2, self.units, level)
 
     def _variances(self, first: str, second: str) -> tuple[float, float, float]:
         """Difference, and the variances of it over seeds and over images."""
         # The made-up images, one for each model, keep intervals honest where few images differ
         # (Bonett & Price 2012); without them two equal models would have an interval of no width.
-        mean, images = self._of_images(self._by_image[first] - self._by_image[second], 1.0)
+        mean, images = self.of_images(self._by_image[first] - self._by_image[second], 1.0)
         seeds = sum(self._seeds_part.get(label, 0.0) for label in (first, second))
         return mean, seeds, max(0.0, images - self._rest[first] - self._rest[second])
 
@@ -171,9 +184,6 @@ class Family:
             "variance_images": images,
             "freedom": freedom,
         }
-
-    def _established(self) -> set[tuple[str, str]]:
-        return {(r.first, r.second) for r in self.pairs.itertuples() if r.established}
 
     def pair(self, first: str, second: str) -> pd.Series:
         """Returns the row of two models, turned so that the first comes first."""

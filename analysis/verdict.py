@@ -8,15 +8,15 @@ which a seed failed or diverged is not recommended.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from analysis.criterion import TITLES, values
+from analysis.criterion import TITLES
 from analysis.page.tables import percent, percents, points
-from analysis.runs import Groups
+from analysis.runs import Groups, values_of
 from analysis.uncertainty import Family
 
 CHEAPER = 2  # times fewer multiply-adds that are worth a mention
@@ -36,17 +36,12 @@ class Recommendation:
         return "\n".join([" ".join(self.sentences), *(f"Note: {text}" for text in self.warnings)])
 
 
-def listed(names: Sequence[str]) -> str:
-    """Returns names as a reader lists them: a, b and c."""
+def listed(names: Iterable[str], most: int = NAMED) -> str:
+    """Returns names as a reader lists them, a, b and c; of more than `most`, some are counted."""
     names = list(names)
-    if len(names) > NAMED:
-        names = [*names[: NAMED - 1], f"{len(names) - NAMED + 1} others"]
-    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
-
-
-def multiply_adds(table: pd.DataFrame) -> dict[str, float]:
-    """Returns the multiply-adds of one prediction by label; NaN where they are not known."""
-    return dict(zip(table.label, table.multiply_adds_per_image, strict=True))
+    if len(names) > most:
+        names = [*names[: most - 1], f"{len(names) - most + 1} others"]
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + "".join(names[-1:])
 
 
 def recommend(
@@ -76,7 +71,7 @@ def recommend(
     best = next(label for label in candidates if label not in beaten)
     duels = {label: family.pair(best, label) for label in compared if label != best}
     level = [label for label in candidates if label != best and not duels[label].established]
-    costs = multiply_adds(table)
+    costs = rows.multiply_adds_per_image.to_dict()  # NaN where they are not known
     near = [
         label
         for label in level
@@ -96,13 +91,10 @@ def _near(groups: Groups, best: str, other: str, criterion: str, margin: float) 
 
     Of models validated on different images, the scores alone count.
     """
-    first, second = ([run.validation for run in groups[label]] for label in (best, other))
-    of_each = [
-        np.stack([values(of["labels"], of["logits"].argmax(axis=1), criterion) for of in runs])
-        for runs in (first, second)
-    ]
+    of_each = [values_of(groups[label], criterion, "validation") for label in (best, other)]
+    ids = [groups[label][0].validation["ids"] for label in (best, other)]
     gap, error = of_each[0].mean() - of_each[1].mean(), 0.0
-    if np.array_equal(first[0]["ids"], second[0]["ids"]):
+    if np.array_equal(*ids):
         pair = Family({best: of_each[0], other: of_each[1]}).pairs.iloc[0]
         error = math.sqrt(pair.variance_seeds + pair.variance_images)
     return gap <= max(error, margin)

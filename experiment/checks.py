@@ -146,7 +146,7 @@ def check_compare(compare: ConfigDict, models: list[str]) -> None:
     if compare.baseline:
         choose("config.compare.baseline", compare.baseline, models)
     for field in ("margin", "robustness_images", "gradcam_images"):
-        if compare[field] < 0:
+        if not 0 <= compare[field] < math.inf:
             raise UserError(f"config.compare.{field}={compare[field]} must be 0 or more")
     for name, value in compare.reference.items():
         if not isinstance(value, (int, float)) or not 0 <= value <= 100:

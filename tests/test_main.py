@@ -170,6 +170,7 @@ def test_shards_and_failures(tmp_path, cache_dir, make_folder):
         (("--config.optimizer.learning_rate=nan",), "learning_rate=nan is out of range"),
         (("--config.data.source=folder", "--config.data.path=/no/such/folder"), "does not exist"),
         (("--config.compare.margin=-1.0",), "must be 0 or more"),
+        (("--config.compare.margin=nan",), "must be 0 or more"),
         (("--config.compare.baseline=cn",), "Did you mean 'cnn'"),
         (("--shard=4/4",), "0 <= i < n"),
         (("--confg=x",), "Did you mean 'config'"),

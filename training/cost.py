@@ -14,12 +14,17 @@ from models.lowering import plain_lowering
 
 def model_cost(model: Classifier, image_size: int) -> dict:
     """Returns parameters, multiply-adds of one image's forward pass, and the device."""
-    devices = jax.devices()
     return {
         "parameters": int(parameter_overview.count_parameters(split_model(model)[1])),
         "multiply_adds_per_image": multiply_adds(model, image_size),
-        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "device": devices_in_use(),
     }
+
+
+def devices_in_use() -> str:
+    """Returns how many devices there are, and of which kind."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
 
 
 def multiply_adds(model: Classifier, image_size: int) -> int:

@@ -9,10 +9,11 @@ import pandas as pd
 from scipy import stats
 
 from analysis import evaluate
-from analysis.page.section import Table
-from analysis.page.tables import NONE, decimal, percent, percents, points
+from analysis.page.section import Table, as_table
+from analysis.page.tables import NONE, decimal, intervals, percent, percents, points
 from analysis.runs import FinishedRun, correctness
-from analysis.uncertainty import LEVEL, Family, Interval
+from analysis.uncertainty import LEVEL, Family, Interval, ends
+from analysis.verdict import listed
 from training.steps import selection_score
 
 
@@ -43,27 +44,10 @@ def gain_interval(gain: np.ndarray, clusters: np.ndarray | None = None, tests: i
     Two made-up images, one for and one against, keep it honest where no outcome differs (Bonett
     and Price 2012); `tests` of them hold together in 95 % (Bonferroni).
     """
-    groups = _groups(clusters, len(gain))
-    sizes, sums = np.bincount(groups).astype(float), np.bincount(groups, gain)
-    size = sizes.mean()
-    sizes, sums = np.append(sizes, [size, size]), np.append(sums, [size, -size])
-    mean = sums.sum() / sizes.sum()
-    error = math.sqrt(((sums - mean * sizes) ** 2).sum()) / sizes.sum()
-    half = stats.t.isf((1 - LEVEL) / 2 / tests, len(sizes) - 1) * error
+    family = Family({"": gain[None]}, clusters)
+    mean, variance = family.of_images(gain, 1.0)
+    half = stats.t.isf((1 - LEVEL) / 2 / tests, family.units + 1) * math.sqrt(variance)
     return max(-1.0, float(mean - half)), min(1.0, float(mean + half))
-
-
-def _groups(clusters: np.ndarray | None, count: int) -> np.ndarray:
-    """Numbers 0 .. G - 1 of the images' groups, each its own where there are none."""
-    if clusters is None:
-        return np.arange(count)
-    return np.unique(clusters, return_inverse=True)[1]
-
-
-def accuracy_interval(correct: np.ndarray, clusters: np.ndarray | None = None) -> Interval:
-    """Returns Wilson's 95 % interval of accuracy, bool [A, N], over images or their groups."""
-    mean = np.asarray(correct, float).mean(axis=0, keepdims=True)
-    return Family({"": mean}, clusters).interval("")
 
 
 def loss_of(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -140,13 +124,6 @@ def _cost(members: Sequence[FinishedRun], best: FinishedRun) -> float:
     return sum(work.values()) / work[best.path]
 
 
-def listed(names: Iterable[str], most: int = 12) -> str:
-    """Returns the first names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def figures(rows: Sequence[Row]) -> pd.DataFrame:
     """Returns a row per ensemble, shares in 0..1, NaN where validation refused it.
 
@@ -156,18 +133,18 @@ def figures(rows: Sequence[Row]) -> pd.DataFrame:
     table = []
     for row in rows:
         used = row.correct.size > 0
-        own = accuracy_interval(row.correct, row.clusters) if used else (math.nan, math.nan)
+        mean = row.correct.mean(axis=0)[None]
+        own = Family({"": mean}, row.clusters).interval("") if used else (math.nan, math.nan)
         cells = {
             "what": row.what, "kind": row.kind, "label": row.label, "members": row.members,
             "validation": row.validation, "used": used,
             "accuracy": row.correct.mean() if used else math.nan,
-            "ci95_low": own[0], "ci95_high": own[1],
+            **ends("", own),
         }  # fmt: skip
         for name, gain in (("over_mean", row.over_mean), ("over_best", row.over_best)):
             known = len(gain) > 0
-            low, high = gain_interval(gain, row.clusters, tests) if known else (math.nan, math.nan)
-            mean = gain.mean() if known else math.nan
-            cells |= {name: mean, f"{name}_ci95_low": low, f"{name}_ci95_high": high}
+            own = gain_interval(gain, row.clusters, tests) if known else (math.nan, math.nan)
+            cells |= {name: gain.mean() if known else math.nan, **ends(f"{name}_", own)}
         table.append(cells | {"nll_before": row.nll[0], "nll": row.nll[1], "cost": row.cost})
     return pd.DataFrame(table).assign(gains_tested=tests)
 
@@ -176,11 +153,8 @@ def printed(table: pd.DataFrame) -> Table:
     """Returns `figures` as a reader sees them."""
 
     def gains(name: str) -> list[str]:
-        ends = table[[name, f"{name}_ci95_low", f"{name}_ci95_high"]].to_numpy()
-        return [
-            NONE if math.isnan(m) else f"{points(m)} ({points(a)} to {points(b)})"
-            for m, a, b in ends
-        ]
+        pairs = zip(table[name], intervals(table, f"{name}_", points), strict=True)
+        return [NONE if math.isnan(mean) else f"{points(mean)} ({ends})" for mean, ends in pairs]
 
     columns = {
         "what": table.what,
@@ -200,7 +174,6 @@ def printed(table: pd.DataFrame) -> Table:
     }
     if not any(table.validation):
         del columns["on validation, %"]
-    shown = pd.DataFrame(columns)
     tests = table.gains_tested.iloc[0]
     caption = (
         "Test accuracy with its 95 % interval. Gains over the mean of the members and over the "
@@ -210,7 +183,7 @@ def printed(table: pd.DataFrame) -> Table:
         "config.select names; ties by loss). NLL: mean of the members, and after. Cost: times the "
         "computation of the best member."
     )
-    return Table(list(shown), shown.astype(str).values.tolist(), caption)
+    return as_table(columns, caption)
 
 
 def spread_of_gains(table: pd.DataFrame, kind: str, over: str) -> str:

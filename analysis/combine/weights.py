@@ -4,14 +4,14 @@ import json
 import math
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from analysis import evaluate
-from analysis.combine.gains import Row, by_validation, listed, measure, validation_score
-from analysis.forward import compiled, in_batches, load_classifier, load_images
+from analysis.combine.gains import Row, by_validation, measure, validation_score
+from analysis.evaluate import softmax
+from analysis.forward import load_classifier, load_images, predict_logits
 from analysis.page.tables import percent
 from analysis.runs import FinishedRun, Groups
+from analysis.verdict import listed
 from errors import UserError
 from models import MODELS, Classifier
 from models.classifier import merge_model, split_model
@@ -52,13 +52,9 @@ def soup(runs: Sequence[FinishedRun]) -> Classifier:
     return merge_model(model, *({path: arrays[path] for path in part} for part in parts))
 
 
-def _logits(model: Classifier, images: jax.Array) -> jax.Array:
-    return model(model.preprocess(images))
-
-
 def probabilities_of(model: Classifier, images: np.ndarray) -> np.ndarray:
     """Returns the softmax float64 [N, K] of images uint8 [N, S, S, 3]."""
-    return evaluate.softmax(in_batches(compiled(model, _logits), images))
+    return softmax(predict_logits(model, images))
 
 
 def choose_soup(runs: Sequence[FinishedRun], validation: np.ndarray) -> tuple[list, str]:
@@ -67,7 +63,7 @@ def choose_soup(runs: Sequence[FinishedRun], validation: np.ndarray) -> tuple[li
     Uniform: all of them. Greedy: from the best run on, each that does not lower the metric.
     """
     ranked = by_validation(runs)
-    alone = validation_score(evaluate.softmax(ranked[0].validation["logits"]), ranked[0])
+    alone = validation_score(softmax(ranked[0].validation["logits"]), ranked[0])
     uniform = validation_score(probabilities_of(soup(runs), validation), runs[0])
     kept, score = ranked[:1], alone
     for run in ranked[1:]:
@@ -103,14 +99,14 @@ def flip_row(label: str, runs: Sequence[FinishedRun], images: dict[str, np.ndarr
 
     def averaged(part: str) -> list[np.ndarray]:
         mirrored = images[part][:, :, ::-1]
-        stored = [evaluate.softmax(getattr(run, part)["logits"]) for run in runs]
+        stored = [softmax(getattr(run, part)["logits"]) for run in runs]
         models = map(load_classifier, runs)  # one at a time
         return [
             (x + probabilities_of(model, mirrored)) / 2
             for x, model in zip(stored, models, strict=True)
         ]
 
-    plain = [evaluate.softmax(run.validation["logits"]) for run in runs]
+    plain = [softmax(run.validation["logits"]) for run in runs]
     scores = [
         np.mean([validation_score(x, run) for x, run in zip(outputs, runs, strict=True)], axis=0)
         for outputs in (averaged("validation"), plain)

@@ -17,7 +17,7 @@ from analysis.diagnosis import diagnose, diagnosis_table
 from analysis.page import charts
 from analysis.page.figures import save
 from analysis.page.gallery import make_gallery
-from analysis.page.section import Details, Picture, Section, Table
+from analysis.page.section import Details, Picture, Section, Table, as_table
 from analysis.page.tables import NONE, percent, printed_pairs, printed_table
 from analysis.runs import read_plan
 from analysis.verdict import listed
@@ -28,10 +28,6 @@ ROWS = 40  # models in a chart with a row for each
 CLASSES = 40  # in a chart of classes
 SPOKEN = {"overfits": "overfitting", "no curve": "without a curve"}  # after a number of runs
 PAIRS = 500  # rows of a table of pairs on the page
-
-
-def _as_table(frame: pd.DataFrame, caption: str = "", name: str = "") -> Table:
-    return Table(list(frame), frame.astype(str).values.tolist(), caption, name)
 
 
 def best(comparison: Comparison, count: int) -> Comparison:
@@ -87,7 +83,7 @@ def overview(comparison: Comparison) -> Section:
         finding = f"{percent(table.score.min(), 1)} to {finding}, {_plural(len(table), 'model')}"
     return Section(
         text=text,
-        tables=[_as_table(printed_table(table), caption)],
+        tables=[as_table(printed_table(table), caption)],
         pictures=[_chart(comparison, charts.draw_ranks, "ranks.svg", ranks, most=ROWS)],
         pictures_first=True,
         details=[Details("The runs behind each row, with their test accuracy", lines)],
@@ -119,7 +115,7 @@ def classes(comparison: Comparison) -> Section:
         columns = ["pair", *reversed(confused.columns[1:])]
         caption = "Test images of one class taken for the other, both ways, mean over seeds: the "
         caption += "most confused pairs" + " of the first 8 models" * (len(groups) > 8) + "."
-        section.tables.append(_as_table(confused[columns].head(PAIRS).round(1), caption))
+        section.tables.append(as_table(confused[columns].head(PAIRS).round(1), caption))
         most = confused.loc[confused[label].idxmax()]
         images = f"{most[label]:.{int(most[label] < 10)}f} of {len(runs[0].predicted):,}"
         pair = most.pair.replace(" / ", " and ")
@@ -133,7 +129,7 @@ def classes(comparison: Comparison) -> Section:
     printed = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
     counts = scores[["support", "predicted"]].map("{:.4g}".format)
     printed = pd.concat([printed, counts], axis=1).reset_index()
-    table = _as_table(printed, "Percent, and numbers of images; means over seeds.")
+    table = as_table(printed, "Percent, and numbers of images; means over seeds.")
     section.details.append(Details(f"{label} by class ({len(scores)})", table=table))
     return section
 
@@ -177,7 +173,7 @@ def pairs_of_models(comparison: Comparison) -> Section | None:
         first = best(comparison, 32)
         caption += f" The first 32 of {len(groups)} models; pairs.csv has all {len(pairs):,} pairs."
         pairs = first.pairs
-    section.tables.append(_as_table(printed_pairs(pairs), caption))
+    section.tables.append(as_table(printed_pairs(pairs), caption))
     caption = "How often two models predict the same class, mean over seeds."
     agreement = _chart(comparison, charts.draw_agreement, "agreement.svg", caption, False, ROWS)
     section.pictures.append(agreement)
@@ -222,7 +218,7 @@ def data(comparison: Comparison) -> Section | None:
     if audit is None:
         return None
     counts = pd.DataFrame(audit["counts"], audit["class_names"]).rename_axis("class").reset_index()
-    section = Section(tables=[_as_table(counts)])
+    section = Section(tables=[as_table(counts)])
     count = {key: len(value) for key, value in audit.items() if isinstance(value, list)}
     divided = len(audit.get("group_leaks", {}))
     if audit["leaks"] or audit["label_conflicts"] or divided:
@@ -316,4 +312,4 @@ def configs(comparison: Comparison) -> Table | None:
     frame = frame.loc[:, frame.nunique() > 1].rename_axis("model").reset_index()
     if len(frame.columns) == 1:
         return None
-    return _as_table(frame, "Fields of the config that differ between models.", name="configs")
+    return as_table(frame, "Fields of the config that differ between models.", name="configs")

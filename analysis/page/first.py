@@ -12,7 +12,6 @@ from analysis.compare import Comparison
 from analysis.criterion import TITLES
 from analysis.page.section import Section
 from analysis.page.tables import NONE, decimal, percent, scaled
-from analysis.verdict import multiply_adds
 
 WIDTH, MARGIN = 200, 6  # of a drawn interval, in units of its own
 
@@ -80,7 +79,7 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     parts = ("train", "validation", "test")
     sizes = {part: sum(dataset["counts"].get(part, {}).values()) for part in parts}
     seeds = sorted({run.seed for run in runs})
-    devices = sorted({str(run.summary["cost"]["device"]) for run in runs})
+    devices = sorted({str(run.cost["device"]) for run in runs})
     return [
         ("Newest run", f"{date.day} {date:%B %Y}"),
         ("Data", " · ".join(dict.fromkeys(filter(None, (name, source))))),
@@ -122,7 +121,7 @@ def summary(comparison: Comparison, sections: list[Section]) -> Summary:
     if len(table) > 1 and table.group.any():
         columns.append(Column("Group", "cannot be told apart", "Group", chapter("Pairs of models")))
         cells.append([Cell(letters, value=i) for i, letters in enumerate(table.group)])
-    costs = table.label.map(multiply_adds(table))
+    costs = table.multiply_adds_per_image
     columns.append(
         Column("Cost", "multiply-adds, parameters", "Multiply-adds", chapter("Accuracy and cost"))
     )

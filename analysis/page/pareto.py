@@ -11,7 +11,6 @@ from analysis.page.first import measured
 from analysis.page.section import Section
 from analysis.page.tables import percent, scaled
 from analysis.uncertainty import pareto_front
-from analysis.verdict import multiply_adds
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 16, 46
@@ -53,7 +52,7 @@ def plots(comparison: Comparison, sections: list[Section]) -> list[Plot]:
     milliseconds = measured(sections, "milliseconds_at_1")[0]
     unknown = pd.Series(math.nan, table.index)
     costs = {
-        "multiply-adds an image": table.label.map(multiply_adds(table)),
+        "multiply-adds an image": table.multiply_adds_per_image,
         "parameters": table.parameters,
         "seconds of training": table.seconds,
         "bytes of memory for a training step": table.get("train_step_memory_bytes", unknown),

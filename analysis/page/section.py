@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pandas as pd
+
 from analysis.runs import FinishedRun
 from experiment.files import write_json
 
@@ -18,6 +20,16 @@ class Table:
     rows: list[list[str]]
     caption: str = ""
     name: str = ""  # "configs": any two of its rows can be compared
+
+    def __str__(self) -> str:
+        return pd.DataFrame(self.rows, columns=self.columns).to_string(index=False)
+
+
+def as_table(columns: pd.DataFrame | dict, caption: str = "", name: str = "") -> Table:
+    """Returns columns of equal length, whatever their index, as a table of text."""
+    if isinstance(columns, dict):
+        columns = pd.DataFrame({key: list(values) for key, values in columns.items()})
+    return Table(list(columns), columns.astype(str).values.tolist(), caption, name)
 
 
 @dataclass

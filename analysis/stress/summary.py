@@ -7,10 +7,10 @@ from analysis.page.tables import percent, percents
 from analysis.stress.attacks import ATTACKS
 from analysis.stress.corruptions import CORRUPTIONS, spoken
 from analysis.uncertainty import Family, ends, image_interval
+from analysis.verdict import listed
 
 SHOWN_EPSILON = 2  # of attacks in the table, in grey levels of 255
 FEWEST_ERRORS = 30  # of a baseline that the errors of other models are divided by
-NAMED = 4  # models in a sentence, the others are counted
 
 Condition = tuple[str, int]  # corruption and severity, or attack and epsilon
 Outcomes = dict[Condition, np.ndarray]  # right or wrong: bool [N] of one run, [S, N] of its seeds
@@ -92,13 +92,6 @@ def worst_corruptions(summary: pd.DataFrame) -> list[str]:
         f"{row.model}: {spoken(row.worst)}, {percent(row.worst_accuracy, 1)} %"
         for row in summary.itertuples()
     ]
-
-
-def listed(names: list[str]) -> str:
-    """Returns names as a sentence has them; beyond a few they are counted."""
-    if len(names) > NAMED + 1:
-        names = [*names[:NAMED], f"{len(names) - NAMED} others"]
-    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
 
 
 def conclude(family: Family) -> str:

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 
-from analysis.forward import compiled, in_batches
 from configs import base, digits
 from experiment.grid import expand
 from train import train_and_evaluate
@@ -79,11 +78,6 @@ def write_run(
     }  # fmt: skip
     write("summary.json", {"status": "complete", "metrics": {}, "cost": cost})
     return run_dir
-
-
-def predict_logits(model, images, size=128):
-    """uint8 [N, S, S, 3], or float in 0..255 -> logits float32 [N, K]."""
-    return in_batches(compiled(model, lambda m, x: m(m.preprocess(x))), images, size=size)
 
 
 def train_digits(folder, cache_dir, models, twice, **changes):

@@ -92,7 +92,8 @@ def test_tables_to_paste(tmp_path, options):
     text = (report / "table.tex").read_text()
     assert r"cnn\_deep (momentum=0.9, a\_b=1\%)" in text and "\\toprule" in text
     lines = (report / "table.md").read_text().splitlines()
-    assert len(lines) == 4 and lines[3].startswith(r"| a\|b |")
+    assert len(lines) == 5 and lines[3].startswith(r"| a\|b |")
+    assert lines[4].startswith("| always plain | – |")
     assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
     stored = pd.read_csv(report / "table.csv")
     assert stored.test_accuracy_mean.tolist() == pytest.approx(

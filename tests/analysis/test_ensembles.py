@@ -8,9 +8,10 @@ import pytest
 
 from analysis import ensembles
 from analysis.combine.gains import by_validation
-from analysis.compare import compare
-from analysis.evaluate import softmax
+from analysis.compare import compare, compare_workdir
+from analysis.evaluate import mean_probability, softmax
 from analysis.runs import group_runs, load_runs
+from errors import UserError
 from tests.analysis.fabricate import write_run
 from tests.conftest import ROOT
 
@@ -125,7 +126,7 @@ def test_test_labels_change_no_choice(tmp_path):
     after = choices(runs)
     assert before[:2] == after[:2]
     best = by_validation(runs)[0]
-    mean = ensembles.mean_probability(runs).argmax(axis=1) == best.test["labels"]
+    mean = mean_probability(runs).argmax(axis=1) == best.test["labels"]
     assert (after[2]["a: seed ensemble"] == mean.astype(float) - best.correct).all()
 
 
@@ -173,6 +174,5 @@ def test_command(tmp_path):
     assert "a <b>: seed ensemble" in done.stdout and "gain over members" in done.stdout
     assert pd.read_csv(tmp_path / "out" / "ensembles.csv").used.all()
     (tmp_path / "empty").mkdir()
-    command[3] = str(tmp_path / "empty")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
-    assert done.returncode == 2 and "holds no complete run" in done.stderr
+    with pytest.raises(UserError, match="holds no complete run"):
+        compare_workdir(str(tmp_path / "empty"))

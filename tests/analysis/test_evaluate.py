@@ -176,11 +176,11 @@ def test_intervals_of_rankings_hold_the_truth(few, copies):
         if copies > 1:  # a group holds the same images several times
             score = np.tile(score.reshape(-1, copies, 10)[:, :1], (1, copies, 1)).ravel()
         for name, values in evaluate.ranking_values(positive, score).items():
-            low, high = evaluate._share_interval(values, positive, clusters)
+            low, high = evaluate.ranking_interval(values, positive, clusters)
             held[name] += (low <= truth[name] <= high) / 150
     assert min(held.values()) >= 0.9
     perfect = evaluate.ranking_values(positive, positive * 1.0)["auroc"]
-    low, high = evaluate._share_interval(perfect, positive, None)
+    low, high = evaluate.ranking_interval(perfect, positive, None)
     assert low < 1 == pytest.approx(high)
 
 

