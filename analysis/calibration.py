@@ -19,6 +19,25 @@ ALPHA = 0.05
 LEAST = 20  # images answered; of fewer, accuracy is noise
 
 
+HOW = [
+    "By chance: the ECE that a perfectly calibrated model with these confidences would show on so "
+    "few images. An ECE is more than chance if such a model would reach it with a probability "
+    f"below {ALPHA:.2g} (for each model).",
+    "Temperature: it divides the logits; above 1, the model was overconfident. It is fitted on "
+    "validation images, stays 1 unless they improve by more than chance, and is drawn towards 1 "
+    "where they are few.",
+    f"Answered: the share of test images confident enough for the promised {percent(TARGET, 0)} % "
+    "accuracy; the others go to a person. The threshold has a margin, so that the chance in the "
+    f"validation images breaks the promise in at most {percent(RISK, 0)} % of experiments.",
+    "Sets (split conformal prediction): every class whose probability reaches a level, so that the "
+    "true class is in 90 or 95 % of the sets. One half of the validation images, drawn by class, "
+    "sets the level, the other half the temperature of the sets; the temperature and the threshold "
+    "above come from all of them.",
+    "The validation images also chose the weights, which no promise here accounts for. “–”: too "
+    "few validation images for a promise.",
+]
+
+
 def calibration_section(comparison: Comparison) -> Section:
     """Returns reliability, temperature scaling, review thresholds and sets of classes."""
     table = comparison.table.set_index("label")
@@ -30,15 +49,15 @@ def calibration_section(comparison: Comparison) -> Section:
     by_class.to_csv(comparison.output / "sets.csv", index=False)
     section = Section(
         finding=_finding(table, excess, scaled),
-        text=_text(comparison),
         tables=[_calibration_table(table, excess), _use_table(table)],
+        details=[Details("How to read this", HOW)],
         warnings=_harm(table, scaled & ~excess),
     )
     few = f" The first {SHOWN} models." if len(comparison.groups) > SHOWN else ""
     for file, draw, caption in (
-        ("reliability.svg", draw_reliability, "Reliability: on the dashed line, confidence is "
+        ("reliability.svg", draw_reliability, "On the dashed line, confidence equals "
          "accuracy. All seeds together; the ECE is that of the table."),
-        ("coverage.svg", draw_coverage, "Accuracy when only the surest predictions are answered."),
+        ("coverage.svg", draw_coverage, "Accuracy of the most confident predictions alone."),
     ):  # fmt: skip
         figure = draw(shown, table)
         figure.tight_layout()
@@ -51,7 +70,9 @@ def calibration_section(comparison: Comparison) -> Section:
 def _finding(table: pd.DataFrame, excess: pd.Series, scaled: pd.Series) -> str:
     images = int(table.test_images.iloc[0])
     if not excess.any():
-        text = f"On {images} test images, no model's confidence is off by more than chance explains"
+        text = (
+            f"On {images:,} test images, no model's confidence is off by more than chance explains"
+        )
     else:
         worst = table.ece_mean[excess].max()
         text = f"The confidence of {listed(excess.index[excess])} is off by more than chance"
@@ -61,26 +82,7 @@ def _finding(table: pd.DataFrame, excess: pd.Series, scaled: pd.Series) -> str:
         text += f", after temperature scaling {rest}"
     least, most = (percent(x, 0) for x in (table.answered_mean.min(), table.answered_mean.max()))
     span = most if least == most else f"{least} to {most}"
-    return f"{text}; with {percent(TARGET, 0)} % accuracy promised, {span} % need no person."
-
-
-def _text(comparison: Comparison) -> list[str]:
-    return [
-        "ECE is the mean gap between confidence and accuracy over 15 bins. “By chance” is the ECE "
-        "that a perfectly calibrated model with these confidences would show on so few images; "
-        f"an ECE above it counts where that has a probability below {ALPHA:.2g} (for each model).",
-        "The temperature divides the logits: above 1 the model was too sure, below 1 not sure "
-        "enough. Validation images choose it; it stays 1 unless that helps them by more than "
-        "chance, and is drawn towards 1 where they are few. Figures are means over seeds.",
-        f"“Answered” is the share of test images whose confidence promises {percent(TARGET, 0)} % "
-        "accuracy; the rest go to a person. The threshold has a margin, so that chance in the "
-        f"validation images breaks the promise in at most {percent(RISK, 0)} % of experiments. "
-        "A set names every class whose probability reaches a level, so that the true one is in 90 "
-        "or 95 % of the sets (split conformal prediction). Half of the validation images, drawn by "
-        "class, choose that level, the other half its temperature; the temperature and threshold "
-        "above come from all of them. These images also chose the weights, which no promise here "
-        "accounts for. “–”: too few validation images for a promise.",
-    ]
+    return f"{text}; at {percent(TARGET, 0)} % promised accuracy, {span} % need no human review."
 
 
 def _calibration_table(table: pd.DataFrame, excess: pd.Series) -> Table:
@@ -90,11 +92,13 @@ def _calibration_table(table: pd.DataFrame, excess: pd.Series) -> Table:
         "by chance %": table.ece_expected_mean.map(percent),
         "more than chance": excess.map({True: "yes", False: "no"}),
         "temperature": table.temperature_mean.map("{:.2f}".format),
-        "ECE % scaled": table.ece_scaled_mean.map(percent),
+        "ECE scaled %": table.ece_scaled_mean.map(percent),
         "NLL": table.nll_mean.map(decimal),
         "NLL scaled": table.nll_scaled_mean.map(decimal),
     }
-    return as_table(columns, "Calibration before and after temperature scaling, on test images.")
+    return as_table(
+        columns, "On test images, before and after temperature scaling; means over seeds."
+    )
 
 
 def _use_table(table: pd.DataFrame) -> Table:
@@ -108,9 +112,12 @@ def _use_table(table: pd.DataFrame) -> Table:
         name = f"set{100 * level:.0f}"
         coverage, size = table[f"{name}_coverage_mean"], table[f"{name}_size_mean"]
         sets = f"{percent(level, 0)} % sets"
-        columns[f"{sets}: right %"] = coverage.map(lambda share: percent(share, 1))
-        columns[f"{sets}: classes"] = size.map(lambda classes: decimal(classes, 2))
-    caption = "What can be promised of new images, and what came of it on test images."
+        columns[f"{sets}: coverage %"] = coverage.map(lambda share: percent(share, 1))
+        columns[f"{sets}: classes per set"] = size.map(lambda classes: decimal(classes, 2))
+    caption = (
+        f"Thresholds for {percent(TARGET, 0)} % accuracy and conformal sets, chosen on validation "
+    )
+    caption += "images, and how they do on test images."
     if not promised.all():
         never = listed(promised.index[~promised])
         caption += f" Everything goes to a person in some seed of: {never}."
@@ -158,10 +165,12 @@ def _add_by_class(section: Section, by_class: pd.DataFrame, few: str) -> None:
     grid = np.reshape(np.array(cells, object), (len(models), -1)).T  # [K, models]
     classes = chosen["class"].iloc[: len(grid)]
     caption = f"{percent(level, 0)} % sets by class: coverage in percent (mean number of classes)."
-    caption += " Sets are right so often over all classes together, not in each." + few
+    caption += " The promise holds over all classes together, not for each." + few
     if len(grid) <= SHOWN:
         rows = [[name, *row] for name, row in zip(classes, grid, strict=True)]
-        section.tables.append(Table(["class", *models], rows, caption))
+        table = Table(["class", *models], rows, caption)
+        title = f"{percent(level, 0)} % sets by class"
+        section.details.insert(0, Details(title, table=table))
         return
     lines = [
         f"{name}: " + ", ".join(f"{m} {cell}" for m, cell in zip(models, row, strict=True))

@@ -20,7 +20,7 @@ from analysis.forward import cache_dir_of, load_classifier, use_compilation_cach
 from analysis.page import charts
 from analysis.page.chapters import DRAWN, best
 from analysis.page.figures import save
-from analysis.page.section import Section, Table, as_table
+from analysis.page.section import Details, Section, Table, as_table
 from analysis.page.tables import NONE, scaled
 from analysis.uncertainty import pareto_front
 from analysis.verdict import listed
@@ -33,14 +33,15 @@ ROUNDS, BATCH = 10, 256
 SECONDS = 1.0  # about what a model takes at one batch size, over all rounds
 LEAST_ROUNDS = 3
 EXPLANATION = (
-    "Multiply-adds: matrix products and convolutions of one image forward, as published tables "
-    "count them. Memory: arguments, results and temporary arrays of one compiled training step, on "
-    "each device. Train s: seconds of training and validation without compiling, which stands "
-    "beside; to best: until the weights that are kept. All of these are means over seeds, on {of}. "
-    "Milliseconds and images/s are of predictions by the first seed, on {here}: uint8 images of "
-    "random pixels that lie on the device, preprocessing included, compiled and warm, until the "
-    "logits are ready; the median of up to {rounds} rounds in which all models took turns, in "
-    "brackets the quartiles."
+    "Multiply-adds: in matrix products and convolutions of one forward pass over one image, as "
+    "papers count them.",
+    "Memory: arguments, results and temporary arrays of one compiled training step, per device.",
+    "Training time: training and validation without compilation, which has its own column; time to "
+    "best: until the weights that are kept. All of these are means over seeds, on {of}.",
+    "Latency and images/s: predictions by the first seed, on {here}, of random uint8 images that "
+    "are already on the device; compiled, warm, preprocessing included, until the logits are "
+    "ready. Medians, and in brackets quartiles, of up to {rounds} rounds in which all models take "
+    "turns.",
 )
 
 
@@ -137,9 +138,11 @@ def costs_section(comparison: Comparison, rounds: int = ROUNDS, batch: int = BAT
     figure.tight_layout()
     save(figure, comparison.output / "pareto.svg")
     trained_on = ", ".join(sorted(set(table.device)))
-    about = EXPLANATION.format(of=trained_on, here=devices_in_use(), rounds=rounds)
+    about = [x.format(of=trained_on, here=devices_in_use(), rounds=rounds) for x in EXPLANATION]
+    caption = "Means over seeds; speed of prediction: medians (quartiles)."
     return Section(
-        tables=[_table(table, speeds, about)],
+        tables=[_table(table, speeds, caption)],
+        details=[Details("How costs are measured", about[: None if speeds else -1])],
         chart="pareto",
         warnings=warnings,
         finding=" ".join(filter(None, [_front(table), _finding(speeds)])),
@@ -153,29 +156,36 @@ def _table(table: pd.DataFrame, speeds: dict[str, dict], about: str) -> Table:
     def bytes_of(value: float) -> str:
         return NONE if pd.isna(value) else f"{scaled(value)}B".replace(" B", "B")
 
-    def speed(label: str, median: str, quartiles: str) -> str:
+    def speed(label: str, median: str, quartiles: str, write: Callable[[float], str]) -> str:
         if label not in speeds:
             return NONE
         low, high = speeds[label][quartiles]
-        return f"{_number(speeds[label][median])} ({_number(low)} to {_number(high)})"
+        return f"{write(speeds[label][median])} ({write(low)} to {write(high)})"
 
     latency, rate = "milliseconds", "images_per_second"
     columns = {
         "model": table.label,
         "parameters": table.parameters.map(scaled),
         "multiply-adds": table.multiply_adds_per_image.map(scaled),
-        "step memory": table.train_step_memory_bytes.map(bytes_of),
-        "train s": table.seconds.map(scaled),
-        "compile s": table.compile_seconds.map(scaled),
-        "s to best": table.seconds_to_best.map(scaled),
-        "train images/s": table.train_images_per_second.map(scaled),
-        "ms for one image": [
-            speed(label, f"{latency}_at_1", f"{latency}_quartiles") for label in table.label
+        "training step memory": table.train_step_memory_bytes.map(bytes_of),
+        "training, s": table.seconds.map(scaled),
+        "compilation, s": table.compile_seconds.map(scaled),
+        "to best, s": table.seconds_to_best.map(scaled),
+        "training images/s": table.train_images_per_second.map(scaled),
+        "latency, ms per image": [
+            speed(label, f"{latency}_at_1", f"{latency}_quartiles", _number)
+            for label in table.label
         ],
-        "images/s": [speed(label, rate, f"{rate}_quartiles") for label in table.label],
-        "at batch": [str(speeds[x]["batch"]) if x in speeds else NONE for x in table.label],
+        "prediction images/s": [
+            speed(label, rate, f"{rate}_quartiles", scaled) for label in table.label
+        ],
+        "in batches of": [str(speeds[x]["batch"]) if x in speeds else NONE for x in table.label],
     }
-    return as_table(columns, about)
+    if len(batches := {of["batch"] for of in speeds.values()}) < 2:
+        del columns["in batches of"]
+        about += f" Images/s in batches of {max(batches)}." if batches else ""
+    frame = pd.DataFrame(columns).astype(str)
+    return as_table(frame.loc[:, (frame != NONE).any()], about)
 
 
 def _number(value: float) -> str:
@@ -186,7 +196,12 @@ def _number(value: float) -> str:
 def _front(table: pd.DataFrame) -> str:
     """Which models no other beats in score and multiply-adds."""
     front = pareto_front(table.multiply_adds_per_image, table.score)
-    return f"{listed(table.label[front])}: no other model is both cheaper and more accurate."
+    names = list(table.label[front])
+    if not names:
+        return "Multiply-adds are not known of any model."
+    if len(names) == 1:
+        return f"{names[0]} is both the cheapest and the most accurate model."
+    return f"Best accuracy for their cost: {listed(names)}."
 
 
 def _finding(speeds: dict[str, dict]) -> str:
@@ -196,7 +211,7 @@ def _finding(speeds: dict[str, dict]) -> str:
     order = sorted(speeds, key=lambda label: speeds[label]["milliseconds_at_1"])
     fast, slow = (speeds[label]["milliseconds_at_1"] for label in (order[0], order[-1]))
     return (
-        f"{order[0]} answers fastest, {_number(fast)} ms for one image; {order[-1]} takes "
+        f"{order[0]} predicts fastest, in {_number(fast)} ms per image; {order[-1]} takes "
         f"{slow / fast:.2g} times as long."
     )
 

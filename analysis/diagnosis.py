@@ -119,13 +119,11 @@ def diagnosis_table(groups: Groups) -> Table:
         cells += [points(gap, 1) for gap in (accuracies[0] - accuracies[1], mean.late_gap)]
         rows.append([label, verdict, *cells])
     columns = ["model", "verdict", "best epoch", "last epoch", "training acc. %"]
-    columns += ["validation acc. %", "gap, points", "gap at the end, points"]
+    columns += ["validation acc. %", "gap, points", "gap at end, points"]
     caption = (
-        "What the learning curves say; numbers are means over seeds. Accuracies and their gap are "
-        "those of the best epoch, of the lowest validation loss. Training "
-        "accuracy is measured under augmentation and dropout, so the true gap is usually larger. "
-        f"Overfits: the validation loss ends more than {RISE:.0%} above its lowest, or the gap "
-        f"ends above {100 * GAP:.0f} points. Still improving: the validation loss fell to the "
-        "last, so more epochs may help. Stopped improving: neither. Limits are rules of thumb."
+        "Means over seeds; accuracies and their gap at the best epoch, that of the lowest "
+        "validation loss. Training accuracy is measured under augmentation and dropout, so the "
+        f"true gap is usually larger. Overfits: the loss ends {100 * RISE:.0f} % above its lowest, "
+        f"or the gap above {100 * GAP:.0f} points (rules of thumb)."
     )
     return Table(columns, rows, caption)

@@ -4,7 +4,7 @@
 
 From stored predictions: each model's seeds together, all models together, and a selection of them.
 By running the models (--nomodels leaves this out): the average of the weights of a model's seeds,
-and each image together with its mirror image. Validation makes every choice. With --output, also
+and each image together with its horizontal flip. Validation makes every choice. With --output, also
 writes ensembles.csv.
 """
 
@@ -12,18 +12,22 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis.combine.gains import Row, distinct, figures, measure, printed, spread_of_gains
+from analysis.combine.gains import Row, clear_gains, clearly, distinct, figures, measure, printed
 from analysis.combine.weights import model_rows
 from analysis.compare import Comparison, compare_workdir
 from analysis.evaluate import losses, mean_probability
-from analysis.page.section import Section
-from analysis.page.tables import percent, points
+from analysis.page.section import Details, Section
+from analysis.page.tables import percent
 from analysis.runs import FinishedRun, Groups, same_images
 from analysis.verdict import listed
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 
 ROUNDS = 25  # of greedy selection; what is best after one of them is kept
+BEST_MEMBER = (
+    "The best member has the highest accuracy on validation (or what config.select names; ties go "
+    "by loss)."
+)
 LEAST = 1e-6  # nats of validation loss that further members must save
 
 
@@ -69,13 +73,13 @@ def stored_rows(groups: Groups) -> tuple[list[Row], list[str]]:
         if len(runs) > 1:
             rows.append(measure("seed ensemble", label, runs, [mean_probability(runs)]))
     if alone := [label for label, runs in groups.items() if len(runs) < 2]:
-        notes.append(f"One seed makes no ensemble: {listed(alone)}.")
+        notes.append(f"No seed ensemble of a single seed: {listed(alone)}.")
     every = [run for runs in groups.values() for run in runs]
     pool = _largest_pool(every)
     if len(pool) < len(every):
         known = {run.path for run in pool}
         left = listed([run.name for run in every if run.path not in known])
-        notes.append(f"Not among all models, for their images differ: {left}.")
+        notes.append(f"Not among all models, as their images differ: {left}.")
     models = len({run.label for run in pool})
     if models < 2:
         return rows, notes
@@ -100,26 +104,30 @@ def ensembles_section(comparison: Comparison) -> Section | None:
     if not rows:
         return None
     table = figures(rows)
-    seeds = spread_of_gains(table, "seed ensemble", "their mean")
-    parts = [f"A model's seeds together gain {seeds}"] if seeds else []
-    for row in table[table.label == ""].itertuples():
-        parts.append(
-            f"{row.what}: {percent(row.accuracy)} %, {points(row.over_best)} points over the best "
-            f"member ({points(row.over_best_ci95_low)} to {points(row.over_best_ci95_high)})"
-        )
-    text = (
-        "An ensemble answers with the mean of its members' probabilities (Lakshminarayanan et al. "
-        "2017): softmax of the stored logits, not scaled by a temperature. All models together: "
-        "one member per model and seed, of equal weight. Greedy selection adds, with replacement, "
-        "the member that lowers the validation loss most (Caruana et al. 2004). These seeds are "
-        "one draw: intervals are over test images alone and say nothing of other seeds."
-    )
+    seeds = clear_gains(table, "seed ensemble")
+    parts = [f"seed ensembles {seeds}"] if seeds else []
+    for row in table[table.kind == "all models together"].itertuples():
+        against = clearly(row.over_best_ci95_low, row.over_best_ci95_high)
+        parts.append(f"{row.what} ({percent(row.accuracy, 1)} %) are {against} the best of them")
+    finding = "; ".join(parts) + "."
+    how = [
+        "An ensemble predicts with the mean of its members' probabilities (Lakshminarayanan et al. "
+        "2017): softmax of the stored logits, without temperature.",
+        "All models together: one member per model and seed, equally weighted. Greedy selection "
+        "adds, with replacement, the member that lowers the validation loss most (Caruana et al. "
+        "2004).",
+        "“Clearly”: the 95 % interval of the gain leaves out 0. Intervals are over test images "
+        "alone and say nothing about other seeds; two made-up images, one for and one against, "
+        "keep them honest where few answers change.",
+        BEST_MEMBER,
+    ]
     return Section(
         "Ensembles",
-        [text, *notes],
+        notes,
         [printed(table)],
+        details=[Details("How ensembles are measured", how)],
         data={"rows": table.to_dict("records")},
-        finding=". ".join(part[0].upper() + part[1:] for part in parts) + ".",
+        finding=finding[0].upper() + finding[1:],
     )
 
 
@@ -129,36 +137,39 @@ def averages_section(comparison: Comparison) -> Section | None:
     if not rows:
         return None
     table = figures(rows)
-    soups, flips = (table[table.kind == kind] for kind in ("weight average", "with mirror image"))
     parts = []
-    for own, verb, over in (
-        (soups, "The average of the weights holds", "the mean of the seeds averaged"),
-        (flips, "Mirror images help", "the same networks without"),
-    ):
+    for kind, verb in (("weight average", "averaged weights hold up"), ("flip averaging",) * 2):
+        own = table[table.kind == kind]
         if len(own):
             held = own[own.used].label.tolist()
-            parts.append(f"{verb} on validation for {len(held)} of {len(own)} models")
-            parts[-1] += f" ({listed(held, 3)})" if held else ""
-            gain = spread_of_gains(own, own.kind.iloc[0], over)
-            parts[-1] += f", on test {gain}" if gain else ""
-    text = [
-        "Weight average (soup; Wortsman et al. 2022): one network whose weights are the mean of "
-        "those of a model's seeds, all of them (uniform), or from the best on each that does not "
-        "lower the validation score (greedy). It holds where validation is no worse than with the "
-        "best seed alone. Trainings from scratch seldom average; from the same pretrained weights "
-        "they may. BatchNorm statistics are averaged as they are, not computed anew.",
-        "With mirror image: the mean probability of an image and its mirror image, for each seed "
-        "by itself, where that raises the mean validation score of the seeds. Test figures are "
-        "given only of what validation chose. Intervals are over test images alone.",
-        "On validation: the average against the best seed, with against without mirror images; "
-        "no means that it does not hold.",
+            names = f" ({listed(held, 3)})" if held else ""
+            parts.append(f"{verb} for {len(held) or 'none'} of {len(own)} models{names}")
+    finding = f"On validation, {', '.join(parts)}"
+    if table.used.any():
+        clear = table[table.used & (table.over_mean_ci95_low > 0)].what.tolist()
+        gain = f"clear gain on test: {listed(clear, 3)}" if clear else "no clear gain on test"
+        finding += f"; {gain}"
+    how = [
+        "Weight average (model soup; Wortsman et al. 2022): one network whose weights are the mean "
+        "of those of a model's seeds: of all of them (uniform), or of the best and every other "
+        "that does not lower the validation score (greedy). It holds up if its validation score is "
+        "no lower than that of the best seed. Runs that start from the same pretrained weights may "
+        "average well; runs from scratch seldom do. BatchNorm statistics are averaged, too, and "
+        "not recomputed.",
+        "Flip averaging: the mean probability of an image and its mirror image, for each seed by "
+        "itself, if that raises the mean validation score of the seeds.",
+        "On validation: the average against the best seed, or with flips against without. Test "
+        "figures are given only where validation accepts. Intervals are over test images alone. "
+        "A gain is clear if its interval leaves out 0.",
+        BEST_MEMBER,
     ]
     return Section(
-        "Averaged weights and mirror images",
-        [*text, *notes],
+        "Averaged weights and flips",
+        notes,
         [printed(table)],
+        details=[Details("How averages are measured", how)],
         data={"rows": table.to_dict("records")},
-        finding=". ".join(parts) + ".",
+        finding=f"{finding}.",
     )
 
 
@@ -171,8 +182,8 @@ def main(argv: list[str]) -> None:
     if not sections:
         raise UserError(f"{comparison.workdir}: an ensemble needs two complete runs")
     for section in sections:
-        (table,) = section.tables
-        print("\n".join([str(table), table.caption, *section.text, section.finding, ""]))
+        table, how = section.tables[0], section.details[0].lines
+        print("\n".join([str(table), table.caption, *section.text, section.finding, *how, ""]))
     if OUTPUT.value:
         file = output_folder(OUTPUT.value) / "ensembles.csv"
         rows = [row for section in sections for row in section.data["rows"]]
@@ -183,5 +194,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     DATA = flags.DEFINE_string("data", "", "Where the data lies now, if it was moved")
     OUTPUT = flags.DEFINE_string("output", "", "Folder of ensembles.csv")
-    MODEL_RUNS = flags.DEFINE_bool("models", True, "Run the models: weights and mirror images")
+    MODEL_RUNS = flags.DEFINE_bool("models", True, "Run the models: averaged weights, flips")
     run_command(main)

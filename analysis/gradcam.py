@@ -23,14 +23,14 @@ from analysis.explain.heatmaps import ExplainedRun, View, draw_views
 from analysis.explain.methods import METHODS, SMALLEST_MAP
 from analysis.explain.selection import by_disagreement, find_images, in_turn, sample_images
 from analysis.page.figures import colours, plt, save, shortened
-from analysis.page.section import Picture, Section
+from analysis.page.section import Details, Picture, Section
 from analysis.page.tables import percent
 from analysis.runs import FinishedRun, Groups, chosen_runs, group_runs, load_run, same_images
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from models import MODELS
 
-SCALE = "Colour is the share of each map's own maximum; strengths of maps cannot be compared."
+SCALE = "Each map has its own colour scale, so strengths cannot be compared between maps."
 
 
 MODELS_SHOWN = 8  # the best ones: a grid of more is too large to read
@@ -51,7 +51,7 @@ def gradcam_section(
     if count < 1:
         raise UserError(f"heat maps of {count} images: at least one is needed")
     title = METHODS[choose("method", method, METHODS)].title
-    section = Section("What the models looked at", [f"Heat maps by {title}."], pictures_first=True)
+    section = Section("What the models looked at", pictures_first=True)
     runs, left_out = _comparable(groups, METHODS[method].kind)
     rows, names, scores, about = [], [], {}, {}
     for label, run in runs.items():
@@ -60,7 +60,7 @@ def gradcam_section(
             continue
         explained = ExplainedRun(run, method, data_path=data_path)
         if explained.only_pixels:
-            left_out[label] = f"none of its stages returns {SMALLEST_MAP}x{SMALLEST_MAP} places"
+            left_out[label] = f"no feature map of at least {SMALLEST_MAP}×{SMALLEST_MAP}"
             continue
         name = [shortened(part, 18) for part in (run.model, run.variant) if part]
         if not rows:  # the best one
@@ -72,8 +72,6 @@ def gradcam_section(
         rows.append(explained.views(chosen, run.predicted[chosen]))
         if explained is first:
             best, others = label, _compared(first, method)
-            rows += [_untitled(other.views(chosen, run.predicted[chosen])) for other in others]
-            names += ["\n".join([*name, METHODS[other.method].title]) for other in others]
         photos, targets = explained.photos[sample], run.predicted[sample]
         scores[label] = faithfulness.score_maps(explained.model, explained.explain, photos, targets)
         about[label] = [percent(run.correct.mean()), explained.resolution]
@@ -85,27 +83,48 @@ def gradcam_section(
     models, curves = f"{method}_models.png", f"{method}_faithfulness.svg"
     save(draw_views(rows, ["photo", *names]), output / models)
     save(faithfulness.draw_faithfulness(scores, title, colours(groups)), output / curves)
-    pictures = best_pictures(best, first, output, method, count, chosen)
-    captions = _captions(best, scores, first.run.test["ids"][chosen], len(sample))
+    captions = _captions(title, scores, len(sample))
     grid, chart = (Picture(*one, wide=True) for one in zip((models, curves), captions, strict=True))
-    section.pictures = [grid, *pictures, chart]
-    section.tables = [faithfulness.score_table(scores, ["model", "test acc. %", "map"], about)]
+    section.pictures = [grid]
     section.data = {label: faithfulness.summarise(values) for label, values in scores.items()}
     _add_methods(section, best, [first, *others], sample[:SCORED_BY_METHOD])
+    if others:
+        section.details.append(_draw_methods(best, [first, *others], chosen, output))
+    section.details += best_pictures(best, first, output, method, count, chosen)
+    table = faithfulness.score_table(scores, ["model", "test acc. %", "map"], about)
+    section.details += [
+        Details(f"Faithfulness of the {title} maps of each model", picture=chart, table=table),
+        Details("How maps are scored", list(faithfulness.MEANING)),
+        Details("Files shown", list(map(str, first.run.test["ids"][chosen]))),
+    ]
     return section
 
 
-def _captions(best: str, shown: Sequence[str], ids: np.ndarray, scored: int) -> tuple[str, str]:
+def _captions(title: str, shown: Sequence[str], scored: int) -> tuple[str, str]:
     """Returns the captions of the grid and of the chart."""
+    first = f"First the images on which {' and '.join(shown)} disagree most. " * (len(shown) == 2)
+    if len(shown) > 2:
+        first = "First the images on which the models disagree most. "
     return (
-        "The same test images through every model, each with the class it predicts and its "
-        f"confidence; ✓ right, ✗ wrong; {best}, the best model with maps, by several methods. "
-        f"First those on which {', '.join(shown)} disagree most, then those on which all agree, "
-        f"spread over the true classes. {SCALE} Files: {'; '.join(map(str, ids))}.",
-        "How fast the probability of the predicted class falls while pixels are blurred in the "
-        f"order of the map, and rises while they return: mean over {scored} test images, "
-        "spread over the classes. Dotted: in random order.",
+        f"{title} of the same test images for every model, with the predicted class and its "
+        f"confidence (✓ right, ✗ wrong). {first}{SCALE}",
+        "How the probability of the predicted class falls as pixels are blurred in the order of "
+        f"the map (deletion), and rises as they return (insertion): means over {scored} test "
+        "images, spread over the classes.",
     )
+
+
+def _draw_methods(
+    label: str, explained: list[ExplainedRun], chosen: Sequence[int], output: Path
+) -> Details:
+    """Draws the maps of one model by each method, on the images of the grid of models."""
+    targets = explained[0].run.predicted[chosen]
+    first, *others = (one.views(chosen, targets) for one in explained)
+    names = [METHODS[one.method].title for one in explained]
+    save(draw_views([first, *map(_untitled, others)], names), output / "heat_map_methods.png")
+    caption = f"The same test images by each method. {SCALE}"
+    picture = Picture("heat_map_methods.png", caption, wide=True)
+    return Details(f"Maps of {label} by {len(names)} methods", picture=picture)
 
 
 def _comparable(groups: Groups, kind: str) -> tuple[dict[str, FinishedRun], dict[str, str]]:
@@ -113,7 +132,7 @@ def _comparable(groups: Groups, kind: str) -> tuple[dict[str, FinishedRun], dict
     runs, left_out = {}, {}
     for label, (run, *_) in groups.items():
         if kind != "logits" and not MODELS[run.model].trained_by_gradient:
-            left_out[label] = "not trained by gradient, without layers to look into"
+            left_out[label] = "not trained by gradient"
         elif runs and not same_images(run, next(iter(runs.values()))):
             left_out[label] = "tested on other images"
         else:
@@ -148,13 +167,13 @@ def _add_methods(
         scores[title] = faithfulness.score_maps(one.model, one.explain, photos, targets)
         about[title] = [one.resolution]
     table = faithfulness.score_table(scores, [f"method on {label}", "map"], about)
-    table.caption = f"The same scores on the same {len(sample)} test images."
     slow = [METHODS[name].title for name in ("lime", "shap") if METHODS[name].title in scores]
-    section.finding = worth.sentence(label, scores, slow)
+    section.finding, numbers = worth.sentences(label, scores, slow)
+    section.text.append(numbers)
     if slow:
         section.text.append(
-            f"{' and '.join(slow)} ask the model {packages.EVALUATIONS} times an image, and hide "
-            "regions behind the blur that the gain is measured with, which favours them."
+            f"{' and '.join(slow)} query the model {packages.EVALUATIONS} times per image and hide "
+            "regions with the same blur that the gain is measured with, which favours them."
         )
     missing = {m.package: m.title for m in METHODS.values() if not packages.installed(m.package)}
     if missing:
@@ -171,7 +190,7 @@ def best_pictures(
     method: str,
     count: int,
     shown: Sequence[int] = (),
-) -> list[Picture]:
+) -> list[Details]:
     """Draws right beside wrong predictions, and both classes of the most confused pairs.
 
     Images `shown` elsewhere are shown again only where there are no others.
@@ -191,12 +210,20 @@ def best_pictures(
     save(draw_views(rows, ["right", "", "wrong", ""]), output / right_wrong)
     save(confused_views, output / confused)
     captions = (
-        f"{label}, the best model with maps: test images that it predicts rightly and "
-        f"wrongly, the most confident of each true class. Maps are of the predicted class. {SCALE}",
-        f"{label}: its most confused pairs of classes, in both directions, with the most confident "
-        f"errors. After each photo, the maps for the predicted class and for the true one. {SCALE}",
+        "The most confident prediction for each true class, with the map of the predicted class. "
+        f"{SCALE}",
+        "The most confident errors between the most confused classes. After each photo, maps of "
+        f"the predicted class and of the true one. {SCALE}",
     )
-    return [Picture(right_wrong, captions[0], wide=True), Picture(confused, captions[1], wide=True)]
+    return [
+        Details(title, picture=Picture(file, caption, wide=True))
+        for title, file, caption in zip(
+            (f"Right and wrong predictions of {label}", f"Most confused classes of {label}"),
+            (right_wrong, confused),
+            captions,
+            strict=True,
+        )
+    ]
 
 
 def _new(rows: np.ndarray, shown: Sequence[int]) -> np.ndarray:
@@ -282,7 +309,8 @@ def main(argv: list[str]) -> int:
     groups = group_runs(chosen_runs(path))
     output = output_folder(OUTPUT.value or path / "gradcam")  # never among the report's own
     section = gradcam_section(groups, output, int(IMAGES.value), DATA.value, METHOD.value)
-    files = [str(output / picture.file) for picture in section.pictures]
+    drawn = [*section.pictures, *(item.picture for item in section.details if item.picture)]
+    files = [str(output / picture.file) for picture in drawn]
     print("\n".join(filter(None, [section.finding, *section.text, *files])))
     return 0
 

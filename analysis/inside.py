@@ -20,13 +20,18 @@ from analysis.explain.representations import NothingToShow
 from analysis.explain.selection import find_image
 from analysis.forward import load_classifier, load_test_images
 from analysis.page.figures import literal, plt, save, shortened
-from analysis.page.section import Picture, Section
+from analysis.page.section import Details, Picture, Section
 from analysis.runs import FinishedRun, Groups, chosen_runs, evenly_spaced, group_runs
 from errors import choose
 from experiment.command import arguments, output_folder, run_command
 from experiment.files import plain
 
 PARTS = ("filters", "features", "predictions", "curves", "cka")
+FOLDED = {
+    "predictions": "Predictions for some test images",
+    "filters": "Filters of the first layers",
+    "features": "Feature maps of a test image",
+}
 PREDICTIONS = 12  # test images with predictions
 NAMED = 12  # classes whose templates bear their names, at most
 RIGHT, WRONG, OTHER = "#0072B2", "#D55E00", "#999999"  # told apart by colour-blind readers too
@@ -131,9 +136,9 @@ def picture_similarity(section: Section, groups: Groups, output: Path, data_path
         raise NothingToShow("representations need two models, or two seeds of one, to be compared")
     save(representations.draw_similarity(similarity), output / "inspect_cka.svg")
     caption = (
-        f"How alike the last features are on {similarity.images} test images: linear CKA, debiased "
-        "(1: the same but for rotation and scale; 0: unrelated), of first seeds; on the diagonal, "
-        "of two seeds of one model, “–” where there is but one. Features are averaged over places; "
+        f"Similarity of the last features on {similarity.images} test images: debiased linear CKA "
+        "(1: equal up to rotation and scale; 0: unrelated) between first seeds; on the diagonal, "
+        "between two seeds of a model (“–”: it has one). Features are averaged over positions; "
         "“pixels” stands for models without features before their classifier."
     )
     section.text.append(representations.describe(similarity))
@@ -157,8 +162,8 @@ def picture_filters(groups: Groups, output: Path) -> Picture:
         raise NothingToShow(f"{', '.join(groups)}: no weights on the image; choose another model")
     save(draw_filters(filters, names), output / "inspect_filters.png")
     caption = (
-        "Weights of the first layer, first seed, scaled by the largest of each: grey is zero, "
-        "brighter positive, darker negative. Filters of dense layers are as large as the image."
+        "Weights of the first layer, first seed, each filter scaled by its largest weight: grey is "
+        "zero, brighter is positive, darker negative. Those of dense layers cover the whole image."
     )
     return Picture("inspect_filters.png", caption, wide=True, pixelated=True)
 
@@ -173,8 +178,8 @@ def picture_predictions(
     photos = load_test_images(run, data_path)[rows]
     save(draw_predictions(run, photos, rows), output / "inspect_predictions.png")
     caption = (
-        f"Predictions of {label}, seed {run.seed}: true class, right or wrong, and the three "
-        f"likeliest classes; blue is the true one. Files: {'; '.join(map(str, ids[rows]))}."
+        f"Predictions of {label}, seed {run.seed}: the true class, right or wrong, and the "
+        f"three most likely classes (blue: the true one). Files: {'; '.join(map(str, ids[rows]))}."
     )
     return Picture("inspect_predictions.png", caption, wide=True)
 
@@ -198,7 +203,7 @@ def picture_features(
     save(draw_feature_maps(maps, image, title), output / "inspect_features.png")
     caption = (
         f"Feature maps of {run.label}, seed {run.seed}, for {run.test['ids'][row]}: the output of "
-        f"stage {stage} (counted from 0); the channels of the highest mean activation, by number."
+        f"stage {stage} (counted from 0); the numbered channels have the highest mean activation."
     )
     return Picture("inspect_features.png", caption, wide=True, pixelated=True)
 
@@ -238,6 +243,12 @@ def inspect_section(groups: Groups, output: Path, data_path: str = "") -> Sectio
             add_part(section, part, groups, output, data_path)
         except NothingToShow as error:
             section.text.append(f"Not shown: {error}.")
+            continue
+        if part in FOLDED:
+            section.details.append(Details(FOLDED[part], picture=section.pictures.pop()))
+        else:
+            section.finding = section.text[-1]
+    section.finding = section.finding or "Nothing to compare between models."
     return section
 
 

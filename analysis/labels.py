@@ -20,7 +20,7 @@ from absl import flags
 from analysis.compare import Comparison, compare, compare_workdir
 from analysis.label_noise import Votes, contradictions
 from analysis.page.figures import draw_photos, save, shortened
-from analysis.page.section import Picture, Section, Table
+from analysis.page.section import Details, Picture, Section, Table
 from analysis.page.tables import NONE, decimal, percent, percents
 from analysis.review import COLUMNS, NO_CLASS, read_review, stored_review
 from analysis.runs import FinishedRun
@@ -182,11 +182,11 @@ def _confirmed(review: pd.DataFrame, votes: Votes) -> list[str]:
 def ceiling(votes: Votes) -> str:
     """Returns what the estimate means for the accuracy that can be expected."""
     value, (low, high) = votes.wrong.value, votes.wrong.interval
-    share = f"{percent(value, 1)} % ({percents(low, high, 1)})"
+    share = f"{percent(value, 1)} % (95 % interval {percents(low, high, 1)})"
     if not votes.voters:
         return f"No model is good enough to judge the {votes.part} labels."
     if value == 0:
-        return f"No sign of wrong labels in the {votes.part} part: {share}."
+        return f"No sign of wrong {votes.part} labels: {share}."
     return (
         f"{share} of the {votes.part} labels look wrong; if they are, no model can be expected "
         f"above {percent(1 - value, 1)} % accuracy."
@@ -194,14 +194,15 @@ def ceiling(votes: Votes) -> str:
 
 
 MEANING = (
-    "The estimate is by confident learning (Northcutt, Jiang and Chuang 2021) on the models' mean "
-    "probabilities: the value from the surest quarter of each class, the upper end with every "
-    "confident contradiction counted as a wrong label. In simulations with several models of 80 to "
-    "95 % accuracy the interval holds the truth in at least 90 of 100 cases where label errors do "
-    "not depend on how hard a photo is; with a single weak model it does so less often. "
-    "Photos that every model gets wrong look like wrong labels, and then the value is too high. "
-    "Where people and models mistake the same photos for the same class, it is far "
-    "too low: such labels contradict no model. Only a person can tell."
+    "Confident learning (Northcutt, Jiang and Chuang 2021) on the models' mean probabilities: the "
+    "value comes from the most confident quarter of each class; the upper end counts every "
+    "confident contradiction as a wrong label.",
+    "In simulations with several models of 80 to 95 % accuracy, the interval holds the truth in at "
+    "least 90 of 100 cases if label errors do not depend on how hard a photo is, and less often "
+    "with a single weak model.",
+    "Hard photos that every model gets wrong look like wrong labels: the value is then too high. "
+    "Where people and models mistake the same photos for the same class, it is far too low, as "
+    "such labels contradict no model. Only a person can tell.",
 )
 
 
@@ -211,7 +212,7 @@ def labels_section(comparison: Comparison) -> Section | None:
         return None
     votes = [contradictions(comparison.groups, part) for part in ("test", "validation")]
     review = stored_review(comparison.workdir, comparison.runs)
-    section = Section(text=[ceiling(votes[0]), MEANING], finding=ceiling(votes[0]))
+    section = Section(finding=ceiling(votes[0]))
     if votes[0].silent:
         silent = "; ".join(f"{label} ({why})" for label, why in votes[0].silent.items())
         section.text.append(f"Without a vote: {silent}.")
@@ -222,8 +223,8 @@ def labels_section(comparison: Comparison) -> Section | None:
     ]  # fmt: skip
     columns = ["part", "images", "suspects", "wrong labels %", "95 % interval"]
     caption = (
-        "Suspects: images whose label the models together contradict with confidence. The weights "
-        "were chosen on the validation images; the test images are clean of any choice."
+        "Suspects: images whose label the models together confidently contradict. (Validation "
+        "images also chose the weights; test images chose nothing.)"
     )
     if votes[0].voters:
         caption += f" Voting: {listed(votes[0].voters)}."
@@ -235,7 +236,10 @@ def labels_section(comparison: Comparison) -> Section | None:
         section.finding += " " + _review_section(section, comparison, review, votes[0])
     elif len(shown):
         command = f"python -m analysis.labels {comparison.workdir}"
-        section.text.append(f"To review them: {command} writes a table to be filled in.")
+        section.text.append(
+            f"To review them, fill in the table that this command writes: {command}"
+        )
+    section.details.append(Details("How wrong labels are estimated", list(MEANING)))
     section.data = {v.part: {"wrong": v.wrong.value, "ci95": v.wrong.interval} for v in votes}
     return section
 
@@ -249,9 +253,10 @@ def _add_photos(section: Section, comparison: Comparison, shown: pd.DataFrame, c
         return
     caption = (
         f"The {len(shown)} of {count} suspects in the test part that the models contradict most: "
-        "its label, the likely one, and how many of the voting models are confident of that. "
-        f"Files: {'; '.join(shown['id'])}."
+        "the label, the likely one, and how many of the voting models are confident of it."
     )
+    lines = [f"{i}. {name}" for i, name in enumerate(shown["id"], 1)]
+    section.details.append(Details("Files of these photos", lines))
     section.pictures = [Picture("suspects.png", caption, wide=True)]
 
 

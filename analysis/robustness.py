@@ -35,24 +35,21 @@ from models import Classifier
 BATCH = 128  # images
 BYTES = 2**30  # of corrupted pixels in memory at once
 CAPTION = (
-    "Corrupted accuracy: the mean over {corruptions} at "
-    f"{len(SEVERITIES)} severities, its 95 % interval "
-    "over {over}; models that share a letter cannot be told apart. Kept: its share of the clean "
-    "accuracy. Errors: their sum over all corruptions beside that of {baseline} "
-    f"(– if it has fewer than {FEWEST_ERRORS}). "
-    "PGD: an upper bound of the accuracy under attack (– without a gradient), {attacked} of each "
-    "model."
+    "Corrupted: mean over {corruptions} at "
+    f"{len(SEVERITIES)} severities, interval over "
+    "{over}. Errors: beside those of {baseline}. PGD: {attacked} of each model."
 )
 METHOD = (
     "A photo is corrupted as it is stored and then resized for each model; its shorter side is at "
     f"most {photos.LARGEST} pixels, or the largest image size. Random draws depend on the photo "
     "alone.",
-    "Errors are divided sum by sum. The mean corruption error of Hendrycks and Dietterich (2019) "
-    "averages the ratios of single corruptions instead, so one that hardly harms the baseline can "
-    "outweigh all others.",
+    f"Errors are summed over all corruptions and divided by those of the baseline (–: it has fewer "
+    f"than {FEWEST_ERRORS}). The mean corruption error of Hendrycks and Dietterich (2019) "
+    "averages the ratios of single corruptions instead, so that one which hardly harms the "
+    "baseline can outweigh all others.",
     f"PGD takes {STEPS} steps up the cross-entropy and up the logit margin, each from {RESTARTS} "
     "starts (FGSM's point, then random ones). An image counts as right if it withstands all of "
-    "them; a better attack may leave less.",
+    "them, so the accuracy is an upper bound: a better attack may leave less. –: no gradient.",
 )
 
 
@@ -184,7 +181,7 @@ def robustness_section(
     drawing = f"Accuracy by severity of corruption and epsilon of attacks; 0 is clean. {source}"
     if len(drawn) < len(outcomes):
         drawing += f" Of {len(outcomes)} models, the {len(drawn)} most accurate under corruption."
-    sheet = Picture("corruptions.png", "The first of these images under each corruption.")
+    sheet = Picture("corruptions.png", "The first of these images under every corruption.")
     shown = summary.printed(by_model, baseline)
     return Section(
         "Robustness",
@@ -193,7 +190,7 @@ def robustness_section(
         pictures=[Picture("robustness.svg", drawing, wide=True)],
         details=[
             Details("How this is measured", list(METHOD)),
-            Details("What costs each model the most", summary.worst_corruptions(by_model)),
+            Details("Worst corruption of each model", summary.worst_corruptions(by_model)),
             Details("What the corruptions look like", picture=sheet),
         ],
         data=json.loads(by_model.set_index("model").to_json(orient="index")),

@@ -164,8 +164,8 @@ def printed(table: pd.DataFrame) -> Table:
             f"{percent(r.accuracy)} ({percents(r.ci95_low, r.ci95_high)})" if r.used else NONE
             for r in table.itertuples()
         ],
-        "gain over members": gains("over_mean"),
-        "over best member": gains("over_best"),
+        "gain over members, points": gains("over_mean"),
+        "over best member, points": gains("over_best"),
         "NLL": [
             f"{decimal(r.nll_before)} → {decimal(r.nll)}" if r.used else NONE
             for r in table.itertuples()
@@ -176,27 +176,27 @@ def printed(table: pd.DataFrame) -> Table:
         del columns["on validation, %"]
     tests = table.gains_tested.iloc[0]
     caption = (
-        "Test accuracy with its 95 % interval. Gains over the mean of the members and over the "
-        "best of them are in points, on the same test images; their intervals hold together in "
-        f"95 % (Bonferroni over the {tests} gains of this table; two made-up images each, one for "
-        "and one against). The best member has the highest accuracy on validation (or what "
-        "config.select names; ties by loss). NLL: mean of the members, and after. Cost: times the "
-        "computation of the best member."
+        f"With 95 % intervals over test images, those of gains corrected (Bonferroni over the "
+        f"{tests} gains of this table). Best member: by validation. NLL: mean of the members → "
+        "after. Cost: computation, in multiples of the best member's."
     )
     return as_table(columns, caption)
 
 
-def spread_of_gains(table: pd.DataFrame, kind: str, over: str) -> str:
-    """The gains of a kind of ensemble over the mean of its members, and which are beyond chance."""
+def clearly(low: float, high: float) -> str:
+    """Returns what an interval of gains says: better, worse or neither."""
+    if low > 0:
+        return "clearly better than"
+    return "clearly worse than" if high < 0 else "not clearly different from"
+
+
+def clear_gains(table: pd.DataFrame, kind: str) -> str:
+    """Returns for which models a kind of ensemble is better than the mean of its members."""
     own = table[table.kind.eq(kind) & table.used]
     if own.empty:
         return ""
-    most = own.loc[own.over_mean.idxmax()]
-    ends = f"{points(most.over_mean_ci95_low)} to {points(most.over_mean_ci95_high)}"
-    text = f"{points(most.over_mean)} points over {over} ({most.label}: {ends})"
-    if len(own) > 1:
-        text = f"{points(own.over_mean.min())} to {text}"
     above = own[own.over_mean_ci95_low > 0].label.tolist()
     below = own[own.over_mean_ci95_high < 0].label.tolist()
-    text += f"; the 95 % interval lies above 0 for {listed(above, 3) or 'none'}"
-    return text + (f" and below 0 for {listed(below, 3)}" if below else "")
+    count = f"any of {len(own)} models" if len(own) > 1 else own.label.iloc[0]
+    text = f"gain clearly for {listed(above, 3)}" if above else f"do not clearly gain for {count}"
+    return text + (f" and lose clearly for {listed(below, 3)}" if below else "")

@@ -95,7 +95,7 @@ def soup_row(label: str, runs: Sequence[FinishedRun], images: dict[str, np.ndarr
 
 def flip_row(label: str, runs: Sequence[FinishedRun], images: dict[str, np.ndarray]) -> Row:
     """Returns each seed's mean over image and mirror image, if validation prefers it."""
-    kind, members = "with mirror image", "1"
+    kind, members = "flip averaging", "1"
 
     def averaged(part: str) -> list[np.ndarray]:
         mirrored = images[part][:, :, ::-1]
@@ -139,7 +139,7 @@ def model_rows(groups: Groups, data_path: str = "") -> tuple[list[Row], list[str
             rows[label] = [*made, flip_row(label, runs, images)]
     notes = []
     if left := [label for label in groups if label not in rows]:
-        notes.append(f"Left out, for they are not trained by gradient: {listed(left)}.")
+        notes.append(f"Left out (not trained by gradient): {listed(left)}.")
     trained = [k for k in rows if groups[k][0].config.get("augment", {}).get("flip_horizontal")]
-    notes.append(f"Trained with mirrored images: {listed(trained) or 'none'}.")
+    notes.append(f"Trained with horizontal flips: {listed(trained) or 'none'}.")
     return [row for label in groups for row in rows.get(label, [])], notes

@@ -117,6 +117,18 @@ def centred(shape: tuple[int, int, int]) -> np.ndarray:
     return np.broadcast_to(-(places[:, None] ** 2) - places**2, shape)
 
 
+MEANING = (
+    "Gain: the area under the insertion curve less that under the deletion curve, less the same "
+    "for a random order of pixels, or for an order from the centre outwards; higher is better. "
+    "Pixels return from, or give way to, a blur of an eighth of the image's side.",
+    "Area of half: the smallest share of the image that holds half of the map; coarse maps cannot "
+    "be as focused as fine ones.",
+    "Similarity: rank correlation with the map of the same network with shuffled weights; it "
+    "should be near 0.",
+    "Seconds are without compilation. A zero map shows no evidence for the class.",
+)
+
+
 def gains(scores: Scores, over: str = "random") -> np.ndarray:
     """Returns insertion less deletion [N], less what the `over` order reaches on the same image."""
     areas = {
@@ -153,15 +165,8 @@ def score_table(scores: dict[str, Scores], heads: list[str], about: dict[str, li
         numbers = [_plus_minus(*summary[key]) for key in columns]
         numbers += [seconds(summary["seconds"][0]), f"{zero.sum()} of {len(zero)}"]
         rows.append([label, *cells, *numbers])
-    caption = (
-        "Gain: area under insertion less that under deletion (pixels return from, or give way to, "
-        "a blur of an eighth of the image's side), less what a random order of pixels reaches, or "
-        "one from the centre outwards; higher is better. Area of half: the smallest share of the "
-        "image that holds half of the map; coarse maps cannot be as focused as fine ones. "
-        "Similarity: rank correlation with the map of shuffled weights, which should be near 0. "
-        "Mean ± half of the 95 % t-interval over images. Seconds are without compilation."
-    )
-    return Table([*heads, *columns.values(), "s an image", "zero maps"], rows, caption)
+    caption = f"{len(zero)} test images: means ± half of the 95 % t-interval."
+    return Table([*heads, *columns.values(), "s per image", "zero maps"], rows, caption)
 
 
 def seconds(value: float) -> str:

@@ -148,9 +148,11 @@ def describe(similarity: Similarity) -> str:
     pairs.sort(key=lambda pair: matrix[pair])
     named = [f"{labels[j]} and {labels[i]} ({matrix[i, j]:.2f})" for i, j in pairs]
     if len(named) > 1:
-        text = f"The most alike representations are those of {named[-1]}, the least {named[0]}."
+        text = (
+            f"{named[-1]} have the most similar features, {named[0]} the least (CKA in brackets)."
+        )
     elif named:
-        text = f"The representations compared are those of {named[0]}."
+        text = f"CKA between the features of {named[0]}."
     if similarity.left_out:
         names = ", ".join(similarity.left_out)
         text += f" Left out, as they were tested on other images: {names}."

@@ -21,30 +21,28 @@ def differences(
     return found
 
 
-def sentence(label: str, scores: dict[str, Scores], slow: list[str]) -> str:
-    """Returns whether the slow methods are worth their time on a model, with the numbers."""
+def sentences(label: str, scores: dict[str, Scores], slow: list[str]) -> tuple[str, str]:
+    """Returns whether the slow methods are worth their time on a model, and the numbers."""
     gain = {name: gains(values).mean() for name, values in scores.items()}
     count = len(next(iter(scores.values()))["zero"])
     quick = max((name for name in scores if name not in slow), key=gain.get)
-    over = f"over {count} image{'s' * (count > 1)} of {label}"
+    over = f"Over {count} image{'s' * (count > 1)}, the gain over a random map is"
     if not slow:
-        return (
-            f"The maps of {quick} follow the model best of {len(scores)} methods: {over}, their "
-            f"gain over a random map is {gain[quick]:.2f}."
-        )
+        best = f"Of {len(scores)} methods, {quick} has the most faithful maps of {label}."
+        return best, f"{over} {gain[quick]:.2f} by {quick}."
     compared = differences(scores, slow)
     worth = [a for a in slow if all(compared[pair][1] > 0 for pair in compared if pair[0] == a)]
     others = [name for name in slow if name not in worth]
-    start = _verdict(worth or others, "worth" if worth else "not shown to be worth")
-    start += f", {others[0]} is not shown to be" if worth and others else ""
+    result = _verdict(worth or others, "worth" if worth else "not shown to be worth")
+    result += f" on {label}" + (f"; {others[0]} is not shown to be" if worth and others else "")
     took = {name: seconds(values["seconds"].item()) for name, values in scores.items()}
     shown = [
-        f"{gain[name]:.2f} by {name} ({took[name]} s an image{_more(*compared[name, quick])})"
+        f"{gain[name]:.2f} by {name} ({took[name]} s per image{_more(*compared[name, quick])})"
         for name in slow
     ]
-    return (
-        f"{start}: {over}, the gain over a random map is {' and '.join(shown)}, at most "
-        f"{gain[quick]:.2f} by a quicker method ({quick}, {took[quick]} s)."
+    return f"{result}.", (
+        f"{over} {' and '.join(shown)}; the best quicker method reaches {gain[quick]:.2f} "
+        f"({quick}, {took[quick]} s)."
     )
 
 
@@ -55,4 +53,4 @@ def _verdict(names: list[str], worth: str) -> str:
 
 def _more(mean: float, low: float, high: float) -> str:
     """Returns the interval of a difference, nothing where it is unknown."""
-    return "" if np.isnan(low) else f"; {low:+.2f} to {high:+.2f} beside the best quicker one"
+    return "" if np.isnan(low) else f"; {low:+.2f} to {high:+.2f} above the best quicker method"

@@ -26,7 +26,12 @@ LISTED = 200  # names in a folded list
 DRAWN = 20  # models in a chart of colours, of which there are no more
 ROWS = 40  # models in a chart with a row for each
 CLASSES = 40  # in a chart of classes
-SPOKEN = {"overfits": "overfitting", "no curve": "without a curve"}  # after a number of runs
+SPOKEN = {  # after one run and after several
+    "overfits": ("overfits", "overfit"),
+    "no curve": ("has no curve", "have no curve"),
+    "still improving": ("is still improving", "are still improving"),
+}
+COSTS = ["params", "multiply-adds", "train s", "train images/s"]  # which have their own chapter
 PAIRS = 500  # rows of a table of pairs on the page
 
 
@@ -68,8 +73,8 @@ def overview(comparison: Comparison) -> Section:
             f"{table.near_leaks.max()} an exact or near one; “without” is the accuracy on the rest."
         )
     if "knn" in set(table.model):
-        text.append("Nearest neighbours draw nothing at random: their seeds agree by construction.")
-    caption = f"Shares in percent. Seconds and images/s: on {', '.join(sorted(set(table.device)))}."
+        text.append("Nearest neighbours have no randomness: their seeds agree by construction.")
+    caption = "In percent, but for NLL (nats) and Brier. All but the interval are means over seeds."
     lines = [
         f"{label}: " + ", ".join(f"{run.name} {percent(run.correct.mean())} %" for run in runs)
         for label, runs in groups.items()
@@ -83,23 +88,23 @@ def overview(comparison: Comparison) -> Section:
         finding = f"{percent(table.score.min(), 1)} to {finding}, {_plural(len(table), 'model')}"
     return Section(
         text=text,
-        tables=[as_table(printed_table(table), caption)],
+        tables=[as_table(printed_table(table).drop(columns=COSTS), caption)],
         pictures=[_chart(comparison, charts.draw_ranks, "ranks.svg", ranks, most=ROWS)],
         pictures_first=True,
-        details=[Details("The runs behind each row, with their test accuracy", lines)],
+        details=[Details("Test accuracy of every run", lines)],
         finding=finding + ".",
     )
 
 
 def curves(comparison: Comparison) -> Section:
     """Learning curves and what they say about over- and underfitting."""
-    caption = "On validation images: thin lines are seeds, dashes are models fitted at once."
+    caption = "On validation images. Thin lines: seeds; dashes: models fitted in one step."
     picture = _chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
     table = diagnosis_table(comparison.groups)
     runs = comparison.runs
     verdicts = Counter(diagnose(run).verdict for run in runs).most_common()
-    found = ", ".join(f"{count} {SPOKEN.get(verdict, verdict)}" for verdict, count in verdicts)
-    finding = f"Of {_plural(len(runs), 'run')}: {found}"
+    found = [f"{n} {SPOKEN.get(verdict, (verdict,) * 2)[n > 1]}" for verdict, n in verdicts]
+    finding = f"Of {_plural(len(runs), 'run')}, {listed(found)}"
     return Section(tables=[table], pictures=[picture], pictures_first=True, finding=finding + ".")
 
 
@@ -113,24 +118,28 @@ def classes(comparison: Comparison) -> Section:
     confused = compare.confused_along(dict(itertools.islice(groups.items(), 8)))
     if len(confused):
         columns = ["pair", *reversed(confused.columns[1:])]
-        caption = "Test images of one class taken for the other, both ways, mean over seeds: the "
-        caption += "most confused pairs" + " of the first 8 models" * (len(groups) > 8) + "."
+        caption = (
+            "The most confused pairs: test images of either class taken for the other, mean over "
+        )
+        caption += "seeds" + " of the first 8 models" * (len(groups) > 8) + "."
         section.tables.append(as_table(confused[columns].head(PAIRS).round(1), caption))
         most = confused.loc[confused[label].idxmax()]
         images = f"{most[label]:.{int(most[label] < 10)}f} of {len(runs[0].predicted):,}"
         pair = most.pair.replace(" / ", " and ")
-        section.finding = f"{label} confuses {pair} most often: {images} test images."
+        section.finding = (
+            f"{label} most often confuses {pair}: {images} test images (mean over seeds)."
+        )
     else:
         section.finding = "No test image is misclassified."
-    section.pictures.append(_class_chart(comparison))
+    section.details.append(Details("F1 by class, all models", picture=_class_chart(comparison)))
     never = scores.index[scores.predicted == 0].tolist()
     if never:
         section.text.append(f"{label} never predicts {listed(never)}.")
     printed = scores[["precision", "recall", "f1"]].map(percent).rename(columns={"f1": "F1"})
     counts = scores[["support", "predicted"]].map("{:.4g}".format)
     printed = pd.concat([printed, counts], axis=1).reset_index()
-    table = as_table(printed, "Percent, and numbers of images; means over seeds.")
-    section.details.append(Details(f"{label} by class ({len(scores)})", table=table))
+    table = as_table(printed, "In percent, and numbers of images; means over seeds.")
+    section.details.append(Details(f"Precision and recall of {label} by class", table=table))
     return section
 
 
@@ -139,7 +148,7 @@ def _class_chart(comparison: Comparison) -> Picture:
     count = len(comparison.runs[0].class_names)
     caption = "F1 by class, %, mean over seeds."
     if count > CLASSES:
-        caption += f" The {CLASSES} of {count} classes that all models together get worst."
+        caption += f" The {CLASSES} of {count} classes that are worst over all models."
     draw = partial(charts.draw_class_scores, most=CLASSES)
     return _chart(comparison, draw, "classes.svg", caption, most=ROWS)
 
@@ -165,8 +174,8 @@ def pairs_of_models(comparison: Comparison) -> Section | None:
     established = f"{pairs.established.sum():,} of {len(pairs):,}"
     section = Section(finding=f"{established} differences between models are established.")
     section.text = [
-        f"By the majority of its seeds, every model gets {every} of {len(right)} test images "
-        f"right, and none gets {none}.",
+        f"By majority vote of its seeds, every model gets {every} of {len(right)} test images "
+        f"right, and no model gets {none} of them right.",
     ]
     caption = "Differences on the same test images, in percentage points."
     if len(pairs) > PAIRS:
@@ -176,12 +185,12 @@ def pairs_of_models(comparison: Comparison) -> Section | None:
     section.tables.append(as_table(printed_pairs(pairs), caption))
     caption = "How often two models predict the same class, mean over seeds."
     agreement = _chart(comparison, charts.draw_agreement, "agreement.svg", caption, False, ROWS)
-    section.pictures.append(agreement)
+    section.details.append(Details("Agreement of models", picture=agreement))
     if len(alone):
         counts = [f"{label} {n}" for label, n in alone["model"].value_counts().items()]
         lines = [f"{name} ({true}): {model}" for name, true, model in alone.head(LISTED).values]
-        title = f"Test images that one model alone gets right: {listed(counts)}"
-        section.details = [Details(title, lines)]
+        title = f"Test images that only one model gets right: {listed(counts)}"
+        section.details.append(Details(title, lines))
     return section
 
 
@@ -203,8 +212,10 @@ def transfer(comparison: Comparison) -> Section | None:
         rows.append([label, summary["weights"], "; ".join(phases), state])
     if not rows:
         return None
-    text = "Pixels: what the first layers got of a batch before training, compared with what the "
-    text += "weights saw in theirs. Each phase goes on from the best weights so far."
+    text = (
+        "Pixels: whether a batch reaches the first layers as the batches did on which the weights "
+    )
+    text += "were trained. Each phase starts from the best weights so far."
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
     wrong = [label for label, *_, state in rows if state == "DO NOT MATCH"]
     finding = f"{_plural(len(rows), 'model')} with pretrained weights"
@@ -223,8 +234,8 @@ def data(comparison: Comparison) -> Section | None:
     divided = len(audit.get("group_leaks", {}))
     if audit["leaks"] or audit["label_conflicts"] or divided:
         section.warnings.append(
-            f"{count['leaks']} groups of identical images and {divided} groups of data.groups lie "
-            f"in several parts, and {count['label_conflicts']} carry contradictory labels. "
+            f"{count['leaks']} groups of identical images and {divided} groups of data.groups span "
+            f"several parts, and {count['label_conflicts']} have contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
     section.finding = f"{_plural(audit['images'], 'image')}, {_plural(len(counts), 'class')}"
@@ -237,9 +248,9 @@ def data(comparison: Comparison) -> Section | None:
     if not audit["near_duplicates_checked"]:
         near = "not looked for, too many images"
     section.text.append(
-        f"Images: {audit['images']}; sizes: {audit['distinct_sizes']}; modes: "
+        f"Images: {audit['images']:,}; sizes: {audit['distinct_sizes']}; modes: "
         f"{', '.join(audit['modes'])}; values: {' to '.join(map(str, audit['value_range']))}; "
-        f"unreadable files: {count['unreadable']}; files that are no image: {count['not_images']}; "
+        f"unreadable files: {count['unreadable']}; not images: {count['not_images']}; "
         f"exact duplicates: {count['exact_duplicates']} groups, {count['label_conflicts']} with "
         f"contradictory labels, {count['leaks']} across parts; near duplicates: {near}."
     )
@@ -251,12 +262,13 @@ def data(comparison: Comparison) -> Section | None:
             section.details.append(Details(f"{title} ({len(entries)})", lines))
     sheet = comparison.workdir.resolve() / "audit" / "contact_sheet.png"
     if sheet.exists():
-        section.pictures.append(Picture(str(sheet), "Samples of every class."))
+        picture = Picture(str(sheet), "Images of each class, up to 20 classes.")
+        section.details.append(Details("Samples of every class", picture=picture))
     for label, runs in comparison.groups.items():
         path = runs[0].path.resolve() / "augmented_batch.png"
         if path.exists():
             picture = Picture(str(path), f"Augmented images for {label}", pixelated=True)
-            title = f"{label}: images of the first batch, augmented"
+            title = f"First augmented batch of {label}"
             section.details.append(Details(title, picture=picture))
     return section
 
@@ -274,10 +286,10 @@ def reproduce(comparison: Comparison) -> Section:
         f"Commit {', '.join(commits)}{', with uncommitted changes' * dirty}; Python "
         f"{about['python']}; {packages}; devices: {', '.join(about['devices'])} "
         f"({about['device_kind']}).",
-        f"Images' fingerprint {dataset['fingerprint'][:16]}, split seed {dataset['split_seed']}; "
+        f"Data fingerprint {dataset['fingerprint'][:16]}, split seed {dataset['split_seed']}; "
         f"seeds {', '.join(map(str, sorted({run.seed for run in runs})))}.",
-        "The command again skips finished runs; --dry_run prints every config. Every figure here "
-        f"comes from the run directories alone: python -m analysis.report {workdir.name}.",
+        "Run again, the command skips finished runs; --dry_run prints every config. This page is "
+        f"made from the run directories alone: python -m analysis.report {workdir.name}.",
     ]
     finding = f"Commit {commits[0][:7]}" if about["git_commit"] else "Commit unknown"
     finding += f", jax {about['packages'].get('jax', 'unknown')}, {about['device_kind']}."

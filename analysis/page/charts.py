@@ -132,13 +132,13 @@ def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -
     table = comparison.table
     costs = {
         "parameters": table.parameters,
-        "multiply-adds per image, forward": table.multiply_adds_per_image,
-        "seconds of training": table.seconds,
+        "multiply-adds per image": table.multiply_adds_per_image,
+        "training time, s": table.seconds,
     }
     if milliseconds is None or milliseconds.isna().all():
-        costs["bytes of memory for a training step"] = table.train_step_memory_bytes
+        costs["memory of a training step, bytes"] = table.train_step_memory_bytes
     else:
-        costs["milliseconds to predict one image"] = milliseconds
+        costs["latency, ms per image"] = milliseconds
     figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), sharey=True)
     score = 100 * table.score.to_numpy()
     for axis, (title, cost) in zip(axes.flat, costs.items(), strict=True):

@@ -119,7 +119,7 @@ def summary(comparison: Comparison, sections: list[Section]) -> Summary:
     columns = [Column(title, "test, %", "95 % interval", chapter("Accuracy"))]
     cells = [[Cell(percent(x), value=x) for x in table.score]]
     if len(table) > 1 and table.group.any():
-        columns.append(Column("Group", "cannot be told apart", "Group", chapter("Pairs of models")))
+        columns.append(Column("Group", "same letter: tied", "Group", chapter("Pairs of models")))
         cells.append([Cell(letters, value=i) for i, letters in enumerate(table.group)])
     costs = table.multiply_adds_per_image
     columns.append(
@@ -128,9 +128,9 @@ def summary(comparison: Comparison, sections: list[Section]) -> Summary:
     parameters = [f"{scaled(x)} params" for x in table.parameters]
     cells.append([Cell(scaled(x), p, x) for x, p in zip(costs, parameters, strict=True)])
     for title, note, term, key, write in (
-        ("Latency", "ms an image", "Latency", "milliseconds_at_1", lambda x: f"{x:.3g}"),
+        ("Latency", "ms per image", "Latency", "milliseconds_at_1", lambda x: f"{x:.3g}"),
         ("Calibration", "ECE, %", "ECE", "", percent),
-        ("Robustness", "corrupted, %", "Robustness", "corrupted", lambda x: percent(x, 1)),
+        ("Robustness", "corrupted images, %", "Robustness", "corrupted", lambda x: percent(x, 1)),
     ):
         found, about = measured(sections, key) if key else ({}, chapter(title))
         values = table.label.map(found).astype(float) if key else table.ece_mean
@@ -145,7 +145,7 @@ def summary(comparison: Comparison, sections: list[Section]) -> Summary:
     if (base := comparison.baseline) is not None:
         blank = [Cell(NONE)] * (len(columns) - 1)
         score = Cell(percent(base.score), value=base.score)
-        rows.append(Row(base.label, "", "baseline", "", None, [score, *blank]))
+        rows.append(Row(base.label, "", "majority class", "", None, [score, *blank]))
     return Summary(columns, rows, tuple(decimal(100 * x, 3).rstrip("0").rstrip(".") for x in scale))
 
 

@@ -53,11 +53,16 @@ def make_gallery(comparison: Comparison) -> Gallery:
         if spent > BYTES:
             break
         gallery.photos.append(_photo(row, source, groups))
-    gallery.note = (
-        f"{len(gallery.photos):,} of the {wrong:,} test images that a model gets wrong with some "
-        f"seed: at least {PER_CELL} for each cell that has them, unless space runs out, chosen "
-        "where most seeds are wrong. Images that all models get wrong often have a wrong label."
-    )
+    if not wrong:
+        gallery.note = "No run gets a test image wrong."
+        return gallery
+    gallery.note = f"All {wrong:,} test images that some run gets wrong."
+    if len(gallery.photos) < wrong:
+        gallery.note = (
+            f"{len(gallery.photos):,} of the {wrong:,} test images that some run gets wrong, the "
+            f"most often wrong first; while space lasts, at least {PER_CELL} for each cell."
+        )
+    gallery.note += " An image that every model gets wrong often has a wrong label."
     return gallery
 
 

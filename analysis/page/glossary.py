@@ -3,25 +3,25 @@
 GLOSSARY = {
     "Accuracy": "Share of test images whose class is predicted correctly; the mean over seeds.",
     "95 % interval": (
-        "Where the figure would lie, in 95 of 100 repetitions of the experiment, with other seeds "
-        "and other test images of the same kind."
+        "In 95 of 100 such experiments, each with its own seeds and test images of the same kind, "
+        "the interval holds the true figure."
     ),
     "Group": (
-        "Models that share a letter cannot be told apart: the difference between them is within "
-        "what other seeds or other test images could turn round."
+        "Models that share a letter cannot be told apart: other seeds or other test images might "
+        "reverse the difference between them."
     ),
     "Rank": "By the score on validation images, which also chose the weights. Ties share a rank.",
     "Seed": (
-        "One repetition of training with other random numbers: initial weights, order of batches, "
-        "augmentation, dropout. The split into parts stays the same."
+        "One training run with its own random numbers: initial weights, order of batches, "
+        "augmentation, dropout. The train, validation and test parts stay the same."
     ),
     "Multiply-adds": (
         "Multiplications, each with an addition, in the convolutions and matrix products of one "
         "forward pass over one image. A FLOP count is about twice as large."
     ),
-    "Parameters": "Trained or stored weights of the network. Nearest neighbours have none.",
+    "Parameters": "Weights of the network, trained or frozen. Nearest neighbours have none.",
     "Latency": "Time to predict one image, compiled and warm, on the device named above.",
-    "Throughput": "Images predicted in a second, in large batches.",
+    "Throughput": "Images predicted per second, in large batches.",
     "Calibration": (
         "Whether confidence means what it says: of the predictions made with 80 % confidence, 80 % "
         "should be right."
@@ -37,16 +37,16 @@ GLOSSARY = {
         "overconfident, below 1 underconfident."
     ),
     "Robustness": (
-        "Accuracy on corrupted copies of test images: noise, blur, colour, compression, geometry; "
-        "the mean over kinds and severities."
+        "Mean accuracy on test images with noise, blur, other colours, compression and geometric "
+        "changes, over kinds and severities."
     ),
     "Kept": "Accuracy under corruption as a share of the accuracy on the clean images.",
     "Corruption errors": (
-        "All errors under corruption, divided by those of the baseline model; lower is better."
+        "All errors under corruption, divided by those of a baseline model; lower is better."
     ),
     "FGSM, PGD": (
-        "Attacks that change each pixel a little so as to fool the model; accuracy under them is "
-        "an upper bound of what a stronger attack would leave."
+        "Attacks that change each pixel slightly to fool the model. Accuracy under them is an "
+        "upper bound: a stronger attack may leave less."
     ),
     "Precision": "Share of the predictions of a class that are right.",
     "Recall": "Share of the images of a class that are found.",
@@ -60,23 +60,37 @@ GLOSSARY = {
     "Average precision": "Area under the precision-recall curve; chance is the share of the class.",
     "Kappa": "Agreement of two models beyond what chance alone would give; 1 is perfect.",
     "Established": (
-        "The interval of the difference, which covers all pairs of models at once, leaves out 0."
+        "The 95 % interval of the difference, corrected for all pairs of models, leaves out 0."
+    ),
+    "Probability better": (
+        "How probable it is that the first model is truly better than the second; “by margin”: by "
+        "more than config.compare.margin."
+    ),
+    "Needed": (
+        "Seeds per model, or test images, that would establish the difference if it is as "
+        "observed; ∞: a hundred times as many of these alone would not."
+    ),
+    "Verdict": (
+        "Overfits: the validation loss rose again, or training accuracy ends far above validation "
+        "accuracy. Still improving: the validation loss fell to the end, so more epochs may help. "
+        "Stopped improving: neither."
     ),
     "Pareto front": "Models for which no other is both cheaper and more accurate.",
     "Confusion": "Test images by true class (rows) and predicted class (columns); mean over seeds.",
-    "Fingerprint": "Hash of all images, labels and parts: the same data have the same fingerprint.",
+    "Fingerprint": "Hash of all images, labels and splits; equal data have equal fingerprints.",
 }
 
 # Words in headings of tables, and the term that explains them; the first that is found counts.
 _MENTIONS = (
     ("ece", "ECE"), ("nll", "NLL"), ("brier", "Brier"), ("kappa", "Kappa"),
-    ("established", "Established"), ("fgsm", "FGSM, PGD"),
+    ("established", "Established"), ("p(", "Probability better"), ("needed", "Needed"),
+    ("verdict", "Verdict"), ("fgsm", "FGSM, PGD"),
     ("pgd", "FGSM, PGD"), ("balanced", "Balanced accuracy"), ("auroc", "AUROC"),
     ("average precision", "Average precision"), ("temperature", "Temperature"),
     ("precision", "Precision"), ("recall", "Recall"), ("f1", "F1"), ("support", "Support"),
     ("95 %", "95 % interval"), ("multiply", "Multiply-adds"), ("flops", "Multiply-adds"),
     ("params", "Parameters"), ("parameters", "Parameters"), ("group", "Group"), ("seeds", "Seed"),
-    ("latency", "Latency"), ("predict images/s", "Throughput"), ("rank", "Rank"),
+    ("latency", "Latency"), ("training images", ""), ("images/s", "Throughput"), ("rank", "Rank"),
     ("corrupted", "Robustness"), ("kept", "Kept"), ("errors, %", "Corruption errors"),
     ("acc", "Accuracy"),
 )  # fmt: skip

@@ -52,11 +52,11 @@ def plots(comparison: Comparison, sections: list[Section]) -> list[Plot]:
     milliseconds = measured(sections, "milliseconds_at_1")[0]
     unknown = pd.Series(math.nan, table.index)
     costs = {
-        "multiply-adds an image": table.multiply_adds_per_image,
+        "multiply-adds per image": table.multiply_adds_per_image,
         "parameters": table.parameters,
-        "seconds of training": table.seconds,
-        "bytes of memory for a training step": table.get("train_step_memory_bytes", unknown),
-        "ms to predict one image": table.label.map(milliseconds),
+        "training time, s": table.seconds,
+        "memory of a training step, bytes": table.get("train_step_memory_bytes", unknown),
+        "latency, ms per image": table.label.map(milliseconds),
     }
     made = (_plot(title, cost.astype(float), table) for title, cost in costs.items())
     return [plot for plot in made if len(plot.points) > 1]

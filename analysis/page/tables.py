@@ -41,8 +41,8 @@ def scaled(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """Returns a whole number, with "none" for infinity."""
-    return NONE if pd.isna(value) else "none" if math.isinf(value) else f"{value:,.0f}"
+    """Returns a whole number, "∞" where none is enough."""
+    return NONE if pd.isna(value) else "∞" if math.isinf(value) else f"{value:,.0f}"
 
 
 def p_value(value: float) -> str:
@@ -118,8 +118,8 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
         "95 % interval": intervals(pairs, "", points),
         "p": pairs.p.map(p_value),
         "established": pairs.established.map({True: "yes", False: "no"}),
-        "P(better) %": pairs.p_better.map(lambda share: percent(share, 0)),
-        "P(by a margin) %": pairs.p_matters.map(lambda share: percent(share, 0)),
+        "P(better), %": pairs.p_better.map(lambda share: percent(share, 0)),
+        "P(by margin), %": pairs.p_matters.map(lambda share: percent(share, 0)),
         "seeds needed": pairs.seeds_needed.map(count),
         "images needed": pairs.images_needed.map(count),
         "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),

@@ -46,7 +46,8 @@ def test_figures_of_the_chapter_are_those_of_the_table(tmp_path, monkeypatch):
     drawings = []
     monkeypatch.setattr(calibration, "save", lambda figure, path: drawings.append(figure))
     comparison, section = make(tmp_path)
-    table, (first, second, third) = comparison.table, section.tables
+    table, (first, second) = comparison.table, section.tables
+    third = section.details[0].table
     assert len(first.columns) <= 8 and len(second.columns) <= 8
     for i, label in enumerate(comparison.groups):
         assert first.rows[i][:2] == [label, f"{100 * table.ece_mean[i]:.2f}"]
@@ -99,7 +100,7 @@ def test_many_models_and_classes_fold(tmp_path, monkeypatch):
         write_run(tmp_path, f"model{i}", 0, count=60, classes=names)
     comparison, section = make(tmp_path)
     assert len(section.tables) == 2 and len(section.tables[0].rows) == 4
-    (details,) = section.details
+    _, details = section.details
     assert len(details.lines) == 30 and "The first 3 models" in details.summary
     assert all(len(re.findall(r"model\d ", line)) == 3 for line in details.lines)
     assert all("The first 3 models" in picture.caption for picture in section.pictures)

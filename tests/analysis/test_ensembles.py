@@ -93,7 +93,7 @@ def test_all_models_together_and_what_is_left_out(tmp_path):
     together = table.loc["all models together"]
     assert together.members == "6 (3 models)" and together.cost == 6
     assert together.accuracy == (every.argmax(axis=1) == runs[0].test["labels"]).mean()
-    assert "One seed makes no ensemble: few." in notes
+    assert "No seed ensemble of a single seed: few." in notes
     assert any("their images differ: few/seed0" in note for note in notes)
     assert "lost" not in " ".join([*table.index, *notes])
 
@@ -138,9 +138,8 @@ def test_the_chapter(tmp_path):
     assert [row[0] for row in table.rows][-1] in ("all models together", "greedy selection")
     assert f"Bonferroni over the {2 * len(table.rows)} gains" in table.caption
     assert "established" not in str(made) and "nan" not in str(table.rows)
-    assert (
-        made.finding.startswith("A model's seeds together gain ") and "All models" in made.finding
-    )
+    assert made.finding.startswith("Seed ensembles ") and len(made.finding) < 200
+    assert "all models together (" in made.finding and "the best of them." in made.finding
     assert len(made.data["rows"]) == len(table.rows)
     alone = compare(tmp_path, [run for run in comparison.runs[:1]])
     assert ensembles.ensembles_section(alone) is None

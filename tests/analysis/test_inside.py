@@ -67,22 +67,24 @@ def test_predictions_say_right_and_wrong_in_words():
 def test_the_section_has_its_pictures(digits_groups, tmp_path):
     section = inside.inspect_section(digits_groups, tmp_path)
     assert section.title == "Looking inside"
-    files = [picture.file for picture in section.pictures]
+    pictures = [*section.pictures, *(item.picture for item in section.details)]
+    files = [picture.file for picture in pictures]
+    assert len(section.pictures) == 1 and section.finding in section.text
     assert files == [
         "inspect_cka.svg", "inspect_predictions.png", "inspect_filters.png", "inspect_features.png"
     ]  # fmt: skip
     for file in files:
         assert (tmp_path / file).stat().st_size > 2000
     assert matplotlib.image.imread(tmp_path / "inspect_filters.png")[..., :3].std() > 0.1
-    assert "Feature maps of cnn, seed 0" in section.pictures[3].caption
+    assert "Feature maps of cnn, seed 0" in pictures[3].caption
     matrix = section.data["cka"]["matrix"]
     assert len(matrix) == 2 and None in matrix[0] + matrix[1]
-    assert section.pictures[1].caption.count("few/") == 12
+    assert pictures[1].caption.count("few/") == 12
 
 
 def test_a_section_says_what_a_model_does_not_have(digits_groups, tmp_path):
     section = inside.inspect_section({"knn": digits_groups["knn"]}, tmp_path)
-    assert [picture.file for picture in section.pictures] == ["inspect_predictions.png"]
+    assert [item.picture.file for item in section.details] == ["inspect_predictions.png"]
     text = " ".join(section.text)
     assert "two models" in text
     assert "no weights on the image" in text and "returns a feature map" in text

@@ -126,7 +126,7 @@ def test_section_compares_every_model(section, groups):
     baseline = min(clean.index, key=lambda model: (clean[model], model))
     assert shown.loc[baseline, f"errors, % of {baseline}'s"] == "100"
     caption = made.tables[0].caption
-    assert f"beside that of {baseline}" in caption and "over seeds and images" in caption
+    assert f"beside those of {baseline}" in caption and "over seeds and images" in caption
     assert "50 test images" in caption and "1 to 2 seeds of each model" in caption
     assert "has the highest accuracy under corruption" in made.finding
     assert json.loads(json.dumps(made.data, allow_nan=False))["knn"]["pgd"] is None

@@ -133,11 +133,11 @@ def test_the_chapter_and_test_labels_that_change_no_choice(digits_workdir, tmp_p
     write_json(tmp_path / "section.json", asdict(made))  # as the report keeps it
     assert set(before) == {
         "cnn: weight average",
-        "cnn: with mirror image",
-        "linear: with mirror image",
+        "cnn: flip averaging",
+        "linear: flip averaging",
     }
-    assert "not trained by gradient: knn" in " ".join(made.text)
-    assert made.finding.startswith("The average of the weights holds on validation for ")
+    assert "Left out (not trained by gradient): knn." in " ".join(made.text)
+    assert made.finding.startswith("On validation, averaged weights hold up for ")
     assert made.tables[0].columns[2] == "on validation, %" and "nan" not in str(made.tables)
     change = np.random.default_rng(0).permutation
     assert choices()[1] == before

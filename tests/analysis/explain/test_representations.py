@@ -110,7 +110,7 @@ def test_models_are_compared_on_the_same_images(digits_groups, cnn, photos):
     shown = set(words(representations.draw_similarity(found)))
     assert {"cnn", "pixels", "–", f"{between:.2f}"} <= shown
     pair = " and ".join(found.labels)
-    assert f"those of {pair} ({between:.2f})." in representations.describe(found)
+    assert f"{pair} ({between:.2f})" in representations.describe(found)
 
 
 def test_runs_on_other_images_are_left_out(digits_groups):

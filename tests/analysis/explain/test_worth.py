@@ -39,24 +39,26 @@ def test_differences_are_paired_and_simultaneous(scores):
 
 
 def test_the_verdict_follows_the_intervals(scores):
-    text = worth.sentence("cnn", scores, ["LIME", "SHAP"])
-    assert text.startswith("LIME is worth its time, SHAP is not shown to be: over 12 images of cnn")
-    assert "at most" in text and "(occlusion, 0.02 s)" in text and "1 s an image" in text
-    both = worth.sentence("cnn", {**scores, "SHAP": scores["LIME"]}, ["LIME", "SHAP"])
-    assert both.startswith("LIME and SHAP are worth their time: ")
-    none = worth.sentence("cnn", {**scores, "LIME": scores["SHAP"]}, ["LIME", "SHAP"])
-    assert none.startswith("LIME and SHAP are not shown to be worth their time: ")
-    assert worth.sentence("cnn", scores, ["SHAP"]).startswith("SHAP is not shown to be worth its")
+    text, numbers = worth.sentences("cnn", scores, ["LIME", "SHAP"])
+    assert text == "LIME is worth its time on cnn; SHAP is not shown to be."
+    assert numbers.startswith("Over 12 images, the gain")
+    assert "(occlusion, 0.02 s)" in numbers and "1 s per image" in numbers
+    both, _ = worth.sentences("cnn", {**scores, "SHAP": scores["LIME"]}, ["LIME", "SHAP"])
+    assert both == "LIME and SHAP are worth their time on cnn."
+    none, _ = worth.sentences("cnn", {**scores, "LIME": scores["SHAP"]}, ["LIME", "SHAP"])
+    assert none == "LIME and SHAP are not shown to be worth their time on cnn."
+    one, _ = worth.sentences("cnn", scores, ["SHAP"])
+    assert one == "SHAP is not shown to be worth its time on cnn."
 
 
 def test_one_image_or_no_slow_method(scores):
     single = {name: made_up(gains(s)[:1], 1.0) for name, s in scores.items()}
-    text = worth.sentence("cnn", single, ["LIME"])
-    assert "not shown" in text and "nan" not in text and "over 1 image of cnn" in text
+    text, numbers = worth.sentences("cnn", single, ["LIME"])
+    assert "not shown" in text and "nan" not in numbers and "Over 1 image, " in numbers
     quick = {name: scores[name] for name in ("Grad-CAM", "occlusion")}
-    assert worth.sentence("cnn", quick, []).startswith(
-        "The maps of occlusion follow the model best"
-    )
+    text, numbers = worth.sentences("cnn", quick, [])
+    assert text == "Of 2 methods, occlusion has the most faithful maps of cnn."
+    assert numbers.endswith(" by occlusion.")
 
 
 def test_equal_methods_are_rarely_called_worth_their_time():

@@ -34,7 +34,7 @@ def test_a_class_without_test_images_has_no_scores(comparison):
     assert [missing[name] for name in ("precision", "recall", "F1")] == ["–"] * 3
     assert (missing["support"], missing["predicted"]) == ("0", "0") and other["recall"] != "–"
     assert f"good never predicts {CLASSES[3]}." in section.text
-    assert section.finding.startswith("good confuses ")
+    assert section.finding.startswith("good most often confuses ")
 
 
 def test_the_file_of_confusion_has_every_cell(comparison):

@@ -52,7 +52,7 @@ def test_columns_are_those_that_were_measured(comparison):
 
 def test_a_row_says_its_rank_runs_and_interval(comparison):
     best, other, base = first.summary(comparison, []).rows
-    assert base.runs == "baseline" and base.label.startswith("always ") and not base.interval
+    assert base.runs == "majority class" and base.label.startswith("always ") and not base.interval
     assert (best.rank, best.runs, best.state) == ("1", "2 seeds", "")
     assert (other.rank, other.runs) == ("2=", "1 of 3 seeds") and "2 diverged" in other.state
     assert other.interval is None  # unknown, and not of zero width

@@ -26,7 +26,7 @@ def test_points_lie_where_their_numbers_are(comparison):
     labels = comparison.table.label.tolist()
     latency = Section(data={labels[0]: {"milliseconds_at_1": 2.0}, labels[1]: {"other": 1}})
     plots = {plot.title: plot for plot in pareto.plots(comparison, [latency])}
-    assert "ms to predict one image" not in plots  # measured of one model alone
+    assert "latency, ms per image" not in plots  # measured of one model alone
     plot = plots["parameters"]
     assert plot.missing == labels[3:]  # no parameters, no place on a logarithm
     assert [point.model for point in plot.points] == labels[:3]
