@@ -16,11 +16,12 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from analysis import evaluate, uncertainty
-from analysis.criterion import values
+from analysis.criterion import values, weights
 from analysis.page import tables
 from analysis.runs import (
     FinishedRun,
     Groups,
+    common_criterion,
     correctness,
     group_runs,
     incomplete,
@@ -30,6 +31,7 @@ from analysis.runs import (
     read_plan,
     same_images,
     values_of,
+    without_seeds,
 )
 from analysis.uncertainty import Family
 from analysis.verdict import Recommendation, recommend
@@ -94,15 +96,14 @@ def compare(
         return Comparison(
             workdir, groups, options, audit, "accuracy", nothing, None, nothing, said, reasons
         )
-    first = next(iter(groups.values()))[0]
-    of_runs = {run.criterion for runs in groups.values() for run in runs}
-    criterion = of_runs.pop() if len(of_runs) == 1 else "accuracy"
-    baseline = baseline_row(first, criterion)
-    families = make_families(groups, criterion, baseline.label)
+    criterion, blocks = common_criterion(groups), tested_alike(groups)
+    baseline = baseline_row(next(iter(blocks[0].values()))[0], criterion)
+    families = make_families(blocks, criterion, baseline.label)
     states = planned_seeds(groups, reasons)
     table = make_table(groups, families, criterion, options, audit, states)
     pairs = make_pairs(groups, families, options.margin / 100)
-    said = recommend(table, pairs, families[0], baseline, groups, criterion, options.margin / 100)
+    margin, absent = options.margin / 100, without_seeds(groups, runs, reasons)
+    said = recommend(table, pairs, families[0], baseline, groups, criterion, margin, absent)
     return Comparison(
         workdir,
         groups,
@@ -152,12 +153,9 @@ def majority(run: FinishedRun) -> int:
     return int(np.argmax([counts.get(name, 0) for name in run.class_names]))
 
 
-def make_families(groups: Groups, criterion: str, baseline: str) -> list[Family]:
-    """Returns a family for each set of test images; the first is that of the first model.
-
-    The `baseline`, which always answers the class of most training images, is a member of each.
-    """
-    blocks: list[dict[str, list[FinishedRun]]] = []
+def tested_alike(groups: Groups) -> list[Groups]:
+    """Returns the models of each set of test images, that of most models first."""
+    blocks: list[Groups] = []
     for label, runs in groups.items():
         correctness(runs)  # raises where the seeds' images differ
         known = (b for b in blocks if same_images(next(iter(b.values()))[0], runs[0]))
@@ -165,6 +163,14 @@ def make_families(groups: Groups, criterion: str, baseline: str) -> list[Family]
         if block is None:
             blocks.append(block := {})
         block[label] = runs
+    return sorted(blocks, key=len, reverse=True)
+
+
+def make_families(blocks: list[Groups], criterion: str, baseline: str) -> list[Family]:
+    """Returns a family for each set of test images.
+
+    The `baseline`, which always answers the class of most training images, is a member of each.
+    """
     families = []
     for block in blocks:
         first = next(iter(block.values()))[0]
@@ -172,7 +178,8 @@ def make_families(groups: Groups, criterion: str, baseline: str) -> list[Family]
         of_each = {label: values_of(runs, criterion) for label, runs in block.items()}
         of_each[baseline] = values(labels, always, criterion)[None]
         fixed = {baseline, *(label for label, runs in block.items() if draws_nothing(runs[0]))}
-        families.append(Family(of_each, first.clusters, fixed))
+        weigh = weights(labels, criterion)
+        families.append(Family(of_each, first.clusters, fixed, weigh))
     return families
 
 
@@ -192,7 +199,10 @@ def make_table(
     """
     rows = []
     family_of = {label: family for family in families for label in family.mean}
-    ranked = {label: np.mean([r.validation_score for r in runs]) for label, runs in groups.items()}
+    ranked = {
+        label: np.mean([run.validation_score(criterion) for run in runs])
+        for label, runs in groups.items()
+    }
     for label, runs in groups.items():
         figures = pd.DataFrame([evaluate.evaluate(run) for run in runs])
         figures = figures.drop(columns=["accuracy", "validation_accuracy"])

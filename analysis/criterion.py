@@ -41,3 +41,11 @@ def values(labels: np.ndarray, predicted: np.ndarray, criterion: str = "accuracy
     own = (2 * right - f1[label]) / total[label]
     taken = np.where(known, f1[place] / total[place], 0.0)
     return f1.mean() + count * (own - taken)
+
+
+def weights(labels: np.ndarray, criterion: str = "accuracy") -> np.ndarray | None:
+    """Returns how much each image counts, float [N]: each class the same; None for accuracy."""
+    if criterion == "accuracy":
+        return None
+    _, label, support = np.unique(labels, return_inverse=True, return_counts=True)
+    return len(labels) / len(support) / support[label]

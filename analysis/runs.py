@@ -94,10 +94,9 @@ class FinishedRun:
         """What models are compared by: see `criterion_of`."""
         return criterion_of(self.config)
 
-    @cached_property
-    def validation_score(self) -> float:
-        """The criterion on the validation images, by which models are ranked."""
-        return float(values_of([self], self.criterion, "validation").mean())
+    def validation_score(self, criterion: str) -> float:
+        """Returns the criterion on the validation images, by which models are ranked."""
+        return float(values_of([self], criterion, "validation").mean())
 
     @property
     def class_names(self) -> list[str]:
@@ -110,9 +109,15 @@ class FinishedRun:
             if path.suffix == ".json":
                 return json.loads(path.read_text(encoding="utf-8"))
             with np.load(path, allow_pickle=False) as file:
-                return dict(file)
+                content = dict(file)
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise UserError(f"{path} cannot be read ({error}): train that run again") from error
+        if not np.isfinite(content["logits"]).all():
+            raise UserError(
+                f"{path} holds logits that are not finite: the training diverged, so train "
+                "that run again, for instance with a lower learning rate"
+            )
+        return content
 
 
 Groups = dict[str, list[FinishedRun]]  # complete runs by label, the best on validation first
@@ -163,7 +168,11 @@ def group_runs(runs: list[FinishedRun]) -> Groups:
     for run in runs:
         if run.status == "complete":
             groups.setdefault(run.label, []).append(run)
-    mean = {label: np.mean([r.validation_score for r in group]) for label, group in groups.items()}
+    criterion = common_criterion(groups)
+    mean = {
+        label: np.mean([run.validation_score(criterion) for run in group])
+        for label, group in groups.items()
+    }
     return {label: groups[label] for label in sorted(groups, key=lambda k: (-mean[k], k))}
 
 
@@ -171,6 +180,12 @@ def clusters_of(part: dict[str, np.ndarray]) -> np.ndarray | None:
     """Returns the numbers of the groups of a part's predictions, int [N]; None without any."""
     groups = part.get("groups")
     return None if groups is None else np.unique(groups, return_inverse=True)[1]
+
+
+def common_criterion(groups: Groups) -> str:
+    """Returns what all runs are compared by; accuracy where they were selected by several."""
+    of_runs = {run.criterion for runs in groups.values() for run in runs}
+    return of_runs.pop() if len(of_runs) == 1 else "accuracy"
 
 
 def same_images(first: FinishedRun, second: FinishedRun) -> bool:
@@ -241,6 +256,23 @@ def planned_seeds(groups: Groups, reasons: dict[str, str]) -> dict[str, tuple[in
         text += "".join(f"; {number} {why}" for why, number in lost.items())
         states[label] = total, text if lost else ""
     return states
+
+
+def without_seeds(
+    groups: Groups, runs: list[FinishedRun], reasons: dict[str, str]
+) -> dict[str, str]:
+    """Returns the models of which no seed is complete, and what became of these."""
+    labels = {_family(run.name): run.label for run in runs}
+    lost: dict[str, Counter] = {}
+    for name, why in reasons.items():
+        model, variant = _family(name)
+        label = labels.get((model, variant), f"{model} ({variant[1:]})" if variant else model)
+        if label not in groups:
+            lost.setdefault(label, Counter())[why.partition(":")[0]] += 1
+    return {
+        label: ", ".join(f"{number} {why}" for why, number in of.items())
+        for label, of in lost.items()
+    }
 
 
 def _family(name: str) -> tuple[str, str]:

@@ -51,6 +51,10 @@ def share_interval(
     return wilson(mean * effective, effective, level)
 
 
+def _even_count(weights: np.ndarray) -> float:
+    return float(weights.sum() ** 2 / (weights**2).sum())
+
+
 @cache
 def quantile(models: int, freedom: float, tail: float) -> float:
     """Returns the two-sided quantile of the largest of all pairs' differences (Tukey 1953)."""
@@ -74,22 +78,28 @@ class Family:
         values: Mapping[str, np.ndarray],
         clusters: np.ndarray | None = None,
         fixed: Collection[str] = (),
+        weights: np.ndarray | None = None,
     ):
         """Takes values float [S, N] of each model; S may differ.
 
         `clusters` int [N] are groups of images that are not independent, None for none. `fixed` are
-        models whose training draws nothing at random, so that their seeds are one.
+        models whose training draws nothing at random, so that their seeds are one. `weights` float
+        [N] are how much each image counts in the values, None where all count the same.
         """
         values = {label: np.asarray(v, float) for label, v in values.items()}
         self.mean = {label: float(v.mean()) for label, v in values.items()}
         self.images = next(iter(values.values())).shape[1]
         self._member = np.unique(clusters, return_inverse=True)[1] if clusters is not None else None
         self.units = self.images if clusters is None else int(self._member.max()) + 1
+        # Units of equal weight that would be worth as much (Kish 1965): few, where few weigh most.
+        weigh = np.ones(self.images) if weights is None else np.asarray(weights, float)
+        self._worth = _even_count(self._sums(weigh))
+        self._least = None if weights is None else self._least_variances(values, _even_count(weigh))
         self.seeds = {label: len(v) for label, v in values.items()}
         self._by_image = {label: v.mean(axis=0) for label, v in values.items()}
         drawn = {label: v for label, v in values.items() if label not in fixed}
-        self._of_seeds(drawn)
         self._rest = {label: self._rest_of(v) * (label in drawn) for label, v in values.items()}
+        self._of_seeds(drawn)
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
@@ -113,6 +123,23 @@ class Family:
             for label in drawn
         }
 
+    def _least_variances(self, values: dict[str, np.ndarray], count: float) -> dict[str, float]:
+        """The variance over images if all were answered equally well, `count` of equal weight.
+
+        The few images that weigh most may agree by chance, and so vary less than others would.
+        """
+        least = {}
+        for label, of_model in values.items():
+            of_one = of_model.var(axis=1).mean()
+            shared = of_model.mean(axis=0).var() / of_one if of_one else 1.0  # by the seeds
+            least[label] = max(0.0, self.mean[label] * (1 - self.mean[label])) * shared / count
+        return least
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether models whose training is random have one seed each: nothing tells of others."""
+        return bool(self._seeds_part) and not self.freedom
+
     def _sums(self, by_image: np.ndarray) -> np.ndarray:
         """Values [..., N] -> sums over each group of images [..., units]."""
         if self._member is None:
@@ -131,7 +158,7 @@ class Family:
 
     def of_images(self, by_image: np.ndarray, made_up: float) -> tuple[float, float]:
         """Returns mean and variance over images or groups; two units, +/- `made_up`, join them."""
-        size = self.images / self.units
+        size = self._made_up_size(by_image)
         sums = np.append(self._sums(by_image), [size * made_up, -size * made_up])
         sizes = np.append(self._sums(np.ones(self.images)), [size, size])
         if not made_up:
@@ -140,16 +167,33 @@ class Family:
         squares = ((sums - sizes * mean) ** 2).sum() / sizes.sum() ** 2
         return mean, squares * len(sums) / max(1, len(sums) - 1)
 
+    def _made_up_size(self, by_image: np.ndarray) -> float:
+        """Images that a made-up unit weighs as much as: from the root of a group to all of it.
+
+        How much depends on how alike the images of a group are (the design effect, Kish 1965).
+        """
+        size = self.images / self._worth
+        if self._member is None:
+            return size
+        deviations = by_image - by_image.mean()
+        alone, together = (deviations**2).sum(), (self._sums(deviations) ** 2).sum()
+        alike = together / alone if alone > 0 and self.units > 1 else size
+        return float(np.sqrt(size * np.clip(alike, min(1.0, size), size)))
+
     def interval(self, label: str, level: float = LEVEL) -> Interval:
         """Returns the interval of a model's mean over other seeds and other images."""
         _, images = self.of_images(self._by_image[label], 0)
-        seeds = self._seeds_part.get(label, 0.0)
+        # Few seeds may agree by chance; what they answer to single images is known of many.
+        seeds = max(self._seeds_part.get(label, 0.0), self._rest[label])
         images = max(0.0, images - self._rest[label])
         tail, z = (1 - level) / 2, stats.norm.isf((1 - level) / 2)
-        half = stats.t.isf(tail, max(1, self.units - 1)) ** 2 * images
+        half = stats.t.isf(tail, max(1, self._worth - 1)) ** 2 * images
         if seeds:
             half += stats.t.isf(tail, self.freedom) ** 2 * seeds
-        return share_interval(self.mean[label], half / z**2, self.units, level)
+        variance = max(half / z**2, self._least[label] if self._least else 0.0)
+        if self.units < 2:  # one group says nothing of others
+            variance = max(variance, self.mean[label] * (1 - self.mean[label]))
+        return share_interval(self.mean[label], variance, self._worth, level)
 
     def _variances(self, first: str, second: str) -> tuple[float, float, float]:
         """Difference, and the variances of it over seeds and over images."""
@@ -164,14 +208,14 @@ class Family:
         mean, seeds, images = self._variances(first, second)
         squares = [
             quantile(len(self.mean), max(1, self.freedom), tail) ** 2 * seeds * (seeds > 0)
-            + quantile(len(self.mean), max(1, self.units - 1), tail) ** 2 * images
+            + quantile(len(self.mean), max(1, self._worth - 1), tail) ** 2 * images
             for tail in TAILS
         ]
         half = math.sqrt(squares[TAILS.index(round(1 - LEVEL, 6))])
         tails = np.log([1, *TAILS])
         p = float(np.exp(np.interp(abs(mean), np.sqrt([0, *squares]), tails)))
         total = seeds + images
-        freedom = total**2 / (seeds**2 / max(1, self.freedom) + images**2 / max(1, self.units - 1))
+        freedom = total**2 / (seeds**2 / max(1, self.freedom) + images**2 / max(1, self._worth - 1))
         return {
             "first": first,
             "second": second,

@@ -8,8 +8,9 @@ which a seed failed or diverged is not recommended.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from analysis.uncertainty import Family
 
 CHEAPER = 2  # times fewer multiply-adds that are worth a mention
 LOST = ("failed", "diverged", "damaged")
+SCARCE = 10  # test images of a class that are too few to say much of it
 NAMED = 6  # models in a sentence; the others are counted
 
 
@@ -44,6 +46,11 @@ def listed(names: Iterable[str], most: int = NAMED) -> str:
     return ", ".join(names[:-1]) + " and " * (len(names) > 1) + "".join(names[-1:])
 
 
+def plural(count: int, noun: str) -> str:
+    """Returns a count of things."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def recommend(
     table: pd.DataFrame,
     pairs: pd.DataFrame,
@@ -52,11 +59,12 @@ def recommend(
     groups: Groups,
     criterion: str,
     margin: float,
+    absent: Mapping[str, str] = MappingProxyType({}),
 ) -> Recommendation:
     """Returns the recommendation of a comparison: see the top of this file.
 
-    `family` is that of the first model, which holds the `baseline` too; `margin` is the difference
-    that matters.
+    `family` is the largest, which holds the `baseline` too; `margin` is the difference that
+    matters; `absent` are models without a complete seed, and what became of these.
     """
     rows = table.set_index("label", drop=False)
     compared = [label for label in table.label if label in family.mean]
@@ -81,9 +89,21 @@ def recommend(
     cheap = [label for label in near if costs[label] * CHEAPER < costs[best]]
     use = min(cheap, key=costs.get) if cheap else best
     worse = [label for label in candidates if label != best and duels[label].established]
-    judged = _Judgement(rows, family, baseline, criterion, margin, best, use, level, worse, costs)
+    lost = [label for label in compared if label not in candidates]
+    judged = _Judgement(
+        rows, family, baseline, criterion, margin, best, use, level, worse, costs, lost
+    )
     sentences = judged.what(), judged.how_sure(), judged.what_would_change_it()
-    return Recommendation(use, sentences, judged.warnings(compared, sound))
+    return Recommendation(
+        use, sentences, judged.warnings(compared, sound, absent, _scarcest(groups, best))
+    )
+
+
+def _scarcest(groups: Groups, label: str) -> tuple[str, int]:
+    """The class with fewest test images of those that have some, and how many these are."""
+    run = groups[label][0]
+    numbers, counts = np.unique(run.test["labels"], return_counts=True)
+    return run.class_names[numbers[counts.argmin()]], int(counts.min())
 
 
 def _near(groups: Groups, best: str, other: str, criterion: str, margin: float) -> bool:
@@ -114,6 +134,7 @@ class _Judgement:
     level: list[str]  # cannot be told apart from the best
     worse: list[str]
     costs: dict[str, float]
+    lost: list[str]  # are not recommended, because of failed or diverged seeds
 
     @property
     def rival(self) -> str | None:
@@ -126,21 +147,38 @@ class _Judgement:
         """Returns what to use, and why."""
         use, best, others = self.use, self.best, [x for x in self.level if x != self.use]
         if not self.level and not self.worse:
-            return f"{use} is the only model to choose."
+            return f"{use} is the only model " + (
+                "without failed or diverged seeds." if self.lost else "to choose."
+            )
         if use != best:
             text = f"Use {use}: it cannot be told apart from {listed([best, *others])}"
             text += f" on these test images, and needs {self._times(best)} than {best}"
-            text += ", the best on validation images" * (self.rows["rank"][best][0] == "1")
+            text += ", the best on validation images" * (self._rank(best) == 1)
         elif others:
-            best = "the best" if self.rows["rank"][use] == "1" else "among the best"
-            text = f"Use {use}: it is {best} on validation images, but {listed(others)} cannot be"
-            text += " told apart from it on these test images"
+            best = "among the best" if "=" in self.rows["rank"][use] else "the best"
+            text = f"Use {use}: it is {best} on validation images"
+            if self._rank(use) > 1:
+                text += f" of those {self._left()}"
+            text += f", but {listed(others)} cannot be told apart from it on these test images"
         else:
-            text = f"Use {use}: it is better than every other model on these test images"
+            others = "every other model" if not self.lost else "every other without failed seeds"
+            text = f"Use {use}: it is better than {others} on these test images"
         if self.worse and self.level:
             is_are = "is" if len(self.worse) == 1 else "are"
             text += f"; {listed(self.worse)} {is_are} worse"
         return f"{text}."
+
+    def _rank(self, label: str) -> int:
+        return int(self.rows["rank"][label].rstrip("="))
+
+    def _left(self) -> str:
+        """What keeps those that are better on validation images from being recommended."""
+        ahead = [label for label in self.rows.index if self._rank(label) < self._rank(self.use)]
+        if any(label in self.lost for label in ahead):
+            return "without failed seeds"
+        if any(label not in self.family.mean for label in ahead):
+            return "tested on the same images"
+        return "that none beats on the test images"
 
     def _times(self, than: str) -> str:
         """How many times fewer multiply-adds a prediction takes."""
@@ -152,11 +190,18 @@ class _Judgement:
         """Returns the score and its interval, and the difference from the rival with its own."""
         row, seeds = self.rows.loc[self.use], self.rows.seeds[self.use]
         over = f"{seeds} seeds" if seeds > 1 else "one seed"
+        images = plural(self.family.images, "image")
         text = f"Its test {TITLES[self.criterion]} is {percent(row.score, 1)} % (95 % interval "
-        text += f"{percents(row.ci95_low, row.ci95_high, 1)}; {over}, {self.family.images} images"
-        text += f" in {self.family.units} groups" * (self.family.units < self.family.images) + ")"
+        text += f"{percents(row.ci95_low, row.ci95_high, 1)}; {over}, {images}"
+        in_groups = self.family.units < self.family.images
+        text += f" in {plural(self.family.units, 'group')}" * in_groups + ")"
+        seeds_of_one = ""
+        if self.family.one_seed:
+            seeds_of_one = (
+                ". With one seed a model, nothing is known of what another seed would give"
+            )
         if self.rival is None:
-            return f"{text}."
+            return f"{text}{seeds_of_one}."
         pair = self.family.pair(self.use, self.rival)
         between = f"{points(pair.ci95_low, 1)} to {points(pair.ci95_high, 1)}"
         text += f"; the difference from {self.rival} is {points(pair.difference, 1)} points "
@@ -164,15 +209,17 @@ class _Judgement:
         text += ", corrected for all pairs" * (len(self.family.mean) > 3) + ")"
         better = self.family.probability(pair, self.margin)
         worse = 1 - self.family.probability(pair, -self.margin)
-        name, chance = (self.use, better) if better >= worse else (self.rival, worse)
+        near = 1 - better - worse
         by = f"{100 * self.margin:g} points with a probability of"
-        if chance >= 0.5:
-            text += f". {name} is better by more than {by} {_chance(chance)}"
+        if near >= max(better, worse):
+            text += f". They are within {by} {_chance(near)}"
+        elif max(better, worse) >= 0.5:
+            name = self.use if better > worse else self.rival
+            text += f". {name} is better by more than {by} {_chance(max(better, worse))}"
         else:
-            text += f". They are within {by} {_chance(1 - better - worse)}"
-        if not self.family.freedom:
-            text += ". With one seed a model, nothing is known of what another seed would give"
-        return f"{text}."
+            text += f". Either may be better by more than {100 * self.margin:g} points: {self.use} "
+            text += f"with a probability of {_chance(better)}, {self.rival} of {_chance(worse)}"
+        return f"{text}{seeds_of_one}."
 
     def what_would_change_it(self) -> str:
         """Returns what would settle an open comparison, or which trade a reader could make."""
@@ -182,14 +229,17 @@ class _Judgement:
         if not pair.established:
             seeds, images, times = self.family.needed(pair)
             ways = [f"{round_up(images)} test images"] if math.isfinite(images) else []
-            if not self.family.freedom:
+            if self.family.units < self.family.images:
+                ways = [f"{way}, from more groups," for way in ways]
+            if self.family.one_seed:
                 return " and then ".join(["More seeds come first", *ways]) + "."
             ways += [f"{seeds:.0f} seeds of each model"] if math.isfinite(seeds) else []
             if not ways and math.isfinite(times):
                 ways = [f"{times:.2g} times as many seeds and test images"]
             if ways:
-                return f"{' or '.join(ways)} would settle it, if the difference is as observed."
-            return "The difference is too small for more seeds or images to settle."
+                ways = " or ".join(ways)
+                return f"It would take {ways} to settle this, if the true difference is this one."
+            return "So small a difference would take over 100 times the seeds and images to settle."
         cheaper = [x for x in self.worse if self.costs[x] * CHEAPER < self.costs[self.use]]
         if cheaper:
             name = max(cheaper, key=lambda label: self.rows.score[label])
@@ -197,41 +247,75 @@ class _Judgement:
             times = self.costs[self.use] / self.costs[name] if self.costs[name] else math.inf
             fewer = f"{times:.2g} times fewer" if math.isfinite(times) else "no"
             return (
-                f"If cost matters more: {name} needs {fewer} multiply-adds and loses {lost} points."
+                f"If cost matters more: {name} needs {fewer} multiply-adds, but its "
+                f"{TITLES[self.criterion]} is {lost} points lower."
             )
-        return "It is also the cheapest of them: only other data or architectures would change it."
+        mean = self.family.mean
+        ahead = [label for label in self.lost if mean[label] > mean[self.use]]
+        if ahead:
+            return f"The lost seeds of {listed(ahead)} may change it: train them again."
+        text = "only other data or architectures would change it."
+        known = [self.costs[x] for x in (*self.level, *self.worse)]
+        if all(self.costs[self.use] < cost for cost in known):  # NaN is unknown
+            return f"It is also the cheapest of them: {text}"
+        return text.capitalize()
 
-    def warnings(self, compared: list[str], sound: list[str]) -> tuple[str, ...]:
-        """Returns what a reader must know before acting."""
-        rows, base, texts = self.rows, self.baseline, []
+    def _of_runs(self, compared: list[str], sound: list[str], absent: dict[str, str]) -> list[str]:
+        """What became of runs that are not counted."""
+        rows, texts = self.rows, []
         for label in compared:
             if label not in sound:
-                texts.append(f"{label}: {rows.state[label]}. It is not recommended.")
+                why = " It is not recommended." * bool(sound)
+                texts.append(f"{label}: {rows.state[label]}.{why}")
             elif rows.state[label] and label in (self.use, self.best):
                 texts.append(f"Preliminary: of {label}, {rows.state[label]}.")
         if not sound:
             texts[-1:] = [f"{texts[-1]} No model is without such seeds."]
+        if absent:
+            named = listed([f"{label} ({why})" for label, why in absent.items()])
+            texts.append(f"Not compared, for no seed is complete: {named}.")
+        return texts
+
+    def warnings(
+        self,
+        compared: list[str],
+        sound: list[str],
+        absent: dict[str, str],
+        scarce: tuple[str, int],
+    ) -> tuple[str, ...]:
+        """Returns what a reader must know before acting."""
+        rows, base = self.rows, self.baseline
+        texts = self._of_runs(compared, sound, absent)
         first = rows.label.iloc[0]
         if first in sound and first != self.best and first not in self.level:
             texts.append(
                 f"{first} is the best on validation images, but {self.best} is better on the test "
                 "images: the validation images misled."
             )
-        if not self.family.pair(self.use, base.label).established or (
-            self.family.mean[self.use] < base.score
-        ):
+        over = self.family.pair(self.use, base.label)
+        if not over.established or over.difference < 0:
+            worse = "worse" if over.established else "not established to be better"
             texts.append(
-                f"{self.use} is not established to be better than always answering "
+                f"{self.use} is {worse} than always answering "
                 f"“{base.class_name}” ({TITLES[self.criterion]} {percent(base.score, 1)} %)."
             )
         if rows.least_recall[self.use] == 0:
             texts.append(f"{self.use} recognises no image of at least one class.")
-        if self.criterion == "accuracy" and base.test_accuracy_mean > 0.6:
+        if self.criterion != "accuracy" and scarce[1] < SCARCE:
             texts.append(
-                f"{percent(base.test_accuracy_mean, 0)} % of the test images are "
+                f"Only {scarce[1]} of the test images {'is' if scarce[1] == 1 else 'are'} "
+                f"“{scarce[0]}”, which counts as much as any class: more images of it matter most."
+            )
+        if self.criterion == "accuracy" and 0.6 < base.test_accuracy_mean < 1:
+            digits = 0 if base.test_accuracy_mean < 0.99 else 2
+            texts.append(
+                f"{percent(base.test_accuracy_mean, digits)} % of the test images are "
                 f"“{base.class_name}”, so accuracy says little of the other classes: "
                 "config.select=balanced_accuracy compares by balanced accuracy."
             )
+        if self.family.units < min(SCARCE, self.family.images):
+            groups = plural(self.family.units, "group")
+            texts.append(f"The test images are of {groups}, which says little of other groups.")
         elsewhere = [label for label in rows.label if label not in compared]
         if elsewhere:
             texts.append(f"Tested on other images, so not compared: {listed(elsewhere)}.")

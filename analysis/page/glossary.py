@@ -63,12 +63,13 @@ GLOSSARY = {
         "The 95 % interval of the difference, corrected for all pairs of models, leaves out 0."
     ),
     "Probability better": (
-        "How probable it is that the first model is truly better than the second; “by margin”: by "
-        "more than config.compare.margin."
+        "How probable it is that the first model is truly better than the second, if any "
+        "difference was as probable as any other before: too sure where models are much alike. "
+        "“By margin”: by more than config.compare.margin. Not corrected for the number of pairs."
     ),
     "Needed": (
-        "Seeds per model, or test images, that would establish the difference if it is as "
-        "observed; ∞: a hundred times as many of these alone would not."
+        "Seeds per model, or test images, that would establish the observed difference with a "
+        "probability of 80 %; ∞: over 100 seeds, or 100 times the images."
     ),
     "Verdict": (
         "Overfits: the validation loss rose again, or training accuracy ends far above validation "

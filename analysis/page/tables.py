@@ -14,7 +14,8 @@ UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 def decimal(value: float, digits: int = 3, sign: str = "") -> str:
     """Returns a number with fixed digits."""
-    return NONE if pd.isna(value) else f"{value:{sign}.{digits}f}"
+    unknown = pd.isna(value) or math.isinf(value)
+    return NONE if unknown else f"{value:{sign}.{digits}f}"
 
 
 def percent(value: float, digits: int = 2) -> str:
@@ -43,6 +44,13 @@ def scaled(value: float) -> str:
 def count(value: float) -> str:
     """Returns a whole number, "∞" where none is enough."""
     return NONE if pd.isna(value) else "∞" if math.isinf(value) else f"{value:,.0f}"
+
+
+def chance(value: float) -> str:
+    """Returns a probability in whole percent, never as 0 or 100."""
+    if 0.01 <= value <= 0.99 or pd.isna(value):
+        return percent(value, 0)
+    return "< 1" if value < 0.5 else "> 99"
 
 
 def p_value(value: float) -> str:
@@ -118,8 +126,8 @@ def printed_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
         "95 % interval": intervals(pairs, "", points),
         "p": pairs.p.map(p_value),
         "established": pairs.established.map({True: "yes", False: "no"}),
-        "P(better), %": pairs.p_better.map(lambda share: percent(share, 0)),
-        "P(by margin), %": pairs.p_matters.map(lambda share: percent(share, 0)),
+        "P(better), %": pairs.p_better.map(chance),
+        "P(by margin), %": pairs.p_matters.map(chance),
         "seeds needed": pairs.seeds_needed.map(count),
         "images needed": pairs.images_needed.map(count),
         "agreement %": pairs.agreement.map(lambda share: percent(share, 1)),

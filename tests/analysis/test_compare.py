@@ -217,3 +217,18 @@ def test_options_are_those_of_the_experiment(tmp_path):
     (tmp_path / "experiment.json").write_text(json.dumps({"runs": [], "compare": stored}))
     options = compare.read_options(tmp_path)
     assert options.gradcam_images == 2 and options.reference.cnn == 83.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_run_whose_logits_are_not_finite_is_damaged(tmp_path, value):
+    for model in ("a", "b"):
+        for seed in range(2):
+            write_run(tmp_path, model, seed)
+    path = tmp_path / "a/seed1/predictions_test.npz"
+    arrays = dict(np.load(path))
+    arrays["logits"][3, 0] = value
+    np.savez(path, **arrays)
+    comparison = compare.compare(tmp_path, load_runs(tmp_path), base.get_config().compare)
+    assert "the training diverged" in comparison.reasons["a/seed1"]
+    assert comparison.table.set_index("label").state["a"] == "1 of 2 seeds completed; 1 damaged"
+    assert comparison.recommendation.use == "b"

@@ -7,6 +7,7 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from analysis import uncertainty
+from analysis.criterion import values, weights
 from analysis.uncertainty import Family
 from tests.analysis.simulate import draw, truth
 
@@ -138,6 +139,93 @@ def test_groups_keep_equal_models_together():
         )
     grouped, alone = np.mean(wrong, axis=0)
     assert grouped <= 0.06 < 0.12 < alone
+
+
+@pytest.mark.parametrize("sizes", [(30,) * 10, (150, 50, 30, 20, 15, 10, 10, 5, 5, 5)])
+def test_few_groups_of_unequal_size(sizes):
+    """Counted as ten, the intervals of the second cover 80 %; the first must not grow for it."""
+    clusters = np.repeat(np.arange(10), sizes)
+    held, widths, apart = [], [], 0
+    for i in range(200):
+        rng = np.random.default_rng(i)
+        shared = 1.2 + 0.6 * rng.normal(size=10)[clusters] + 0.7 * rng.normal(size=300)
+        of_all = family(
+            [
+                (
+                    shared
+                    + 0.3 * rng.normal(size=10)[clusters]
+                    + 0.5 * rng.normal(size=300)
+                    + 0.7 * rng.normal(size=(3, 300))
+                    > 0
+                ).astype(float)
+                for _ in range(3)
+            ],
+            clusters=clusters,
+        )
+        true = stats.norm.cdf(1.2 / math.sqrt(0.6**2 + 0.7**2 + 0.3**2 + 0.5**2 + 0.7**2))
+        ends = [of_all.interval(label) for label in of_all.mean]
+        held += [low <= true <= high for low, high in ends]
+        widths += [high - low for low, high in ends]
+        apart += of_all.pairs.established.any()
+    assert np.mean(held) > 0.91 and apart / 200 <= 0.06
+    assert max(sizes) > 30 or np.mean(widths) < 0.25
+
+
+def test_groups_whose_images_are_not_alike_cost_little_power():
+    """20 points between two models, in 20 groups of 10 images: made-up whole groups would hide it."""
+    found = 0
+    for i in range(50):
+        answers = draw(np.random.default_rng(i), (3, 3), 200, 0, [0.12])
+        found += family(answers, clusters=np.arange(200) // 10).pairs.established[0]
+    assert found / 50 > 0.6
+
+
+def test_seeds_that_agree_by_chance_are_no_less_uncertain_than_their_images():
+    """Three seeds, each right 9 times in 10 on other images, are 270 answers and no more."""
+    answers = np.ones((3, 90))
+    for seed in range(3):
+        answers[seed, 9 * seed : 9 * seed + 9] = 0
+    of_one, by_answers = family([answers]), uncertainty.wilson(243, 270)
+    assert of_one.seed_variance == 0
+    low, high = of_one.interval("0")
+    assert low < by_answers[0] and high > by_answers[1]
+
+
+def test_one_group_says_nothing_of_others():
+    answers = draw(np.random.default_rng(0), (3, 3), 200, 0, [0.1])
+    of_both = family(answers, clusters=np.zeros(200, int))
+    low, high = of_both.interval("0")
+    assert high - low > 0.5 and not of_both.pairs.established[0]
+
+
+@pytest.mark.parametrize("criterion", ["balanced_accuracy", "macro_f1"])
+def test_rare_classes_leave_wide_intervals(criterion):
+    """5 images of 600 are half of the balanced accuracy: all right by chance, they seem certain.
+
+    Without weights the interval covers 0.6 with 3 seeds, and 0.2 with one.
+    """
+    labels = np.repeat([0, 1], [595, 5])
+    pool = np.repeat([0, 1], [59_500, 500])
+
+    def answers(rng, labels, seeds):
+        shared = 1.9 + rng.normal(size=len(labels))
+        noise = 0.5 * rng.normal(size=(seeds, len(labels)))
+        return np.where(shared + noise > 0, labels, 1 - labels)
+
+    rng = np.random.default_rng(0)
+    true = np.mean([values(pool, of, criterion).mean() for of in answers(rng, pool, 4)])
+    for seeds in (1, 3):
+        held, apart = [], 0
+        for i in range(200):
+            rng = np.random.default_rng(i)
+            drawn = [
+                np.stack([values(labels, of, criterion) for of in answers(rng, labels, seeds)])
+                for _ in range(3)
+            ]
+            of_all = family(drawn, weights=weights(labels, criterion))
+            held += [low <= true <= high for low, high in map(of_all.interval, of_all.mean)]
+            apart += of_all.pairs.established.any()
+        assert np.mean(held) > 0.92 and apart / 200 <= 0.06
 
 
 def test_the_interval_of_a_model_picked_by_its_test_score_is_the_simultaneous_one():

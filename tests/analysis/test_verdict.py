@@ -68,6 +68,79 @@ def test_a_model_whose_seeds_failed_does_not_win(tmp_path):
         (tmp_path / f"sound/seed{seed}/summary.json").write_text(json.dumps({"status": "failed"}))
     only = said(tmp_path)
     assert only.use == "good" and "No model is without such seeds." in only.warnings[0]
+    assert "not recommended" not in str(only)
+    assert only.warnings[1] == "Not compared, for no seed is complete: sound (3 failed)."
+
+
+def test_who_lost_seeds_is_not_among_every_other_model(tmp_path):
+    for model, accuracy in {"best": 0.97, "next": 0.95, "last": 0.5}.items():
+        for seed in range(2):
+            write_run(tmp_path, model, seed, accuracy)
+    write_run(tmp_path, "best", 2, status="failed")
+    (tmp_path / "experiment.json").write_text(
+        json.dumps({"runs": ["planned/seed0_lr", "best/seed2"]})
+    )
+    result = said(tmp_path)
+    assert result.use == "next" and "every other without failed seeds" in result.sentences[0]
+    assert "Not compared, for no seed is complete: planned (lr) (1 not started)." in result.warnings
+    assert result.sentences[2] == "The lost seeds of best may change it: train them again."
+
+
+def test_models_selected_by_several_criteria_are_ranked_by_one(tmp_path):
+    """Balanced accuracy of one beside the accuracy of another would rank criteria, not models."""
+    labels = (np.arange(400) < 40).astype(int)
+    for model, select, shares in (
+        ("a", "loss", (0.9, 0.4)),
+        ("b", "balanced_accuracy", (0.95, 0.4)),
+    ):
+        for seed in range(2):
+            path = write_run(tmp_path, model, seed, classes=["x", "y"])
+            draws = np.random.default_rng([seed, ord(model)]).random(400)
+            answer(path, draws < np.where(labels == 0, *shares), labels)
+            config = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps(config | {"select": select}))
+    table = compare.compare(tmp_path, load_runs(tmp_path)).table
+    assert table.criterion.tolist() == ["accuracy"] * 2 and table.label.tolist() == ["b", "a"]
+    assert table.validation_score.tolist() == pytest.approx(table.test_accuracy_mean.tolist())
+
+
+def test_most_models_are_compared_where_one_was_tested_on_other_images(tmp_path):
+    for model, accuracy in {"a": 0.6, "b": 0.7}.items():
+        for seed in range(2):
+            write_run(tmp_path, model, seed, accuracy)
+    write_run(tmp_path, "easy", 0, 0.99, count=50)
+    result = said(tmp_path)
+    assert result.use in "ab"
+    assert "Tested on other images, so not compared: easy." in result.warnings
+
+
+def test_a_class_of_few_test_images_is_named(tmp_path):
+    labels = (np.arange(300) < 1).astype(int)
+    for model in "ab":
+        for seed in range(2):
+            path = write_run(tmp_path, model, seed, classes=["healthy", "sick"])
+            answer(path, np.random.default_rng([seed, ord(model)]).random(300) < 0.9, labels)
+    for path in tmp_path.glob("*/*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"select": "balanced_accuracy"}))
+    assert any(
+        text.startswith("Only 1 of the test images is “sick”") for text in said(tmp_path).warnings
+    )
+
+
+def test_a_place_of_two_digits_is_not_the_first(tmp_path):
+    """Ten models lead on validation and fail on test: what is left is not "the best"."""
+    labels = np.random.default_rng(0).integers(0, 2, 300)
+    for i in range(11):
+        path = write_run(tmp_path, f"m{i:02}", 0, count=300, classes=["x", "y"])
+        answer(path, np.arange(300) < (295 - i if i < 10 else 200), labels)
+        test = dict(np.load(path / "predictions_test.npz"))
+        given = np.where(np.arange(300) < (150 if i < 9 else 290), labels, 1 - labels)
+        np.savez(path / "predictions_test.npz", **test | {"logits": 4 * np.eye(2)[given]})
+    set_costs(tmp_path, m10=1.0)
+    comparison = compare.compare(tmp_path, load_runs(tmp_path), base.get_config().compare)
+    assert comparison.table["rank"].tolist()[9:] == ["10", "11"]
+    text = comparison.recommendation.sentences[0]
+    assert "m09: it is the best on validation images of those that none beats" in text
 
 
 @pytest.mark.parametrize(("images", "seeds"), [(400, 3), (30, 3), (400, 1)])
