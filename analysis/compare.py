@@ -68,6 +68,7 @@ class Comparison:
     recommendation: Recommendation
     reasons: dict[str, str] = field(default_factory=dict)  # why a run is not counted, by its name
     data_path: str = ""  # where the data lies now, "" for where it was at training
+    folder: str = "report"  # of the workdir, for what is written
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -77,7 +78,7 @@ class Comparison:
     @property
     def output(self) -> Path:
         """Folder of the tables, the pictures and the page."""
-        return self.workdir / "report"
+        return self.workdir / self.folder
 
 
 def compare(

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
 from analysis.runs import FinishedRun
@@ -55,7 +56,7 @@ def load_classifier(run: FinishedRun) -> Classifier:
 
 
 def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
-    """Returns the dataset of a run, whose parts have the order of its predictions.
+    """Returns the dataset of a run, whose parts have the order of its predictions, or hold more.
 
     `data_path` is where the data lies now, "" for where it was. Raises UserError if it changed.
     """
@@ -66,9 +67,8 @@ def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
     use_compilation_cache(cache_dir)
     dataset = load_dataset(config, cache_dir)
     same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
-    if not same or any(
-        dataset.ids(part) != getattr(run, part)["ids"].tolist() for part in ("test", "validation")
-    ):
+    parts = {part: getattr(run, part)["ids"].tolist() for part in ("test", "validation")}
+    if not same or any(_place(dataset.ids(part), ids) is None for part, ids in parts.items()):
         raise UserError(
             f"the images in {config.path or config.source} are not those that {run.path} was "
             "trained on (their fingerprint differs): give the original data"
@@ -78,7 +78,16 @@ def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
 
 def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
     """Returns the images of a part, test or validation, in that order: uint8 [N, S, S, 3]."""
-    return load_data(run, data_path).images(part)
+    dataset = load_data(run, data_path)
+    return dataset.images(part)[_place(dataset.ids(part), getattr(run, part)["ids"].tolist())]
+
+
+def _place(known: list[str], wanted: list[str]) -> np.ndarray | slice | None:
+    """Where some ids stand among those known, in that order; None if they do not."""
+    if known == wanted:
+        return slice(None)
+    places = pd.Index(known).get_indexer(wanted)  # a review leaves images out
+    return places if (np.diff(places, prepend=-1) > 0).all() else None
 
 
 def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:

@@ -6,7 +6,8 @@
 The first writes WORKDIR/labels/suspects.csv, test and validation images that the models contradict
 together, and suspects.png with the first `count` of the test part. A person fills in `verdict` (ok,
 wrong or unclear), and `new_label` where the right class is not `likely` ("-": no class fits). The
-second keeps the verdicts in WORKDIR/labels/review.csv, and every report from then on shows both.
+second keeps the verdicts in WORKDIR/labels/review.csv, and every report from then on shows both;
+`python -m analysis.report WORKDIR --reviewed` makes the whole report of the reviewed labels.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from analysis.page.figures import draw_photos, save, shortened
 from analysis.page.section import Details, Picture, Section, Table
 from analysis.page.tables import NONE, decimal, percent, percents
 from analysis.review import COLUMNS, NO_CLASS, read_review, stored_review
-from analysis.runs import FinishedRun
+from analysis.runs import FinishedRun, incomplete
 from analysis.stress.photos import TestPart
 from analysis.uncertainty import wilson
 from analysis.verdict import listed
@@ -62,6 +63,19 @@ def suspects_of(votes: Sequence[Votes], review: pd.DataFrame) -> pd.DataFrame:
 def reviewed(runs: list[FinishedRun], review: pd.DataFrame) -> list[FinishedRun]:
     """Returns the runs with reviewed labels, without images that are unclear or of no class."""
     return [_reviewed(run, review) for run in runs]
+
+
+def with_review(workdir: Path, runs: list[FinishedRun]) -> list[FinishedRun]:
+    """Returns the runs of a workdir, the complete ones with its reviewed labels."""
+    lost = incomplete(workdir, runs)
+    complete = [run for run in runs if run.name not in lost]
+    review = stored_review(workdir, complete)
+    if review.empty:
+        raise UserError(
+            f"{workdir} has no reviewed labels: python -m analysis.labels {workdir} lists what to "
+            "review, and takes the review with --review=FILE"
+        )
+    return [*reviewed(complete, review), *(run for run in runs if run.name in lost)]
 
 
 def _reviewed(run: FinishedRun, review: pd.DataFrame) -> FinishedRun:

@@ -1,6 +1,6 @@
 """One page that answers the question: which architecture, by how much, how sure, and what it saw.
 
-    python -m analysis.report WORKDIR [--data=PATH] [--nomodels]
+    python -m analysis.report WORKDIR [--data=PATH] [--nomodels] [--reviewed]
 
 Writes WORKDIR/report/ from whatever runs are complete: index.html, which needs no network, and
 every table (CSV, Markdown, LaTeX) and picture (SVG, PNG). Chapters that run the models (speed, heat
@@ -85,24 +85,35 @@ def write_report(
     *,
     data_path: str = "",
     models: bool = True,
+    reviewed: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Writes WORKDIR/report: tables, pictures and the self-contained index.html.
 
     `options` is `config.compare`, None for that of the experiment. Chapters that run the models
     are made if `models`; `progress` gets a line before each, and where it raises, a page is left.
+    With `reviewed`, everything but those is of the labels as a review corrected them, and goes into
+    WORKDIR/reviewed.
     """
     runs = load_runs(workdir)
     if not runs:
         raise UserError(f"{workdir} holds no runs: expected {workdir}/<model>/seed<k>/config.json")
+    if reviewed:
+        runs, models = labels.with_review(workdir, runs), False
     comparison = compare(workdir, runs, options, data_path)
+    if reviewed:
+        said = comparison.recommendation
+        warnings = ("The labels are those of a review: labels/review.csv.", *said.warnings)
+        said = replace(said, warnings=warnings)
+        comparison = replace(comparison, folder="reviewed", recommendation=said)
     page, sections = comparison.output / "index.html", {chapter.title: None for chapter in CHAPTERS}
     try:
         with locked(output_folder(comparison.output, "report") / ".lock", wait=True):
             write_tables(comparison)
             for slow in (False, True)[: 1 + models]:  # a page before what may take minutes
                 for chapter in CHAPTERS:
-                    if bool(chapter.file) == slow:
+                    about_labels = chapter.make is labels.labels_section
+                    if bool(chapter.file) == slow and not (reviewed and about_labels):
                         made = make_section(chapter, comparison, progress)
                         sections[chapter.title] = made or sections[chapter.title]
                 parts = [replace(part, title=title) for title, part in sections.items() if part]
@@ -145,9 +156,14 @@ def make_section(
 
 def main(argv: list[str]) -> int:
     """Writes the report of a workdir; returns 1 if a run in it is not complete."""
-    (workdir,) = arguments(argv, "analysis.report WORKDIR [--data=PATH] [--nomodels]")
-    path, progress = Path(workdir).expanduser(), partial(print, flush=True)
-    report = write_report(path, data_path=DATA.value, models=MODELS.value, progress=progress)
+    (workdir,) = arguments(argv, "analysis.report WORKDIR [--data=PATH] [--nomodels] [--reviewed]")
+    report = write_report(
+        Path(workdir).expanduser(),
+        data_path=DATA.value,
+        models=MODELS.value,
+        reviewed=REVIEWED.value,
+        progress=partial(print, flush=True),
+    )
     print(f"{report.text}\n\nreport: {report.page}")
     return 1 if report.not_complete else 0
 
@@ -155,4 +171,5 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     DATA = flags.DEFINE_string("data", "", "Where the data lies now, if it was moved")
     MODELS = flags.DEFINE_bool("models", True, "Make the chapters that run the models")
+    REVIEWED = flags.DEFINE_bool("reviewed", False, "Use the labels as reviewed")
     run_command(main)

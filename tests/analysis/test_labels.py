@@ -8,6 +8,7 @@ import pytest
 from analysis import labels
 from analysis.compare import compare
 from analysis.page.section import Section
+from analysis.report import write_report
 from analysis.review import COLUMNS, read_review, stored_review
 from analysis.runs import load_runs
 from errors import UserError
@@ -87,6 +88,25 @@ def test_what_a_person_fills_in_is_written_kept_and_taken_back(workdir):
 def test_a_review_that_is_not_there_is_named(workdir):
     with pytest.raises(UserError, match="^missing.csv: need the filled-in"):
         labels.take_review(comparison_of(workdir), Path("missing.csv"))
+
+
+def test_the_whole_report_can_be_of_the_reviewed_labels(workdir):
+    with pytest.raises(UserError, match="has no reviewed labels"):
+        write_report(workdir, reviewed=True)
+    write_run(workdir, "b", 2, status="diverged")
+    comparison = comparison_of(workdir)
+    before = comparison.table.set_index("label").score
+    run = comparison.runs[0]
+    rows = [row(i, "wrong", CLASSES[(run.test["labels"][i] - 1) % 4]) for i in range(10)]
+    file = write_review(workdir / "r.csv", [*rows, row(20, "unclear")])
+    labels.take_review(comparison, file)
+    made = write_report(workdir, models=False, reviewed=True)
+    assert made.page == workdir / "reviewed" / "index.html" and "b/seed2" in made.not_complete
+    after = pd.read_csv(workdir / "reviewed" / "table.csv").set_index("label")
+    assert (after.test_images == COUNT - 1).all() and (after.score > before + 0.02).all()
+    page = made.page.read_text()
+    assert "The labels are those of a review" in page and "Label errors</h2>" not in page
+    assert not (workdir / "report" / "table.csv").exists()
 
 
 def test_reviewed_runs_have_the_labels_of_the_review(workdir):
