@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from analysis import audit, report
 from analysis.forward import use_compilation_cache
-from analysis.runs import load_runs
+from analysis.runs import incomplete, load_runs
 from errors import Interrupted, UserError
 from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         if stop.requested:
             raise Interrupted("stopped while the report was made; its page holds what is there")
 
-    left = bool(SHARD.value) and report.incomplete(workdir, load_runs(workdir))
+    left = bool(SHARD.value) and incomplete(workdir, load_runs(workdir))
     try:  # of several shards, the last one runs the models
         made = report.write_report(workdir, config.compare, models=not left, progress=progress)
     except Interrupted as interrupted:

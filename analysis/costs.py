@@ -21,7 +21,7 @@ from analysis.page import charts
 from analysis.page.chapters import DRAWN, best
 from analysis.page.figures import save
 from analysis.page.section import Details, Section, Table, as_table
-from analysis.page.tables import NONE, scaled
+from analysis.page.tables import NONE, scaled, times
 from analysis.uncertainty import pareto_front
 from analysis.verdict import listed
 from errors import UserError
@@ -212,7 +212,7 @@ def _finding(speeds: dict[str, dict]) -> str:
     fast, slow = (speeds[label]["milliseconds_at_1"] for label in (order[0], order[-1]))
     return (
         f"{order[0]} predicts fastest, in {_number(fast)} ms per image; {order[-1]} takes "
-        f"{slow / fast:.2g} times as long."
+        f"{times(slow / fast)} times as long."
     )
 
 

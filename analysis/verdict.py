@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.criterion import TITLES
-from analysis.page.tables import percent, percents, points
+from analysis.page.tables import percent, percents, points, times
 from analysis.runs import Groups, values_of
 from analysis.uncertainty import Family
 
@@ -184,7 +184,7 @@ class _Judgement:
         """How many times fewer multiply-adds a prediction takes."""
         if not self.costs[self.use]:
             return "no multiply-adds, fewer"
-        return f"{self.costs[than] / self.costs[self.use]:.2g} times fewer multiply-adds"
+        return f"{times(self.costs[than] / self.costs[self.use])} times fewer multiply-adds"
 
     def how_sure(self) -> str:
         """Returns the score and its interval, and the difference from the rival with its own."""
@@ -227,15 +227,15 @@ class _Judgement:
             return "Other architectures may do better: train some to compare."
         pair = self.family.pair(self.use, self.rival)
         if not pair.established:
-            seeds, images, times = self.family.needed(pair)
+            seeds, images, both = self.family.needed(pair)
             ways = [f"{round_up(images)} test images"] if math.isfinite(images) else []
             if self.family.units < self.family.images:
                 ways = [f"{way}, from more groups," for way in ways]
             if self.family.one_seed:
                 return " and then ".join(["More seeds come first", *ways]) + "."
             ways += [f"{seeds:.0f} seeds of each model"] if math.isfinite(seeds) else []
-            if not ways and math.isfinite(times):
-                ways = [f"{times:.2g} times as many seeds and test images"]
+            if not ways and math.isfinite(both):
+                ways = [f"{times(both)} times as many seeds and test images"]
             if ways:
                 ways = " or ".join(ways)
                 return f"It would take {ways} to settle this, if the true difference is this one."
@@ -244,8 +244,8 @@ class _Judgement:
         if cheaper:
             name = max(cheaper, key=lambda label: self.rows.score[label])
             lost = percent(self.rows.score[self.use] - self.rows.score[name], 1)
-            times = self.costs[self.use] / self.costs[name] if self.costs[name] else math.inf
-            fewer = f"{times:.2g} times fewer" if math.isfinite(times) else "no"
+            ratio = self.costs[self.use] / self.costs[name] if self.costs[name] else math.inf
+            fewer = f"{times(ratio)} times fewer" if math.isfinite(ratio) else "no"
             return (
                 f"If cost matters more: {name} needs {fewer} multiply-adds, but its "
                 f"{TITLES[self.criterion]} is {lost} points lower."

@@ -114,7 +114,9 @@ def test_sigterm_saves_and_exits_with_75(uninterrupted, tmp_path, cache_dir):
 
 def test_the_report_is_printed_and_a_second_start_skips(uninterrupted, cache_dir):
     workdir, first = uninterrupted
-    assert "test acc. %" in first.stdout and f"report: {workdir}/report/index.html" in first.stdout
+    assert (
+        "test accuracy %" in first.stdout and f"report: {workdir}/report/index.html" in first.stdout
+    )
     table = pd.read_csv(workdir / "report" / "table.csv")
     assert table["model"].tolist() == ["cnn"] and table["seeds"].tolist() == [1]
     accuracy = json.loads((workdir / "cnn/seed0/summary.json").read_text())["metrics"]["test"][

@@ -41,6 +41,11 @@ def scaled(value: float) -> str:
     return f"{value / size:.3g} {unit}".strip()
 
 
+def times(ratio: float) -> str:
+    """Returns a ratio with two digits: 1.7, 24, 2,400."""
+    return f"{float(f'{ratio:.2g}'):,.10g}"
+
+
 def count(value: float) -> str:
     """Returns a whole number, "∞" where none is enough."""
     return NONE if pd.isna(value) else "∞" if math.isinf(value) else f"{value:,.0f}"
