@@ -88,7 +88,7 @@ def overview(comparison: Comparison) -> Section:
         finding = f"{percent(table.score.min(), 1)} to {finding}, {_plural(len(table), 'model')}"
     return Section(
         text=text,
-        tables=[as_table(printed_table(table).drop(columns=COSTS), caption)],
+        tables=[as_table(printed_table(table, comparison.baseline).drop(columns=COSTS), caption)],
         pictures=[_chart(comparison, charts.draw_ranks, "ranks.svg", ranks, most=ROWS)],
         pictures_first=True,
         details=[Details("Test accuracy of every run", lines)],
@@ -174,8 +174,8 @@ def pairs_of_models(comparison: Comparison) -> Section | None:
     established = f"{pairs.established.sum():,} of {len(pairs):,}"
     section = Section(finding=f"{established} differences between models are established.")
     section.text = [
-        f"By majority vote of its seeds, every model gets {every} of {len(right)} test images "
-        f"right, and no model gets {none} of them right.",
+        f"By majority vote of its seeds, every model gets {every:,} of {len(right):,} test images "
+        f"right, and no model gets {none:,} of them right.",
     ]
     caption = "Differences on the same test images, in percentage points."
     if len(pairs) > PAIRS:

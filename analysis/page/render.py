@@ -92,7 +92,7 @@ def slug(title: str) -> str:
 
 def has_words(table: Table, column: int) -> bool:
     """Returns whether a column holds words, which are set flush left, and not numbers."""
-    return any(not re.match(r"(< |[+-])?\d|[–∞]$", row[column]) for row in table.rows)
+    return any(not re.match(r"([<>] |[+-])?\d|[–∞]$", row[column]) for row in table.rows)
 
 
 def shares(matrix: Matrix) -> list[list[tuple[str, float]]]:

@@ -12,8 +12,9 @@ function make(name, properties = {}, ...children) {
 const units = { k: 1e3, M: 1e6, G: 1e9 };
 function value(cell) {
   if (cell.dataset.v !== undefined) return cell.dataset.v === "" ? null : Number(cell.dataset.v);
-  const text = (cell.querySelector(".name") || cell).textContent.trim(), number = text.match(/^(< )?([+-]?\d+(?:\.\d+)?)(?: ([kMG])\b)?/);
+  const text = (cell.querySelector(".name") || cell).textContent.trim(), number = text.replace(/(\d),(?=\d{3})/g, "$1").match(/^([<>] )?([+-]?\d+(?:\.\d+)?)(?: ([kMG])\b)?/);
   if (text === "–" || text === "") return null;
+  if (text === "∞") return Infinity;
   return number && !cell.classList.contains("words") ? number[2] * (units[number[3]] || 1) : text.toLowerCase();
 }
 function sort(head) {

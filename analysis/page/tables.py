@@ -14,8 +14,9 @@ UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 def decimal(value: float, digits: int = 3, sign: str = "") -> str:
     """Returns a number with fixed digits."""
-    unknown = pd.isna(value) or math.isinf(value)
-    return NONE if unknown else f"{value:{sign}.{digits}f}"
+    if pd.isna(value) or math.isinf(value):
+        return NONE
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # never -0.00
 
 
 def percent(value: float, digits: int = 2) -> str:

@@ -53,6 +53,7 @@ const long = make("table", {}, make("tbody", {}, ...rest));
 document.body.append(long);
 cap(long);
 const visible = () => rest.filter(row => getComputedStyle(row).display !== "none").length;
+seen.values = ["1,020", "< 0.0001", "> 99", "∞", "+2.5 to +3", "20 k", "–"].map(text => value(make("td", { textContent: text })));
 seen.capped = [visible(), long.nextSibling.textContent];
 long.nextSibling.click();
 seen.uncapped = visible();
@@ -99,5 +100,6 @@ def test_the_script_sorts_filters_hides_compares_and_finds_photos(page, tmp_path
         assert t == true and f"{model}:{predicted}" in said
     assert f": {len(seen['chosen'])} photo" in seen["status"] and "taken for" in seen["status"]
     assert ["model.name", *seen["before"][:2]] in seen["difference"]
+    assert seen["values"] == [1020, 0.0001, 99, None, 2.5, 20000, None]  # JSON has no infinity
     assert seen["capped"] == [30, "Show all 35 rows"] and seen["uncapped"] == 35
     assert "the same" in seen["same"] and seen["tip"] and seen["reachable"] == 0 and seen["open"]
