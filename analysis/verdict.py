@@ -94,6 +94,10 @@ def recommend(
         rows, family, baseline, criterion, margin, best, use, level, worse, costs, lost
     )
     sentences = judged.what(), judged.how_sure(), judged.what_would_change_it()
+    if not sound:
+        nothing = "No model can be recommended: seeds of each failed or diverged."
+        left = f"Of what is left, {use} is the best on validation images. {sentences[1]}"
+        sentences, use = (nothing, left, "Train the lost seeds again first."), None
     return Recommendation(
         use, sentences, judged.warnings(compared, sound, absent, _scarcest(groups, best))
     )
@@ -269,8 +273,6 @@ class _Judgement:
                 texts.append(f"{label}: {rows.state[label]}.{why}")
             elif rows.state[label] and label in (self.use, self.best):
                 texts.append(f"Preliminary: of {label}, {rows.state[label]}.")
-        if not sound:
-            texts[-1:] = [f"{texts[-1]} No model is without such seeds."]
         if absent:
             named = listed([f"{label} ({why})" for label, why in absent.items()])
             texts.append(f"Not compared, for no seed is complete: {named}.")

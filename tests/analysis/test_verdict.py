@@ -67,7 +67,8 @@ def test_a_model_whose_seeds_failed_does_not_win(tmp_path):
     for seed in range(3):
         (tmp_path / f"sound/seed{seed}/summary.json").write_text(json.dumps({"status": "failed"}))
     only = said(tmp_path)
-    assert only.use == "good" and "No model is without such seeds." in only.warnings[0]
+    assert only.use is None and only.sentences[0].startswith("No model can be recommended")
+    assert "good is the best on validation images" in only.sentences[1]
     assert "not recommended" not in str(only)
     assert only.warnings[1] == "Not compared, for no seed is complete: sound (3 failed)."
 
