@@ -33,7 +33,7 @@ from analysis.runs import (
     values_of,
     without_seeds,
 )
-from analysis.uncertainty import Family
+from analysis.uncertainty import LEVEL, Family
 from analysis.verdict import Recommendation, recommend
 from configs import base
 from errors import UserError
@@ -61,7 +61,7 @@ class Comparison:
     groups: Groups
     options: ConfigDict  # `config.compare`
     audit: dict | None
-    criterion: str  # what models are compared by, of CRITERIA
+    criterion: str  # what models are compared by, see `criterion.TITLES`
     table: pd.DataFrame  # a row per model: see `make_table`
     baseline: pd.Series | None  # always answering the most frequent class: label and figures
     pairs: pd.DataFrame  # a row per pair of models: see `make_pairs`
@@ -228,7 +228,7 @@ def make_table(
             "validation_score": ranked[label],
             "score": family.mean[label],
             **uncertainty.ends("", family.interval(label)),
-            **uncertainty.ends("simultaneous_", family.interval(label, 0.95 ** (1 / len(groups)))),
+            **uncertainty.ends("simultaneous_", family.interval(label, LEVEL ** (1 / len(groups)))),
             "test_images": len(ids),
             "test_accuracy_mean": accuracy.mean(),
             "test_accuracy_std": accuracy.std(ddof=1) if len(runs) > 1 else math.nan,

@@ -67,8 +67,7 @@ def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
     use_compilation_cache(cache_dir)
     dataset = load_dataset(config, cache_dir)
     same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
-    parts = {part: getattr(run, part)["ids"].tolist() for part in ("test", "validation")}
-    if not same or any(_place(dataset.ids(part), ids) is None for part, ids in parts.items()):
+    if not same or any(rows_of(dataset, run, part) is None for part in ("test", "validation")):
         raise UserError(
             f"the images in {config.path or config.source} are not those that {run.path} was "
             "trained on (their fingerprint differs): give the original data"
@@ -76,18 +75,19 @@ def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
     return dataset
 
 
+def rows_of(dataset: Dataset, run: FinishedRun, part: str) -> np.ndarray | None:
+    """Returns the rows of a run's predictions of a part, int [N]; None if some are not there."""
+    known, wanted = dataset.ids(part), getattr(run, part)["ids"].tolist()
+    if known == wanted:
+        return dataset.rows[part]
+    places = pd.Index(known).get_indexer(wanted)  # a review leaves images out
+    return dataset.rows[part][places] if (np.diff(places, prepend=-1) > 0).all() else None
+
+
 def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
     """Returns the images of a part, test or validation, in that order: uint8 [N, S, S, 3]."""
     dataset = load_data(run, data_path)
-    return dataset.images(part)[_place(dataset.ids(part), getattr(run, part)["ids"].tolist())]
-
-
-def _place(known: list[str], wanted: list[str]) -> np.ndarray | slice | None:
-    """Where some ids stand among those known, in that order; None if they do not."""
-    if known == wanted:
-        return slice(None)
-    places = pd.Index(known).get_indexer(wanted)  # a review leaves images out
-    return places if (np.diff(places, prepend=-1) > 0).all() else None
+    return dataset.decoded.images[rows_of(dataset, run, part)]
 
 
 def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:

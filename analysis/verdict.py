@@ -48,7 +48,7 @@ def listed(names: Iterable[str], most: int = NAMED) -> str:
 
 def plural(count: int, noun: str) -> str:
     """Returns a count of things."""
-    return f"{count:,} {noun}" + "s" * (count != 1)
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def recommend(

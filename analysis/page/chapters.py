@@ -20,7 +20,7 @@ from analysis.page.gallery import make_gallery
 from analysis.page.section import Details, Picture, Section, Table, as_table
 from analysis.page.tables import NONE, percent, printed_pairs, printed_table
 from analysis.runs import read_plan
-from analysis.verdict import listed
+from analysis.verdict import listed, plural
 
 LISTED = 200  # names in a folded list
 DRAWN = 20  # models in a chart of colours, of which there are no more
@@ -56,10 +56,6 @@ def _chart(
     return Picture(file, caption, wide)
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
 def overview(comparison: Comparison) -> Section:
     """Every figure of every model, the ranks, and the runs behind each row."""
     table, options, groups = comparison.table, comparison.options, comparison.groups
@@ -83,9 +79,9 @@ def overview(comparison: Comparison) -> Section:
         "Dots: mean over seeds; lines: 95 % intervals. Models that share a letter cannot be told "
     )
     ranks += "apart." + " Crosses: published." * bool(options.reference)
-    finding = f"{percent(table.score.max(), 1)} % on {_plural(table.test_images[0], 'test image')}"
+    finding = f"{percent(table.score.max(), 1)} % on {plural(table.test_images[0], 'test image')}"
     if len(table) > 1:
-        finding = f"{percent(table.score.min(), 1)} to {finding}, {_plural(len(table), 'model')}"
+        finding = f"{percent(table.score.min(), 1)} to {finding}, {plural(len(table), 'model')}"
     return Section(
         text=text,
         tables=[as_table(printed_table(table, comparison.baseline).drop(columns=COSTS), caption)],
@@ -104,7 +100,7 @@ def curves(comparison: Comparison) -> Section:
     runs = comparison.runs
     verdicts = Counter(diagnose(run).verdict for run in runs).most_common()
     found = [f"{n} {SPOKEN.get(verdict, (verdict,) * 2)[n > 1]}" for verdict, n in verdicts]
-    finding = f"Of {_plural(len(runs), 'run')}, {listed(found)}"
+    finding = f"Of {plural(len(runs), 'run')}, {listed(found)}"
     return Section(tables=[table], pictures=[picture], pictures_first=True, finding=finding + ".")
 
 
@@ -218,7 +214,7 @@ def transfer(comparison: Comparison) -> Section | None:
     text += "were trained. Each phase starts from the best weights so far."
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
     wrong = [label for label, *_, state in rows if state == "DO NOT MATCH"]
-    finding = f"{_plural(len(rows), 'model')} with pretrained weights"
+    finding = f"{plural(len(rows), 'model')} with pretrained weights"
     finding += f"; the pixels of {listed(wrong)} do not match." if wrong else "."
     return Section(text=[text], tables=[table], warnings=warnings, finding=finding)
 
@@ -238,7 +234,7 @@ def data(comparison: Comparison) -> Section | None:
             f"several parts, and {count['label_conflicts']} have contradictory labels. "
             "--config.data.exclude_leaks leaves them out of training."
         )
-    section.finding = f"{_plural(audit['images'], 'image')}, {_plural(len(counts), 'class')}"
+    section.finding = f"{plural(audit['images'], 'image')}, {plural(len(counts), 'class')}"
     section.finding = section.finding.replace("classs", "classes") + (
         f"; {count['leaks']} groups of duplicates across parts."
         if count["leaks"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from analysis.forward import load_data
+from analysis.forward import load_data, rows_of
 from analysis.runs import FinishedRun
 from analysis.stress.corruptions import corrupt
 from data.decoding import MAX_PIXELS, resize, to_rgb
@@ -22,15 +22,17 @@ FITTING = ("image_size", "store_size", "resize", "interpolation")  # fields of w
 
 @dataclass(frozen=True)
 class TestPart:
-    """The test images of runs with one `config.data`."""
+    """The test images of runs with one `config.data`, by their place in the predictions."""
 
     data: dict
     dataset: Dataset
+    rows: np.ndarray  # of the dataset, int [N]
 
     @classmethod
     def of(cls, run: FinishedRun, data_path: str = "") -> "TestPart":
         """Returns that of a run; `data_path` is where the data lies now, "" for where it was."""
-        return cls(run.config["data"], load_data(run, data_path))
+        dataset = load_data(run, data_path)
+        return cls(run.config["data"], dataset, rows_of(dataset, run, "test"))
 
     @property
     def size(self) -> int:
@@ -39,7 +41,7 @@ class TestPart:
 
     def clean(self, rows: np.ndarray) -> np.ndarray:
         """Returns images as the models see them: uint8 [n, S, S, 3]."""
-        return self.dataset.decoded.images[self.dataset.rows["test"][rows]]
+        return self.dataset.decoded.images[self.rows[rows]]
 
     def stored(self, rows: np.ndarray, side: int = LARGEST) -> list[np.ndarray]:
         """Returns photos uint8 [H, W, 3] before resizing, their shorter side at most `side`."""
@@ -47,7 +49,7 @@ class TestPart:
         photos = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-            for row in self.dataset.rows["test"][rows]:
+            for row in self.rows[rows]:
                 # A side of 1: what a run could decode in its own size is decoded in any.
                 photo, _ = to_rgb(self.dataset.listing.read(row), background, limit, 1)
                 photos.append(np.asarray(_at_most(photo, side)))

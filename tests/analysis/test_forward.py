@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from PIL import Image
 
 from analysis import forward
 from analysis.runs import load_run
+from analysis.stress import photos as stored
 from configs import base
 from errors import UserError
 from tests.analysis.fabricate import write_run
@@ -22,6 +25,26 @@ def test_a_run_gives_its_saved_logits_again(digits_workdir, model):
     images = forward.load_images(run, "validation")
     logits = forward.predict_logits(forward.load_classifier(run), images, size=20)
     np.testing.assert_allclose(logits, run.validation["logits"], atol=1e-4)
+
+
+def test_images_that_a_review_left_out_do_not_move_the_others(digits_workdir):
+    run = load_run(digits_workdir / "linear" / "seed0")
+    images, photos = forward.load_test_images(run), stored.TestPart.of(run)
+    every, kept = np.arange(len(images)), np.delete(np.arange(len(images)), [0, 3])
+    fewer = replace(run)
+    fewer.__dict__["test"] = {name: values[kept] for name, values in run.test.items()}
+    np.testing.assert_array_equal(forward.load_test_images(fewer), images[kept])
+    some = np.array([0, 2, 5])
+    np.testing.assert_array_equal(
+        stored.TestPart.of(fewer).clean(some), photos.clean(every[kept][some])
+    )
+    for one, other in zip(
+        stored.TestPart.of(fewer).stored(some), photos.stored(kept[some]), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+    fewer.__dict__["test"]["ids"] = fewer.test["ids"][::-1]
+    with pytest.raises(UserError, match="are not those"):
+        forward.load_test_images(fewer)
 
 
 def test_changed_images_are_refused(tmp_path, make_folder, digits_run):

@@ -40,7 +40,8 @@ def part(folder, cache_dir):
         data = base.get_config().data
         data.path, data.background = str(folder), (9, 200, 30)
         data.update(changes)
-        return photos.TestPart(data.to_dict(), load_dataset(data, cache_dir))
+        dataset = load_dataset(data, cache_dir)
+        return photos.TestPart(data.to_dict(), dataset, dataset.rows["test"])
 
     return make
 
