@@ -90,7 +90,21 @@ def make_train_step(
     first: int = 0,
     cached: bool = False,
 ) -> Callable[[dict, dict, jax.Array], dict]:
-    """Returns the jitted (state, batch, key) -> state, which donates `state`.
+    """Returns the jitted `train_step`, which donates the state."""
+    step = train_step_of(config, model, optimizer, weights, first=first, cached=cached)
+    return jax.jit(step, donate_argnums=0)
+
+
+def train_step_of(
+    config: ConfigDict,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    weights: jax.Array,
+    *,
+    first: int = 0,
+    cached: bool = False,
+) -> Callable[[dict, dict, jax.Array], dict]:
+    """Returns the step of training, (state, batch, key) -> state.
 
     A step whose loss or gradient is not finite changes nothing but `bad_step`, and neither do the
     steps after it: so the first bad step is known exactly without waiting for the device at each.
@@ -140,13 +154,17 @@ def make_train_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         return _unless_broken(state, changed, finite)
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
 
 
 def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:
     """Returns the changed state, or the old one from the first step on that was not finite."""
     fine = state["bad_step"] < 0
-    changed = jax.tree.map(lambda new, old: jnp.where(fine & finite, new, old), changed, state)
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return old if new is old else jnp.where(fine & finite, new, old)
+
+    changed = jax.tree.map(choose, changed, state)
     changed["bad_step"] = jnp.where(fine & ~finite, state["step"], state["bad_step"])
     changed["step"] = state["step"] + 1
     return changed
