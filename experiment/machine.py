@@ -1,7 +1,9 @@
-"""What machines lack that this code relies on: a home folder, locks, a backend for pictures."""
+"""What machines lack that this code relies on: a home folder, locks, memory that is kept."""
 
+import ctypes
 import fcntl
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,23 @@ def prepare() -> None:
         folder = Path(tempfile.gettempdir()) / f"archcompare-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         os.environ["HOME"] = str(folder)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, unless ARCHCOMPARE_MALLOC=system.
+
+    A step on a CPU asks for all of its arrays anew. By default large ones come from the kernel each
+    time, whose zeroed pages cost up to half of the step: see docs/performance.md.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("ARCHCOMPARE_MALLOC") == "system":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another library, such as musl
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of <malloc.h>
+    for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+        mallopt(option, value)
 
 
 @contextmanager

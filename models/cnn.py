@@ -3,7 +3,7 @@
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import Conv, flatten, he_normal, logits_layer
+from models.layers import Conv, Dense, flatten, he_normal, logits_layer
 from models.lowering import max_pool_2x2
 
 
@@ -24,7 +24,7 @@ class Cnn(Classifier):
         side = image_size // 2 // 2
         head = nnx.Sequential(
             flatten,  # [B, side * side * 64]
-            nnx.Linear(side * side * 64, 128, **settings),
+            Dense(side * side * 64, 128, **settings),
             nnx.relu,
             nnx.Dropout(dropout, rngs=rngs),
             logits_layer(128, num_classes, rngs),

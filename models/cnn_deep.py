@@ -3,7 +3,7 @@
 from flax import nnx
 
 from models.classifier import Classifier
-from models.layers import BatchNorm, Conv, global_average_pool, he_normal, logits_layer
+from models.layers import BatchNorm, Conv, Dense, global_average_pool, he_normal, logits_layer
 from models.lowering import max_pool_2x2
 
 
@@ -37,7 +37,7 @@ class CnnDeep(Classifier):
         ]
         head = nnx.Sequential(
             global_average_pool,  # [B, 256]
-            nnx.Linear(256, 256, kernel_init=he_normal, **settings),
+            Dense(256, 256, kernel_init=he_normal, **settings),
             nnx.relu,
             nnx.Dropout(head_dropout, rngs=rngs),
             logits_layer(256, num_classes, rngs),

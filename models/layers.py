@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.lowering import convolve
+from models.lowering import convolve, linear_product
 
 he_normal = nnx.initializers.he_normal()
 he_normal_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -44,7 +44,9 @@ def adaptive_average_pool(x: jax.Array, side: int) -> jax.Array:
 
 # --- convolution --------------------------------------------------------------------------------
 
-Conv = partial(nnx.Conv, conv_general_dilated=convolve)  # as nnx.Conv, with our lowering
+# As nnx.Conv and nnx.Linear, with our lowerings.
+Conv = partial(nnx.Conv, conv_general_dilated=convolve)
+Dense = partial(nnx.Linear, dot_general=linear_product)
 
 
 def conv(inputs: int, outputs: int, side: int, stride: int = 1, *, same: bool = False, **options):
@@ -98,7 +100,7 @@ class SqueezeExcite(nnx.Module):
 
 def logits_layer(inputs: int, num_classes: int, rngs: nnx.Rngs, **options) -> nnx.Linear:
     """Returns the last layer, in float32 always: logits of bfloat16's 8 bits would often tie."""
-    return nnx.Linear(inputs, num_classes, dtype=jnp.float32, rngs=rngs, **options)
+    return Dense(inputs, num_classes, dtype=jnp.float32, rngs=rngs, **options)
 
 
 class PooledLinear(nnx.Module):

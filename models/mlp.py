@@ -4,7 +4,7 @@ from flax import nnx
 
 from errors import UserError
 from models.classifier import Classifier
-from models.layers import flatten, he_normal, logits_layer
+from models.layers import Dense, flatten, he_normal, logits_layer
 
 
 class Mlp(Classifier):
@@ -25,7 +25,7 @@ class Mlp(Classifier):
         layers, inputs = [flatten], image_size * image_size * 3
         for width in hidden:
             layers += [
-                nnx.Linear(inputs, width, kernel_init=he_normal, dtype=dtype, rngs=rngs),
+                Dense(inputs, width, kernel_init=he_normal, dtype=dtype, rngs=rngs),
                 nnx.relu,
                 nnx.Dropout(dropout, rngs=rngs),
             ]

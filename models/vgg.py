@@ -6,6 +6,7 @@ from flax import nnx
 from models.classifier import Classifier
 from models.layers import (
     BatchNorm,
+    Dense,
     PooledLinear,
     adaptive_average_pool,
     conv,
@@ -20,8 +21,8 @@ class Head(nnx.Module):
 
     def __init__(self, num_classes: int, hidden: int, dropout: float, *, dtype, rngs: nnx.Rngs):
         settings = {"dtype": dtype, "rngs": rngs}
-        self.fc1 = nnx.Linear(7 * 7 * 512, hidden, **settings)
-        self.fc2 = nnx.Linear(hidden, hidden, **settings)
+        self.fc1 = Dense(7 * 7 * 512, hidden, **settings)
+        self.fc2 = Dense(hidden, hidden, **settings)
         self.linear = logits_layer(hidden, num_classes, rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 

@@ -6,7 +6,7 @@ from flax import nnx
 
 from errors import UserError
 from models.classifier import Classifier
-from models.layers import Conv, logits_layer
+from models.layers import Conv, Dense, logits_layer
 
 EPSILON = 1e-6  # of LayerNorm, in timm and torchvision alike
 
@@ -40,11 +40,11 @@ class Block(nnx.Module):
         init = {"kernel_init": nnx.initializers.xavier_uniform(), **settings}
         self.heads = heads
         self.norm1 = nnx.LayerNorm(width, epsilon=EPSILON, **settings)
-        self.qkv = nnx.Linear(width, 3 * width, **init)
-        self.out = nnx.Linear(width, width, **init)
+        self.qkv = Dense(width, 3 * width, **init)
+        self.out = Dense(width, width, **init)
         self.norm2 = nnx.LayerNorm(width, epsilon=EPSILON, **settings)
-        self.fc1 = nnx.Linear(width, 4 * width, **init)
-        self.fc2 = nnx.Linear(4 * width, width, **init)
+        self.fc1 = Dense(width, 4 * width, **init)
+        self.fc2 = Dense(4 * width, width, **init)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
