@@ -42,12 +42,15 @@ def unfilled(
 
 def filled(name: str, num_classes: int, image_size: int, **options) -> Classifier:
     """The same with random arrays that depend on their names and shapes alone."""
-    model = unfilled(name, num_classes, image_size, **options)
-    graphdef, random, rest = nnx.split(model, nnx.RngState, ...)
-    random = jax.tree.map(_key_or_count, random)
-    model = nnx.merge(graphdef, random, rest)
+    model = keyed(unfilled(name, num_classes, image_size, **options))
     params, stats = ({p: _array(p, a) for p, a in part.items()} for part in split_model(model)[1:])
     return merge_model(model, params, stats)
+
+
+def keyed(model: Classifier) -> Classifier:
+    """The same with a true key in each random stream; its other arrays may be shapes."""
+    graphdef, random, rest = nnx.split(model, nnx.RngState, ...)
+    return nnx.merge(graphdef, jax.tree.map(_key_or_count, random), rest)
 
 
 def _key_or_count(like) -> jax.Array:
