@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from analysis.speed.worker import Spec
+from analysis.speed.worker import PEERS, Spec
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1800.0  # seconds for one answer
@@ -31,10 +31,12 @@ def worker_command(spec: Spec) -> list[str]:
 class Worker:
     """A process that answers lines of JSON, and its log."""
 
-    def __init__(self, command: list[str], log: Path):
+    def __init__(self, command: list[str], log: Path, keeps_memory: bool = True):
         self.log = log
         # JAX takes memory as it needs it: several workers share the device.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        if not keeps_memory:  # see `experiment.machine.keep_freed_memory`
+            environment["ARCHCOMPARE_MALLOC"] = "system"
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(log.with_suffix(".inductor"))
         with open(log, "wb") as errors:
             self.process = subprocess.Popen(
@@ -107,6 +109,7 @@ def time_in_turn(
     repeats: int,
     seconds: float,
     say: Callable[[str], None] = lambda text: None,
+    peers_keep_memory: bool = False,
 ) -> dict[str, Timing]:
     """Starts a worker for each side and times all of them, one after the other in every round.
 
@@ -116,6 +119,7 @@ def time_in_turn(
       repeats: rounds; each begins with another side.
       seconds: about what a side takes in a round.
       say: is told what goes on.
+      peers_keep_memory: whether glibc keeps what peers free, too, which is not their default.
     """
     timings, workers = {side: Timing() for side in commands}, {}
 
@@ -132,7 +136,8 @@ def time_in_turn(
         for side, command in commands.items():
             if callable(command):
                 command = command(timings)
-            workers[side] = Worker(command, folder / f"{side}.log")
+            keeps = peers_keep_memory or side not in PEERS
+            workers[side] = Worker(command, folder / f"{side}.log", keeps)
             ready = attempt(side, workers[side].answer).get("ready")
             if ready:
                 steps = ready.get("steps") or steps_within(seconds, ready)

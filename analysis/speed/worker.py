@@ -40,7 +40,7 @@ class Spec:
     batches: int = 8  # that the images on the device make; of an epoch
     config: str = "configs/base.py"  # of ours: optimizer, augmentation, ...
     data: str = ""  # of an epoch: a folder of images; "" for random ones
-    fused: bool = False  # of PyTorch: AdamW(fused=True) rather than its default
+    fused: bool = True  # of PyTorch: AdamW(fused=True) rather than its default
 
     @property
     def images(self) -> int:
