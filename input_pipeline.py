@@ -7,7 +7,7 @@ to know nothing but its step.
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import grain
@@ -197,10 +197,11 @@ def batch_rows(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
     Epochs of a fresh order each follow one another without a gap, so no image is dropped and all
     are seen equally often.
     """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, within = np.divmod(places, count)
-    orders = {epoch: _order(seed, int(epoch), count) for epoch in np.unique(epochs)}
-    return np.array([orders[epoch][i] for epoch, i in zip(epochs, within, strict=True)])
+    first, begin = divmod(step * batch_size, count)
+    last = ((step + 1) * batch_size - 1) // count
+    orders = [_order(seed, epoch, count) for epoch in range(first, last + 1)]
+    order = np.concatenate(orders) if last > first else orders[0]
+    return order[begin : begin + batch_size]
 
 
 @functools.lru_cache(maxsize=8)
@@ -218,6 +219,34 @@ def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, n
         yield np.where(mask, rows, 0), mask
 
 
+def _columns(plan: jax.Array) -> dict:
+    """Returns what a batch holds beside images, of int32 [B, 4]: label, mask, row, epoch."""
+    label, mask, row, epoch = plan.T
+    return {"label": label, "mask": mask > 0, "row": row, "epoch": epoch}
+
+
+@functools.lru_cache(maxsize=8)
+def columns_program(sharding: NamedSharding) -> Callable[[jax.Array], dict]:
+    """Returns `_columns`, jitted: one transfer a batch in place of four."""
+    return jax.jit(_columns, out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=8)
+def gather_program(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array], dict]:
+    """Returns the jitted (images [N, ...], plan int32 [B, 5]) -> batch, one for all feeds.
+
+    The first column of a plan says where the images lie, the others are those of `_columns`.
+    """
+
+    def gather(images: jax.Array, plan: jax.Array) -> dict:
+        return {"image": images[plan[:, 0]], **_columns(plan[:, 1:])}
+
+    return jax.jit(gather, out_shardings=sharding)
+
+
+Plan = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a batch: rows int, mask bool, epochs int
+
+
 class Feed:
     """Batches of one part on the devices of a mesh: {"image", "label", "mask", "row", "epoch"}.
 
@@ -230,13 +259,12 @@ class Feed:
         self.rows, self.labels = dataset.rows[part], dataset.labels(part)
         self.stored = dataset.decoded.images
         self.sharding = NamedSharding(mesh, PartitionSpec("data"))
-        size = len(self.rows) * int(np.prod(self.stored.shape[1:]))
-        fits = size <= runtime.resident_limit_mb * 2**20
+        fits = self.stored.nbytes <= runtime.resident_limit_mb * 2**20  # all parts together
         self.resident = runtime.feed == "resident" or (runtime.feed == "auto" and fits)
         if self.resident:
             everywhere = NamedSharding(mesh, PartitionSpec())
             self.images = jax.device_put(self.stored[self.rows], everywhere)
-            self.gather = jax.jit(lambda images, rows: images[rows], out_shardings=self.sharding)
+            self.gather = gather_program(self.sharding)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -245,45 +273,45 @@ class Feed:
         """Yields the batches of steps start .. stop - 1."""
         everything = np.ones(batch_size, bool)
 
-        def plan(step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def plan(step: int) -> Plan:
             epochs = np.arange(step * batch_size, (step + 1) * batch_size) // len(self)
             return batch_rows(seed, step, len(self), batch_size), everything, epochs
 
-        return self._batches(grain.MapDataset.range(start, stop).map(plan))
+        return self._batches(plan, start, stop)
 
     def evaluation(self, batch_size: int) -> Iterator[dict]:
         """Yields batches that cover the part once, in order, the last one padded."""
         plans = list(evaluation_rows(len(self), batch_size))
         first = np.zeros(batch_size, int)
-        return self._batches(grain.MapDataset.range(len(plans)).map(lambda i: (*plans[i], first)))
+        return self._batches(lambda i: (*plans[i], first), 0, len(plans))
 
-    def _batches(self, plans: grain.MapDataset) -> Iterator[dict]:
-        if not self.resident:  # Grain reads ahead in threads and keeps the order
-            options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
-            read = plans.map(lambda plan: (*plan, self.stored[self.rows[plan[0]]]))
-            for rows, mask, epochs, images in read.to_iter_dataset(options):
-                yield self._batch(rows, mask, epochs, self._put(images))
-        else:
-            for i in range(len(plans)):
-                rows, mask, epochs = plans[i]
-                images = self.gather(self.images, self._put(self.places(rows, epochs)))
-                yield self._batch(rows, mask, epochs, images)
+    def _batches(self, plan: Callable[[int], Plan], start: int, stop: int) -> Iterator[dict]:
+        if self.resident:
+            for i in range(start, stop):
+                rows, mask, epochs = plan(i)
+                columns = (self.places(rows, epochs), self.labels[rows], mask, rows, epochs)
+                yield self.gather(self.images, self._columns(*columns))
+            return
+
+        def read(i: int) -> tuple[np.ndarray, np.ndarray]:
+            rows, mask, epochs = plan(i)
+            return self.stored[self.rows[rows]], (self.labels[rows], mask, rows, epochs)
+
+        # Grain reads ahead in threads and keeps the order.
+        options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+        ahead = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
+        columns = columns_program(self.sharding)
+        for images, others in ahead:
+            yield {"image": self._put(images), **columns(self._columns(*others))}
 
     def places(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Returns where in the resident array the images of a batch lie: int [B]."""
         del epochs
         return rows
 
-    def _batch(
-        self, rows: np.ndarray, mask: np.ndarray, epochs: np.ndarray, images: jax.Array
-    ) -> dict:
-        return {
-            "image": images,
-            "label": self._put(self.labels[rows]),
-            "mask": self._put(mask),
-            "row": self._put(rows.astype(np.int32)),
-            "epoch": self._put(epochs.astype(np.int32)),
-        }
+    def _columns(self, *columns: np.ndarray) -> jax.Array:
+        """Returns int32 [B, columns] on the devices."""
+        return self._put(np.stack(columns, axis=1, dtype=np.int32, casting="unsafe"))
 
     def _put(self, array: np.ndarray) -> jax.Array:
         """Shards an array, which every host computes alike, over the devices."""

@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before JAX is imported: XL
 from absl import flags
 from ml_collections import config_flags
 
-from analysis import audit, report
+from analysis import audit
 from analysis.forward import use_compilation_cache
 from analysis.runs import incomplete, load_runs
 from errors import Interrupted, UserError
@@ -67,6 +67,8 @@ def main(argv: list[str]) -> int:
         print(text, flush=True)
         if stop.requested:
             raise Interrupted("stopped while the report was made; its page holds what is there")
+
+    from analysis import report  # statistics and plots, which training does not wait for
 
     left = bool(SHARD.value) and incomplete(workdir, load_runs(workdir))
     try:  # of several shards, the last one runs the models

@@ -196,7 +196,7 @@ def get_config(models: str = "") -> ConfigDict:
     runtime = config.runtime = ConfigDict()
     runtime.cache_dir = "~/.cache/archcompare"  # decoded images and compiled programs
     runtime.feed = "auto"  # resident: images on the device | streaming: read ahead | auto
-    runtime.resident_limit_mb = 2048  # auto: larger image sets are streamed
+    runtime.resident_limit_mb = 2048  # auto: if all parts together are larger, they are streamed
     # Outputs of frozen stages are stored while they are smaller; 0: computed at every step.
     runtime.feature_cache_mb = 2048.0
     runtime.checkpoint_every_seconds = 60.0  # at least; saved when training metrics are logged

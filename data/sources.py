@@ -1,7 +1,9 @@
 """Where images come from: each source lists what it has, before anything is decoded."""
 
 import hashlib
+import os
 import re
+import struct
 import sys
 import threading
 import zipfile
@@ -175,7 +177,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     """Returns the arrays of an .npz; x_train, y_train, ... as images, labels and parts."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+            arrays = {key: _member(path, file, key) for key in file.files}
     except (OSError, ValueError, EOFError, AttributeError, TypeError, *BROKEN_ZIP) as error:
         raise UserError(f"config.data.path: cannot read {path} as .npz: {error}") from error
     short = {"train": "train", "val": "validation", "test": "test"}
@@ -198,8 +200,28 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     return arrays | {"images": images, "labels": labels, "parts": parts}
 
 
+def _member(path: Path, file: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    """Returns an array of an .npz; images that are not compressed are mapped, not copied."""
+    names = file.zip.namelist()
+    entry = file.zip.getinfo(f"{key}.npy" if f"{key}.npy" in names else key)
+    if key != "images" or entry.compress_type != zipfile.ZIP_STORED:
+        return file[key]
+    with file.zip.open(entry) as stream:  # to its end: only there a wrong checksum is an error
+        while stream.read(2**20):
+            pass
+    with open(path, "rb") as raw:
+        raw.seek(entry.header_offset + 26)  # of the lengths of the name and of what follows it
+        raw.seek(sum(struct.unpack("<HH", raw.read(4))), os.SEEK_CUR)
+        version = np.lib.format.read_magic(raw)
+        header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
+        shape, fortran, dtype = header(raw)
+        if dtype != np.uint8 or not shape or 0 in shape:
+            return file[key]
+        return np.memmap(path, dtype, "r", raw.tell(), shape, "F" if fortran else "C")
+
+
 class _NpzImages:
-    """The images of an .npz, in memory only while they are decoded."""
+    """The images of an .npz; where they are compressed, in memory only while they are decoded."""
 
     def __init__(self, path: Path, images: np.ndarray):
         self.path, self.images, self.lock = path, images, threading.Lock()

@@ -1,8 +1,9 @@
 """The architectures: one dictionary from name to class, and the function that builds one."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,38 +101,54 @@ def create_model(
     if source:
         loading.compare_size(source, image_size)
 
-    def build(key: jax.Array) -> Classifier:
-        rngs = nnx.Rngs(params=key, dropout=key)
-        return architecture(num_classes, image_size, dtype=jnp.dtype(dtype), rngs=rngs, **fields)
-
-    # One program initialises all layers: op by op, each shape would be compiled by itself.
+    own = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(fields.items()))
     key = jax.random.key(seed)
+    builder = _builder(architecture, num_classes, image_size, dtype, own)
     with blame(architecture, "cannot be built"):
-        model = nnx.eval_shape(build, key) if source else nnx.jit(build)(key)
+        model = nnx.eval_shape(builder.build, key) if source else builder.jitted(key)
     check_stages(model)
-    model.name, model.num_classes, model.fields = name, num_classes, tuple(sorted(fields.items()))
+    model.name, model.num_classes, model.fields = name, num_classes, own
     if source:
-        model = _complete(loading.load(model, source, class_names), build, key)
+        model = _complete(loading.load(model, source, class_names), builder.some, key)
     return in_mode(model, training=False)
 
 
-def _complete(
-    model: Classifier, build: Callable[[jax.Array], Classifier], key: jax.Array
-) -> Classifier:
+class Builder(NamedTuple):
+    """How a model is made from a key: as it is written, and in programs that all seeds share."""
+
+    build: Callable[[jax.Array], Classifier]
+    jitted: Callable[[jax.Array], Classifier]
+    some: Callable[[jax.Array, tuple[int, ...]], tuple[list[jax.Array], nnx.State]]
+
+
+@functools.lru_cache(maxsize=32)
+def _builder(
+    architecture: type[Classifier], num_classes: int, image_size: int, dtype: str, fields: tuple
+) -> Builder:
+    def build(key: jax.Array) -> Classifier:
+        rngs = nnx.Rngs(params=key, dropout=key)
+        return architecture(
+            num_classes, image_size, dtype=jnp.dtype(dtype), rngs=rngs, **dict(fields)
+        )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def some(key: jax.Array, wanted: tuple[int, ...]) -> tuple[list[jax.Array], nnx.State]:
+        _, rng_state, fresh = nnx.split(build(key), nnx.RngState, ...)
+        fresh = jax.tree.leaves(fresh)
+        return [fresh[i] for i in wanted], rng_state
+
+    # One program initialises all layers: op by op, each shape would be compiled by itself.
+    return Builder(build, nnx.jit(build), some)
+
+
+def _complete(model: Classifier, some: Callable, key: jax.Array) -> Classifier:
     """Returns the model with initial values where it holds only the shape of an array.
 
-    `build` returns the model, initialised from a key; what is not needed of it is not computed.
+    `some` is of its `Builder`; what is not needed of a fresh model is not computed.
     """
     graphdef, _, variables = nnx.split(model, nnx.RngState, ...)
     leaves, structure = jax.tree.flatten(variables)
     missing = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-    @jax.jit
-    def initial(key: jax.Array) -> tuple[list[jax.Array], nnx.State]:
-        _, rng_state, fresh = nnx.split(build(key), nnx.RngState, ...)
-        fresh = jax.tree.leaves(fresh)
-        return [fresh[i] for i in missing], rng_state
-
-    values, rng_state = initial(key)
+    values, rng_state = some(key, tuple(missing))
     filled = dict(enumerate(leaves)) | dict(zip(missing, values, strict=True))
     return nnx.merge(graphdef, rng_state, jax.tree.unflatten(structure, filled.values()))

@@ -88,17 +88,21 @@ class Knn(Classifier):
         images, labels = train
         head.images.set_value(jnp.asarray(images).reshape(len(images), -1))
         head.labels.set_value(jnp.asarray(labels, jnp.int32))
-        look_up = jax.jit(lambda head, x: head.nearest_labels(flatten(self.preprocess(x))))
         images, labels = validation
         nearest = []
         for start in range(0, len(images), batch_size):
             batch = np.zeros((batch_size, *images.shape[1:]), np.uint8)
             part = images[start : start + batch_size]
             batch[: len(part)] = part
-            nearest.append(np.asarray(look_up(head, batch))[: len(part)])
+            nearest.append(np.asarray(_look_up(self, batch))[: len(part)])
         votes, accuracy = np.zeros((len(labels), head.num_classes), np.int32), {}
         for k, voted in enumerate(np.concatenate(nearest).T, start=1):
             votes[np.arange(len(labels)), voted] += 1
             accuracy[k] = float((votes.argmax(axis=1) == np.asarray(labels)).mean())
         head.k.set_value(jnp.asarray(max(accuracy, key=accuracy.get), jnp.int32))
         return accuracy
+
+
+@jax.jit
+def _look_up(model: Knn, images: jax.Array) -> jax.Array:
+    return model.stages[-1].nearest_labels(flatten(model.preprocess(images)))

@@ -67,3 +67,9 @@ def test_models_can_be_used_alone():
     code = "import sys, models; print([m for m in sys.modules if m.split('.')[0] in ('training', 'analysis', 'orbax')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_training_does_not_wait_for_the_libraries_of_the_report():
+    code = "import sys, main; print([m for m in ('sklearn', 'statsmodels', 'scipy.stats') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

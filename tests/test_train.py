@@ -320,3 +320,27 @@ def test_eight_devices_give_the_result_of_one(digits_run, few_digits, tmp_path):
     one, eight = (predictions(tmp_path / name)["logits"] for name in ("one", "eight"))
     np.testing.assert_allclose(one, eight, atol=2e-3)
     assert one.std() > 0.1
+
+
+class Watched(np.ndarray):
+    """Images that note how many are copied at once."""
+
+    copied = []
+
+    def __getitem__(self, key):
+        taken = super().__getitem__(key)
+        if not np.may_share_memory(taken, self):
+            self.copied.append(taken.size // self[0].size)
+        return taken
+
+
+@pytest.mark.parametrize(("feed", "most"), [("streaming", 64), ("resident", 1163)])
+def test_a_streamed_run_never_copies_more_images_than_a_batch(
+    digits_run, cache_dir, tmp_path, monkeypatch, feed, most
+):
+    config = digits_run("linear", epochs=1, eval_batch_size=64, runtime__feed=feed)
+    dataset = load_dataset(config.data, cache_dir)
+    monkeypatch.setattr(dataset.decoded, "images", dataset.decoded.images.view(Watched))
+    monkeypatch.setattr(Watched, "copied", [])
+    train_and_evaluate(config, tmp_path / "run")
+    assert max(Watched.copied) == most  # of the training part, where it is resident

@@ -18,7 +18,8 @@ from experiment.fields import first_trained_stage, phase_config, phase_names
 from input_pipeline import Feed, steps_per_epoch
 from training import checkpoint
 from training.cost import step_memory, working_time
-from training.optimizer import make_optimizer, make_plateau, make_schedule
+from training.optimizer import make_plateau
+from training.programs import shared
 from training.record import Diverged, RunRecord
 from training.steps import (
     Metrics,
@@ -26,9 +27,9 @@ from training.steps import (
     evaluated_weights,
     initial_state,
     make_eval_step,
-    make_train_step,
     selection_score,
     step_keys,
+    train_program,
 )
 from training.stored_features import cache_features, features_fit
 
@@ -47,7 +48,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
     record.start_clock()
     phase = Phase(record, weights)
     config, per_epoch, total = phase.config, phase.steps_per_epoch, phase.steps
-    state = initial_state(config, weights, phase.optimizer, phase.first)
+    state = initial_state(config, weights, phase.program.optimizer, phase.first)
     if stored is not None:
         state = checkpoint.fit(state, stored, record.checkpoints.directory)
     state = record.put(state)
@@ -64,7 +65,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
             state, speed = _take_steps(record, phase, state, batches, pause - done, bar)
             done = pause
             where = {"epoch": progress.epochs_before + done / per_epoch, "phase": phase.name}
-            rate = float(phase.schedule(done - 1)) * float(state["rate_scale"].scale)
+            rate = float(phase.program.schedule(done - 1)) * float(state["rate_scale"].scale)
             _log_training(record, config, state, learning_rate=rate, **where, **speed)
             state["metrics"] = record.put(Metrics.empty())
             if evaluates:
@@ -113,13 +114,9 @@ class Phase:
         self.feed, self.validation, self.cached = _feeds(record, config, weights, first, self.key)
         self.steps_per_epoch = steps_per_epoch(len(self.feed), config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch  # at most
-        self.schedule = make_schedule(config, self.steps_per_epoch, self.steps)
-        self.optimizer = make_optimizer(config, self.schedule, stages)
-        classes, cached = class_weights(config, record.dataset), self.cached
-        self.train_step = make_train_step(
-            config, model, self.optimizer, classes, first=first, cached=cached
-        )
-        self.eval_step = make_eval_step(model, first if cached else 0)
+        classes, steps = class_weights(config, record.dataset), (self.steps_per_epoch, self.steps)
+        self.program = train_program(config, model, classes, steps, first=first, cached=self.cached)
+        self.eval_step = make_eval_step(model, first if self.cached else 0)
         self.said_at = time.monotonic()  # when the last line of progress was printed
 
 
@@ -149,7 +146,7 @@ def _measure_memory(
 ) -> Iterator[dict]:
     """Returns the same batches; `record` knows the most memory that a step on them takes."""
     first, progress = next(batches), record.progress
-    memory = step_memory(phase.train_step, state, first, phase.key)
+    memory = step_memory(phase.program.step, state, first, phase.key)
     known = (progress.train_step_memory_bytes, memory)
     progress.train_step_memory_bytes = max(filter(None, known), default=None)
     return itertools.chain([first], batches)
@@ -162,7 +159,7 @@ def _take_steps(
     progress, began = record.progress, working_time()
     stop = progress.step + steps
     while progress.step < stop:
-        state = phase.train_step(state, next(batches), phase.key)
+        state = phase.program.step(state, next(batches), phase.key)
         progress.step += 1
         bar.update()
         if progress.step < stop and record.should_stop():  # at `stop` the pause comes first
@@ -223,8 +220,11 @@ def _save_augmented_batch(record: RunRecord, phase: Phase) -> None:
     feed = record.feed("train", large=crops(config.augment))
     batch = next(feed.training(config.seed, config.batch_size, 0, 1))
     targets = jax.nn.one_hot(batch["label"], int(feed.labels.max()) + 1)
-    size = config.data.image_size
-    draw = jax.jit(lambda *arguments: augment(*arguments, config.augment, size)[0])
+    size, rules = config.data.image_size, config.augment
+    draw = shared(
+        ("augment", rules.to_json(), size),
+        lambda: jax.jit(lambda *arguments: augment(*arguments, rules, size)[0]),
+    )
     images = draw(step_keys(phase.key, 0)[0], batch["image"], targets)
     shown = np.asarray(images)[:32].round().astype(np.uint8)
     image_sheet(shown).save(record.run_dir / "augmented_batch.png")

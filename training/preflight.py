@@ -23,7 +23,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from data.decoding import resize
 from errors import UserError
@@ -189,32 +188,34 @@ def _batch_norms(model: Classifier) -> dict[str, BatchNorm]:
 
 def _moments(model: Classifier, images: np.ndarray) -> Moments:
     """Returns the moments of every BatchNorm's input in forward order, or of the first stages."""
-    names: list[str] = []
+    found = _noted_moments(model, jnp.asarray(images))
+    forward = sorted(found, key=lambda path: int(found[path][0]))
+    return {path: tuple(np.asarray(m) for m in found[path][1]) for path in forward}
 
-    @jax.jit
-    def run(model: Classifier, images: jax.Array) -> list[jax.Array]:
-        moments, norms = [], _batch_norms(model)
 
-        def note(path: str, x: jax.Array) -> None:
-            axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.float32)
-            names.append(path)
-            moments.append(jnp.stack([wide.mean(axes), wide.var(axes)]))
+@jax.jit
+def _noted_moments(model: Classifier, images: jax.Array) -> dict[str, tuple[int, jax.Array]]:
+    """Returns (place in the forward order, mean and variance [2, C]) by layer."""
+    found, norms = {}, _batch_norms(model)
 
-        for path, norm in norms.items():
-            norm.observe = functools.partial(note, path)
-        x = model.preprocess(images)
-        for number, stage in enumerate(model.stages[:-1]):
-            x = stage(x)
-            if not norms and number < STAGES:
-                note(f"stages.{number}", x)
-        return moments
+    def note(path: str, x: jax.Array) -> None:
+        axes, wide = tuple(range(x.ndim - 1)), x.astype(jnp.float32)
+        found[path] = len(found), jnp.stack([wide.mean(axes), wide.var(axes)])
 
-    moments = run(model, jnp.asarray(images))
-    return {name: tuple(np.asarray(m)) for name, m in zip(names, moments, strict=True)}
+    for path, norm in norms.items():
+        norm.observe = functools.partial(note, path)
+    x = model.preprocess(images)
+    for number, stage in enumerate(model.stages[:-1]):
+        x = stage(x)
+        if not norms and number < STAGES:
+            note(f"stages.{number}", x)
+    return found
 
 
 def _photographs(size: int) -> np.ndarray:
     """Returns 32 crops of two photographs: uint8 [32, S, S, 3]."""
+    from sklearn.datasets import load_sample_images  # as slow to import as seldom needed
+
     rng, crops = np.random.default_rng(0), []
     for photograph in load_sample_images().images:
         for _ in range(16):
@@ -227,13 +228,14 @@ def _photographs(size: int) -> np.ndarray:
 
 def _gain_of_swapping(model: Classifier, published: Classifier, images: np.ndarray) -> float:
     """Returns how much surer the weights' classifier is with red and blue swapped: a t-value."""
-
-    @jax.jit
-    def energy(network: Classifier, x: jax.Array) -> jax.Array:  # [B]
-        return jax.nn.logsumexp(network(x), axis=-1)
-
     # Swapped pixels under the same mean and standard deviation of each input channel.
     given, swapped = model.preprocessing, MISTAKES["swapped"](model.preprocessing)
-    both = [energy(published, pixels(jnp.asarray(images))) for pixels in (given, swapped)]
+    both = [_energy(published, pixels(jnp.asarray(images))) for pixels in (given, swapped)]
     gain = np.asarray(both[1] - both[0], np.float64)
     return float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain)) + 1e-12))
+
+
+@jax.jit
+def _energy(network: Classifier, x: jax.Array) -> jax.Array:
+    """Returns [B], the log of the sum of exponentiated logits."""
+    return jax.nn.logsumexp(network(x), axis=-1)

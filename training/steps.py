@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import flax.struct
 import jax
@@ -10,7 +11,6 @@ import numpy as np
 import optax
 from clu import metrics
 from ml_collections import ConfigDict
-from sklearn.metrics import balanced_accuracy_score, f1_score
 
 from data.augmentation import augment
 from data.randomness import view_key
@@ -18,7 +18,8 @@ from errors import UserError
 from input_pipeline import Dataset
 from models import Classifier
 from models.classifier import in_mode, merge_model, split_model, stage_of
-from training.optimizer import l1_penalty, make_plateau
+from training.optimizer import l1_penalty, make_optimizer, make_plateau, make_schedule
+from training.programs import Outline, settings, shared
 
 
 @flax.struct.dataclass
@@ -93,6 +94,38 @@ def make_train_step(
     """Returns the jitted `train_step`, which donates the state."""
     step = train_step_of(config, model, optimizer, weights, first=first, cached=cached)
     return jax.jit(step, donate_argnums=0)
+
+
+@dataclass(frozen=True)
+class TrainProgram:
+    """What trains a phase; runs that differ in the seed alone share it."""
+
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    step: Callable[[dict, dict, jax.Array], dict]  # as `make_train_step` returns it
+
+
+def train_program(
+    config: ConfigDict,
+    model: Classifier,
+    weights: jax.Array,
+    steps: tuple[int, int],
+    *,
+    first: int = 0,
+    cached: bool = False,
+) -> TrainProgram:
+    """Returns the program of a phase of `steps` (per epoch, in all); see `train_step_of`."""
+    outline, stages = Outline.of(model), len(model.stages)
+
+    def make() -> TrainProgram:
+        schedule = make_schedule(config, *steps)
+        optimizer = make_optimizer(config, schedule, stages)
+        hollow, options = outline.model(), {"first": first, "cached": cached}
+        step = make_train_step(config, hollow, optimizer, weights, **options)
+        return TrainProgram(schedule, optimizer, step)
+
+    key = (settings(config), outline, weights.tolist(), steps, first, cached)
+    return shared(("train_step", *key), make)
 
 
 def train_step_of(
@@ -189,12 +222,15 @@ def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:
 
 
 def make_eval_step(model: Classifier, start: int = 0) -> Callable:
-    """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics).
+    """Returns the jitted (weights, metrics, batch) -> (logits [B, K], metrics), shared by runs.
 
     The loss is the negative log-likelihood. A batch's "image" is what stage `start` takes.
     """
-    structure = in_mode(model, training=False)
+    outline = Outline.of(in_mode(model, training=False))
+    return shared(("eval_step", outline, start), lambda: _eval_step(outline.model(), start))
 
+
+def _eval_step(structure: Classifier, start: int) -> Callable:
     def eval_step(weights: dict, total: Metrics, batch: dict) -> tuple[jax.Array, Metrics]:
         evaluated = merge_model(structure, weights["params"], weights["stats"])
         logits = forward(evaluated, batch["image"], start)
@@ -237,6 +273,8 @@ def selection_score(
     select: str, loss: float, logits: np.ndarray, labels: np.ndarray
 ) -> list[float]:
     """Returns what `config.select` compares weights by, the higher the better; ties go by loss."""
+    from sklearn.metrics import balanced_accuracy_score, f1_score  # half a second, so not at start
+
     predicted = logits.argmax(axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes without validation images

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data.augmentation import changes_nothing
-from input_pipeline import Feed
+from input_pipeline import Feed, gather_program
 from models import Classifier
 from models.classifier import merge_model
+from training.programs import settings, shared
 from training.steps import augment_views
 
 
@@ -22,7 +23,7 @@ class FeatureFeed(Feed):
     def __init__(self, feed: Feed, features: jax.Array, views: int):
         self.rows, self.labels, self.sharding = feed.rows, feed.labels, feed.sharding
         self.images, self.views, self.resident = features, views, True
-        self.gather = jax.jit(lambda images, rows: images[rows], out_shardings=self.sharding)
+        self.gather = gather_program(self.sharding)
 
     def places(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Returns where in the resident array the views of a batch lie: int [B]."""
@@ -71,14 +72,14 @@ def cache_features(
     """
     model = merge_model(model, weights["params"], weights["stats"])
 
-    @jax.jit
-    def run(model: Classifier, batch: dict, view: jax.Array) -> jax.Array:
+    def run(model: Classifier, batch: dict, view: jax.Array, key: jax.Array) -> jax.Array:
         images = batch["image"]
         if views and not changes_nothing(config.augment):
             every = jnp.full(len(images), view)
             images = augment_views(key, images, batch["row"], every, config)
         return _condensed(model, images, first)
 
+    program = shared(("features", settings(config), first, views), lambda: jax.jit(run))
     # Batches of nearly equal size, for padding would be computed too.
     devices = feed.sharding.mesh.size
     count = -(-len(feed) // config.eval_batch_size)
@@ -87,7 +88,7 @@ def cache_features(
     for view in range(max(views, 1)):
         left = len(feed)
         for batch in feed.evaluation(batch_size):
-            features = np.asarray(run(model, batch, view))
+            features = np.asarray(program(model, batch, view, key))
             parts.append(features[:left])
             left -= len(features)
             after_batch()

@@ -1,5 +1,6 @@
 import io
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,6 +120,20 @@ def test_npz(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             list_source(npz(tmp_path, **wrong))
+
+
+def test_npz_images_are_mapped(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 300, 300, 3), dtype=np.uint8)
+    arrays = {"images": images, "labels": np.arange(40) % 2}
+    config = npz(tmp_path, **arrays)
+    tracemalloc.start()
+    listing = list_source(config)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.nbytes / 2
+    np.savez_compressed(tmp_path / "small.npz", **arrays)
+    config.path = str(tmp_path / "small.npz")
+    assert [listing.digest(i) for i in (0, 39)] == [list_source(config).digest(i) for i in (0, 39)]
 
 
 def test_npz_images_do_not_stay_in_memory(tmp_path, cache_dir):
