@@ -25,10 +25,22 @@ def with_gradients(function, *arguments):
 # --- pooling ------------------------------------------------------------------------------------
 
 
-def test_max_pool_2x2_equals_flax():
-    for size in (8, 9):
-        x = random(2, size, size, 3)
-        np.testing.assert_array_equal(max_pool_2x2(x), nnx.max_pool(x, (2, 2), (2, 2)))
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("size", [8, 9])
+def test_max_pool_2x2_equals_flax(monkeypatch, backend, size):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    x = random(2, size, size, 3)
+    theirs = lambda x: nnx.max_pool(x, (2, 2), (2, 2))  # noqa: E731
+    for ours, expected in zip(
+        with_gradients(max_pool_2x2, x), with_gradients(theirs, x), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_equals_share_the_gradient_of_a_pool():
+    x = jnp.array([1.0, 1, 0, 1]).reshape(1, 2, 2, 1)
+    gradient = jax.grad(lambda x: max_pool_2x2(x).sum())(x)
+    np.testing.assert_allclose(gradient.ravel(), [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
