@@ -192,16 +192,20 @@ def check_batches(config: ConfigDict, mesh: Mesh) -> None:
 
 
 def batch_rows(seed: int, step: int, count: int, batch_size: int) -> np.ndarray:
-    """Returns the images of training batch `step`: int [batch_size], each below `count`.
+    """Returns the images of training batch `step`: int [batch_size], each below `count`."""
+    return rows_at(seed, np.arange(step * batch_size, (step + 1) * batch_size), count)
+
+
+def rows_at(seed: int, places: np.ndarray, count: int) -> np.ndarray:
+    """Returns the images at places, ascending, of the order of training: int, each below `count`.
 
     Epochs of a fresh order each follow one another without a gap, so no image is dropped and all
     are seen equally often.
     """
-    first, begin = divmod(step * batch_size, count)
-    last = ((step + 1) * batch_size - 1) // count
-    orders = [_order(seed, epoch, count) for epoch in range(first, last + 1)]
-    order = np.concatenate(orders) if last > first else orders[0]
-    return order[begin : begin + batch_size]
+    epochs, within = np.divmod(places, count)
+    first = int(epochs[0])
+    orders = np.stack([_order(seed, epoch, count) for epoch in range(first, int(epochs[-1]) + 1)])
+    return orders[epochs - first, within]
 
 
 @functools.lru_cache(maxsize=8)
@@ -257,14 +261,17 @@ class Feed:
 
     def __init__(self, dataset: Dataset, part: str, mesh: Mesh, runtime: ConfigDict):
         self.rows, self.labels = dataset.rows[part], dataset.labels(part)
-        self.stored = dataset.decoded.images
+        self.stored, self.entry = dataset.decoded.images, dataset.decoded.entry
         self.sharding = NamedSharding(mesh, PartitionSpec("data"))
         fits = self.stored.nbytes <= runtime.resident_limit_mb * 2**20  # all parts together
         self.resident = runtime.feed == "resident" or (runtime.feed == "auto" and fits)
-        if self.resident:
-            everywhere = NamedSharding(mesh, PartitionSpec())
-            self.images = jax.device_put(self.stored[self.rows], everywhere)
-            self.gather = gather_program(self.sharding)
+        self.gather = gather_program(self.sharding)
+
+    @functools.cached_property
+    def images(self) -> jax.Array:
+        """The images of a resident feed, on every device from the first batch on."""
+        everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
+        return jax.device_put(self.stored[self.rows], everywhere)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -25,8 +25,8 @@ from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
 from experiment.files import read_json, write_json
 from experiment.grid import Run, check_run_dir, expand, shard
-from experiment.runner import STOPPED, Signals, prepare_workdir, train_one
-from train import check_runs, train_and_evaluate
+from experiment.runner import STOPPED, Signals, divide, prepare_workdir, train_group
+from train import check_runs, train_runs
 
 
 def main(argv: list[str]) -> int:
@@ -47,15 +47,14 @@ def main(argv: list[str]) -> int:
         return 0
     workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
     use_compilation_cache(config.runtime.cache_dir)
-    identities = check(runs, workdir)
+    identities, at_once = check(runs, workdir)
     plan = {"command": sys.argv, "runs": [run.name for run in grid], "identities": identities}
     write_json(workdir / "experiment.json", plan | {"compare": stored_config(config.compare)})
 
     stop, held = Signals(), set()
-    for number, run in enumerate(runs, start=1):
-        title = f"[{number}/{len(runs)}] {run.name}"
-        if not train_one(run, workdir, title, train_and_evaluate, stop):
-            held.add(run.name)
+    titles = {run.name: f"[{i}/{len(runs)}] {run.name}" for i, run in enumerate(runs, start=1)}
+    for group in divide(runs, workdir, at_once):
+        held |= train_group(group, workdir, titles, train_runs, stop)
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
@@ -81,17 +80,17 @@ def main(argv: list[str]) -> int:
     return 1 if any(name in ours for name in made.not_complete) else 0
 
 
-def check(runs: list[Run], workdir: Path) -> list[str]:
-    """Finds every mistake that can be found before compute is spent; returns the data's identities.
+def check(runs: list[Run], workdir: Path) -> tuple[list[str], dict[str, int]]:
+    """Finds every mistake that can be found before compute is spent; writes the audit.
 
-    Writes the audit.
+    Returns the data's identities, and how many runs of a kin may be trained at once.
     """
     for run in runs:
         check_run_dir(run, workdir)
-    datasets = check_runs([run.config for run in runs], workdir)
+    datasets, at_once = check_runs([run.config for run in runs], workdir)
     print(audit.describe(audit.write_audit(datasets[0], workdir / "audit")), flush=True)
     known = set(read_json(workdir / "experiment.json").get("identities", []))
-    return sorted(known | {dataset.identity for dataset in datasets})
+    return sorted(known | {dataset.identity for dataset in datasets}), at_once
 
 
 if __name__ == "__main__":

@@ -15,18 +15,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data.identity import check_identity, write_table
-from experiment.fields import phase_names, stored_config
-from experiment.files import DamagedFile, read_json, write_json
+from data.randomness import phase_key
+from errors import UserError
+from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
+from experiment.files import DamagedFile, read_json, read_status, write_json
+from experiment.runner import FINAL, GROUP, kin
 from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, check_architecture, split_model
-from training.cost import model_cost, step_memory
+from training.cost import model_cost
+from training.heads import HeadGroup, SeedRecord
 from training.log import environment
-from training.phase import train_phase
+from training.phase import save_augmented_batch, train_phase
 from training.preflight import check_phases, inspect_pixels
 from training.record import Diverged, RunRecord
-from training.steps import Metrics, make_eval_step
-from training.weights import find_weights, save_weights
+from training.results import complete, cost, prediction_memory, write_predictions
+from training.steps import make_eval_step, trained
+from training.stored_features import FrozenStages
+from training.together import obstacle, seeds_at_once, tries_settings
+from training.weights import find_weights
 
 
 def train_and_evaluate(
@@ -46,16 +53,144 @@ def train_and_evaluate(
       Interrupted: `should_stop` was true, and the state is saved.
       UserError: the config, the data or the disk is at fault.
     """
+    if tries_settings(config):
+        return train_together([config], [run_dir], should_stop)[0]
     run_dir = Path(run_dir)
+    dataset, model = prepare(config, [run_dir])
+    summary = begin([config], [run_dir], dataset, model)
+    record = RunRecord(config, run_dir, dataset, model, device_mesh(), should_stop)
+    try:
+        weights = train(record) if model.trained_by_gradient else fit(record)
+        metrics, memory = predict(record, weights)
+    except Diverged as error:
+        summary |= {"status": "diverged", "error": str(error), "cost": cost(record, None)}
+    else:
+        summary |= complete(record, weights, metrics, cost(record, memory), summary)
+    finally:
+        record.close()
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def train_runs(
+    configs: list[ConfigDict], run_dirs: list[Path], should_stop: Callable[[], bool]
+) -> list[dict]:
+    """Trains a run, or several at once (see `train_together`); returns their summaries."""
+    if len(configs) == 1:
+        return [train_and_evaluate(configs[0], run_dirs[0], should_stop)]
+    return train_together(configs, run_dirs, should_stop)
+
+
+def train_together(
+    configs: list[ConfigDict],
+    run_dirs: list[Path],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict]:
+    """Trains the heads of several seeds at once, as `train_and_evaluate` would one by one.
+
+    The configs differ in their seed alone; `training.together` says which can be. The group's state
+    lies in the first run directory; of directories that are complete, nothing is written.
+    """
+    run_dirs = [Path(run_dir) for run_dir in run_dirs]
+    dataset, model = prepare(configs[0], run_dirs)
+    if why := obstacle(configs[0], model, dataset):
+        raise UserError(f"these runs cannot be trained together: {why}")
+    left = [s for s, run_dir in enumerate(run_dirs) if read_status(run_dir) not in FINAL]
+    summary = begin([configs[s] for s in left], [run_dirs[s] for s in left], dataset, model)
+    names = ["/".join(run_dir.resolve().parts[-2:]) for run_dir in run_dirs]
+    for s in left:
+        write_json(run_dirs[s] / GROUP, {"runs": names})
+    mesh, records = device_mesh(), []
+    for config, run_dir in zip(configs, run_dirs, strict=True):
+        records.append(SeedRecord(config, run_dir, dataset, model, mesh, should_stop))
+        records[-1].feeds = records[0].feeds
+    group = HeadGroup(records, initial_arrays(configs, model, dataset), names)
+    try:
+        group.train()
+        write_seeds(group, left, summary)
+    finally:
+        for opened in (group, *records):
+            opened.close()
+    return [read_json(run_dir / "summary.json") for run_dir in run_dirs]
+
+
+def write_seeds(group: HeadGroup, seeds: list[int], summary: dict) -> None:
+    """Writes the run directories of some seeds of a group; `summary` is how each one begins."""
+    lead = group.lead
+    fixed = model_cost(lead.model, lead.config.data.image_size)
+    fixed["shared_by"] = {"seeds": len(group.records), "settings": len(group.settings)}
+    memory = prediction_memory(lead, group.weights(0, 0))
+    predicted = {part: group.predictions(part) for part in ("validation", "test")}
+    for seed in seeds:
+        record, chosen = group.records[seed], group.chosen(seed)
+        setting = chosen or 0
+        record.progress = group.account(seed, setting)
+        save_augmented_batch(record, group.config, phase_key(record.config.seed, 0))
+        for line in group.lines[seed][setting]:
+            record.metrics.write(**line)
+        own = dict(summary)
+        if tries_settings(lead.config):
+            own["settings"] = {"tried": group.tried(seed)}
+        if chosen is None:
+            error = group.errors[seed][setting]
+            own |= {"status": "diverged", "error": error, "cost": cost(record, None, fixed)}
+        else:
+            if "settings" in own:
+                own["settings"]["chosen"] = group.settings[chosen]
+            metrics = {}
+            for part, (scores, logits) in predicted.items():
+                found = {name: values[seed][chosen] for name, values in scores.items()}
+                metrics[part] = write_predictions(record, part, found, logits[seed, chosen])
+            weights, spent = group.weights(seed, chosen), cost(record, memory, fixed)
+            own |= complete(record, weights, metrics, spent, own)
+        write_json(record.run_dir / "summary.json", own)
+
+
+def initial_arrays(configs: list[ConfigDict], model: Classifier, dataset: Dataset) -> list[dict]:
+    """Returns {"params", "stats"} that each seed begins with: the first one's are the model's.
+
+    Of the others, they are what trains: frozen stages are the same.
+    """
+    _, params, stats = split_model(model)
+    settings = phase_config(configs[0], phase_names(configs[0])[0])
+    first = first_trained_stage(settings.train, len(model.stages))
+
+    @jax.jit  # once for all seeds; what is frozen is not computed
+    def of_seed(seed: jax.Array) -> dict:
+        fresh = build_model(configs[0], dataset.num_classes, dataset.class_names, seed)
+        _, params, stats = split_model(fresh)
+        return {"params": trained(params, first), "stats": trained(stats, first)}
+
+    rest = [of_seed(config.seed) for config in configs[1:]]
+    return [{"params": params, "stats": stats}, *rest]
+
+
+def prepare(config: ConfigDict, run_dirs: list[Path]) -> tuple[Dataset, Classifier]:
+    """Returns the data and the initial model of a run, after all checks that need them."""
     dataset = load_dataset(config.data, config.runtime.cache_dir)
-    mesh = device_mesh()
-    check_data(dataset, config, run_dir)
+    for run_dir in run_dirs:
+        check_data(dataset, config, run_dir)
     model = build_model(config, dataset.num_classes, dataset.class_names)
-    check_phases(config, model, dataset, mesh)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", stored_config(config))
-    write_json(run_dir / "environment.json", environment())
-    write_json(run_dir / "dataset.json", dataset.to_dict(config.data))
+    check_phases(config, model, dataset, device_mesh())
+    return dataset, model
+
+
+def begin(
+    configs: list[ConfigDict], run_dirs: list[Path], dataset: Dataset, model: Classifier
+) -> dict:
+    """Writes what is known of runs before they train; returns how their summaries begin.
+
+    The runs differ in their seed alone; `model` is of the first.
+    """
+    where = environment()
+    for config, run_dir in zip(configs, run_dirs, strict=True):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / "config.json", stored_config(config))
+        write_json(run_dir / "environment.json", where)
+        write_json(run_dir / "dataset.json", dataset.to_dict(config.data))
+    if not configs:
+        return {}
+    config = configs[0]
     summary = {
         "model": config.model.to_dict() | dict(model.fields),
         "image_size": config.data.image_size,
@@ -65,24 +200,8 @@ def train_and_evaluate(
     if config.weights != "none" and config.preflight != "off":
         strict = config.preflight == "error"
         summary["preflight"] = inspect_pixels(model, sample(dataset), config.weights, strict=strict)
-        write_json(run_dir / "preflight.json", summary["preflight"])
-
-    record = RunRecord(config, run_dir, dataset, model, mesh, should_stop)
-    try:
-        weights = train(record) if model.trained_by_gradient else fit(record)
-        metrics, memory = predict(record, weights)
-    except Diverged as error:
-        summary |= {"status": "diverged", "error": str(error), "cost": cost(record, None)}
-    else:
-        progress = record.progress
-        summary |= {"status": "complete", "metrics": metrics, "cost": cost(record, memory)}
-        summary |= {"best_step": progress.best_step, "steps": progress.step}
-        summary |= {"phases": progress.phases}
-        arrays = {path: np.asarray(a) for part in weights.values() for path, a in part.items()}
-        save_weights(run_dir, arrays, stored_config(config), dataset.class_names, summary)
-    finally:
-        record.close()
-    write_json(run_dir / "summary.json", summary)
+        for run_dir in run_dirs:
+            write_json(run_dir / "preflight.json", summary["preflight"])
     return summary
 
 
@@ -134,33 +253,23 @@ def predict(record: RunRecord, weights: dict) -> tuple[dict, int | None]:
 
     Returns the metrics of both, and the bytes on each device that a batch of predictions takes.
     """
-    config, dataset, metrics = record.config, record.dataset, {}
-    eval_step, empty = make_eval_step(record.model), record.put(Metrics.empty())
-    batch = next(record.feed("validation").evaluation(config.eval_batch_size))
-    memory = step_memory(eval_step, weights, empty, batch)
-    for part in ("validation", "test"):
-        scores, logits = record.evaluate(record.feed(part), weights, eval_step)
-        labels, groups = dataset.labels(part), dataset.listing.groups
-        arrays = {"ids": np.array(dataset.ids(part)), "labels": labels, "logits": logits}
-        if groups:
-            arrays["groups"] = np.array([groups[row] for row in dataset.rows[part]])
-        np.savez(record.run_dir / f"predictions_{part}.npz", **arrays)
-        correct = int((logits.argmax(axis=1) == labels).sum())
-        metrics[part] = scores | {"correct": correct, "count": len(labels)}
+    metrics, first = {}, frozen_in_all(record.progress.phases)
+    memory = prediction_memory(record, weights)
+    feeds = {part: record.feed(part) for part in ("validation", "test")}
+    if first:
+        stages = FrozenStages(record.config, record.model, weights, first)
+        feeds = {part: stages.features(feed) for part, feed in feeds.items()}
+    eval_step = make_eval_step(record.model, first)
+    for part, feed in feeds.items():
+        scores, logits = record.evaluate(feed, weights, eval_step)
+        metrics[part] = write_predictions(record, part, scores, logits)
     return metrics, memory
 
 
-def cost(record: RunRecord, prediction_memory: int | None) -> dict:
-    """Returns what the run took, as `summary.json` holds it; bytes are on each device."""
-    progress, timed = record.progress, record.progress.timed_seconds
-    return model_cost(record.model, record.config.data.image_size) | {
-        "train_images_per_second": progress.timed_images / timed if timed else None,
-        "seconds": progress.seconds,
-        "seconds_to_best": progress.seconds_to_best,
-        "compile_seconds": progress.compile_seconds,
-        "train_step_memory_bytes": progress.train_step_memory_bytes,
-        "predict_step_memory_bytes": prediction_memory,
-    }
+def frozen_in_all(phases: list[dict]) -> int:
+    """Returns the stage before which all phases of a run stored features; 0 if there is none."""
+    firsts = {p["first_trained_stage"] if p["stored_features"] else 0 for p in phases}
+    return firsts.pop() if len(firsts) == 1 else 0
 
 
 # --- before training ----------------------------------------------------------------------------
@@ -172,9 +281,15 @@ def device_mesh() -> Mesh:
 
 
 def build_model(
-    config: ConfigDict, num_classes: int, class_names: list[str] | None = None
+    config: ConfigDict,
+    num_classes: int,
+    class_names: list[str] | None = None,
+    seed: jax.Array | None = None,
 ) -> Classifier:
-    """Returns the model of a run's config, initialised from its seed and its pretrained weights."""
+    """Returns the model of a run's config, initialised from its seed and its pretrained weights.
+
+    `seed`, which may be traced, stands in for the config's.
+    """
     fields, weights = config.model.to_dict(), config.weights
     if weights.startswith("run:"):
         find_weights(Path(weights.removeprefix("run:")))
@@ -183,7 +298,7 @@ def build_model(
         num_classes,
         weights=weights,
         class_names=class_names,
-        seed=config.seed,
+        seed=config.seed if seed is None else seed,
         image_size=config.data.image_size,
         dtype=config.compute_dtype,
         **fields,
@@ -203,8 +318,10 @@ def check_data(dataset: Dataset, config: ConfigDict, run_dir: Path) -> None:
     check_identity(stored, current, str(run_dir), dataset.identity_table, folder)
 
 
-def check_run(config: ConfigDict) -> None:
+def check_run(config: ConfigDict) -> int:
     """Finds every mistake in a run's config that shows without training.
+
+    Returns how many seeds of it may be trained at once.
 
     Raises:
       UserError: about its data, its phases, or a model that does not fit the images.
@@ -213,20 +330,20 @@ def check_run(config: ConfigDict) -> None:
     model = nnx.eval_shape(lambda: build_model(config, dataset.num_classes, dataset.class_names))
     check_architecture(model, config.data.image_size)
     check_phases(config, model, dataset, device_mesh())
+    return seeds_at_once(config, model, dataset)
 
 
-def check_runs(configs: list[ConfigDict], workdir: Path) -> list[Dataset]:
+def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset], dict[str, int]]:
     """Checks every run of a grid, and that all runs of the workdir are of the same data.
 
-    Runs whose configs ask for other data may differ. Returns the different data.
+    Runs whose configs ask for other data may differ. Returns the different data, and how many runs
+    of a kin, which differ in their seed alone, may be trained at once.
     """
-    checked, datasets = set(), []
+    at_once, datasets = {}, []
     for config in configs:
-        settings = ConfigDict(config.to_dict() | {"seed": 0})
-        if settings.to_json() in checked:
+        if kin(config) in at_once:
             continue
-        checked.add(settings.to_json())
-        check_run(config)
+        at_once[kin(config)] = check_run(config)
         dataset = load_dataset(config.data, config.runtime.cache_dir)
         if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
             datasets.append((config, dataset))
@@ -240,7 +357,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> list[Dataset]:
                 check_data(dataset, config, run_dir)
     for _, dataset in datasets:
         write_table(dataset.identity_table, workdir / "audit", dataset.identity)
-    return [dataset for _, dataset in datasets]
+    return [dataset for _, dataset in datasets], at_once
 
 
 def same_data(first: dict, second: dict) -> bool:

@@ -96,8 +96,14 @@ def get_config(models: str = "") -> ConfigDict:
     )
     config.frozen_batch_norm = "running"  # of frozen stages; batch is a mistake, for ablations only
     # An image is augmented in this many ways, epoch by epoch in turn; 0: anew every time. Stages
-    # that are frozen are computed once a view and stored (see `runtime.feature_cache_mb`).
+    # that are frozen are computed once a view and stored (see `runtime.feature_cache_mb`). The
+    # views are the same for every seed, so that seeds share them; with 0, seeds differ in them.
     config.augment_views = 0
+    # In place of optimizer.learning_rate and optimizer.weight_decay: every pair of these is trained
+    # at once, in each run, and the one that `select` prefers on validation images is kept. For a
+    # run of one phase on stored features (phases=head, with weights); () tries nothing.
+    config.try_learning_rates = ()
+    config.try_weight_decays = ()
 
     # What differs from the fields of this file in each phase.
     phase = config.phase = ConfigDict()
@@ -194,10 +200,12 @@ def get_config(models: str = "") -> ConfigDict:
 
     # --- how to run, never what to compute: may change between a run and its resumption ---------
     runtime = config.runtime = ConfigDict()
-    runtime.cache_dir = "~/.cache/archcompare"  # decoded images and compiled programs
+    runtime.cache_dir = "~/.cache/archcompare"  # decoded images, stored features, programs
     runtime.feed = "auto"  # resident: images on the device | streaming: read ahead | auto
     runtime.resident_limit_mb = 2048  # auto: if all parts together are larger, they are streamed
-    # Outputs of frozen stages are stored while they are smaller; 0: computed at every step.
+    # Outputs of frozen stages are stored while they are smaller, on the device and in `cache_dir`;
+    # 0: computed at every step. Seeds that train heads on them do so together, as many at once as
+    # have states below this limit.
     runtime.feature_cache_mb = 2048.0
     runtime.checkpoint_every_seconds = 60.0  # at least; saved when training metrics are logged
     runtime.log_every_steps = 100  # and at each evaluation

@@ -3,10 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
-import socket
-import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,6 +16,7 @@ from PIL import Image, ImageOps, __version__
 from scipy.fft import dctn
 from tqdm import tqdm
 
+from data.cache import put_in_place, sweep, temporary_folder
 from data.formats import HEIF, open_image, printable
 from data.sources import Listing
 from errors import UserError
@@ -46,6 +43,7 @@ class Decoded:
       errors: N messages, "" for an image that was read.
       modes: N names of the pixel format as stored, such as RGB or L.
       fingerprint: SHA-256 over every image as stored and over how it is decoded.
+      entry: name of all that the pixels depend on, what decodes them included.
     """
 
     images: np.ndarray
@@ -53,6 +51,7 @@ class Decoded:
     errors: list[str]
     modes: list[str]
     fingerprint: str
+    entry: str = ""
 
 
 FACTS = np.dtype(
@@ -170,10 +169,9 @@ def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
     entry = Path(cache_dir).expanduser() / "images" / name
     shape = (len(listing.ids), config.image_size, config.image_size, 3)
     try:
-        _sweep(entry.parent)
+        sweep(entry.parent)
         decoded = _read_entry(entry, shape)
         if decoded is None:
-            entry.parent.mkdir(parents=True, exist_ok=True)
             _fill_entry(entry, listing, config, unread)
             decoded = _read_entry(entry, shape)
         if decoded is None:
@@ -184,7 +182,7 @@ def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
             "Make room there, or name another folder with --config.runtime.cache_dir=..."
         ) from error
     listing.release()
-    decoded.fingerprint = fingerprint
+    decoded.fingerprint, decoded.entry = fingerprint, name
     for i, error in unread.items():  # it may have another reason today
         decoded.errors[i] = error
     return decoded
@@ -243,11 +241,9 @@ def _checksums(images: np.ndarray, facts: np.ndarray, notes: dict) -> list[int]:
 def _fill_entry(entry: Path, listing: Listing, config: ConfigDict, unread: dict[int, str]) -> None:
     """Decodes into a temporary folder and renames it, so an entry is whole or absent."""
     count, size = len(listing.ids), config.image_size
-    prefix = f".part-{_machine()}-{os.getpid()}-"
-    work = Path(tempfile.mkdtemp(dir=entry.parent, prefix=prefix))
     facts = np.zeros(count, FACTS)
     errors, modes = [unread.get(i, "") for i in range(count)], [""] * count
-    try:
+    with temporary_folder(entry) as work:
         with open(work / "images.npy", "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -277,9 +273,7 @@ def _fill_entry(entry: Path, listing: Listing, config: ConfigDict, unread: dict[
         images = np.load(work / "images.npy", mmap_mode="r")
         notes["checksums"] = _checksums(images, facts, notes)
         (work / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-        _put_in_place(work, entry, images.shape)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        put_in_place(work, entry, lambda: _read_entry(entry, images.shape) is not None)
 
 
 def _decode_row(
@@ -308,54 +302,3 @@ def _decode_row(
         errors[i] = _message(error)
         return None
     return image
-
-
-def _put_in_place(work: Path, entry: Path, shape: tuple[int, ...]) -> None:
-    """Renames a finished folder; a damaged entry in its way is moved aside and swept."""
-    try:
-        work.rename(entry)
-    except OSError:
-        if _read_entry(entry, shape):  # another process was faster, with the same content
-            return
-        aside = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f"{work.name}-"))
-        try:
-            entry.rename(aside / "damaged")
-            work.rename(entry)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _machine() -> str:
-    """Returns a name of this machine; containers on it, which number processes anew, differ."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        space = 0
-    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
-
-
-def _sweep(folder: Path) -> None:
-    """Deletes what killed processes left behind: of this machine at once, of others after a day."""
-    for path in folder.glob(".part-*"):
-        machine, _, rest = path.name.removeprefix(".part-").partition("-")
-        pid = rest.partition("-")[0]
-        try:
-            if machine == _machine() and pid.isdigit():
-                gone = not _alive(int(pid))
-            else:
-                newest = max(file.stat().st_mtime for file in (path, *path.iterdir()))
-                gone = time.time() - newest > 86400
-        except OSError:  # it went away meanwhile
-            continue
-        if gone:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

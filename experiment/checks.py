@@ -28,6 +28,7 @@ CHOICES = {
     "select": ("loss", "accuracy", "balanced_accuracy", "macro_f1"),
     "runtime.feed": ("auto", "resident", "streaming"),
 }
+TRIED = {"try_learning_rates": "learning_rate", "try_weight_decays": "weight_decay"}
 # Intervals; a round bracket leaves its end out.
 RANGES = {
     "data.image_size": "[1, 4096]",
@@ -97,6 +98,11 @@ def _check(config: ConfigDict) -> None:
     for path, interval in RANGES.items():
         _check_range(path, values[path], interval)
     _check_data(config.data)
+    for path, field in TRIED.items():
+        for value in config[path]:
+            _check_range(path, value, RANGES[f"optimizer.{field}"])
+        if len(set(config[path])) < len(config[path]):
+            raise UserError(f"config.{path}={tuple(config[path])} names a value twice")
     if config.augment_views and (config.augment.mixup or config.augment.cutmix):
         raise UserError(
             f"config.augment_views={config.augment_views} stores views of single images: set "

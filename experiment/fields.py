@@ -19,7 +19,7 @@ GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
 PHASE_FIELDS = (
     "train", "layer_decay", "batch_norm", "frozen_batch_norm", "augment_views", "epochs",
     "batch_size", "optimizer", "schedule", "loss", "augment", "ema_decay", "eval_every_epochs",
-    "early_stopping_patience",
+    "early_stopping_patience", "try_learning_rates", "try_weight_decays",
 )  # fmt: skip
 
 
@@ -100,7 +100,8 @@ def parse(text: str, current: Any, path: str, where: str) -> Any:
 def _parse_tuple(text: str, current: tuple) -> tuple:
     value = ast.literal_eval(text)
     value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    if not {type(item) for item in value} <= {type(item) for item in current} | {int}:
+    known = {type(item) for item in current} or {float}  # an empty one is of numbers
+    if not {type(item) for item in value} <= known | {int}:
         raise TypeError
     return value
 

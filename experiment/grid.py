@@ -33,6 +33,8 @@ AS_BEFORE = {
     "data.layout": "auto",
     "data.store_size": 0,
     "data.max_pixels": 100_000_000,
+    "try_learning_rates": [],
+    "try_weight_decays": [],
 }
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
 FREE = ("eval_batch_size", "data.path", "data.tfds_dir")

@@ -1,4 +1,4 @@
-"""One run after the other: the lock on each, the record of a failure, and signals to stop."""
+"""One group of runs after the other: their locks, the record of a failure, signals to stop."""
 
 import os
 import signal
@@ -6,14 +6,19 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from errors import Interrupted, UserError
-from experiment.files import read_status, write_json
+from experiment.files import read_json, read_status, write_json
 from experiment.grid import Run
 from experiment.machine import locked
 
 STOPPED = 75  # exit code, EX_TEMPFAIL: try again
+FINAL = ("complete", "diverged")  # statuses of runs that are not trained again
+GROUP = "group.json"  # names the runs that a run was trained together with
 
 
 class Signals:
@@ -44,46 +49,115 @@ def prepare_workdir(workdir: Path) -> Path:
     return workdir
 
 
-def train_one(run: Run, workdir: Path, title: str, train: Callable, stop: Signals) -> bool:
-    """Trains one run unless it is finished; records a failure.
+def kin(config: ConfigDict) -> str:
+    """Returns what runs that differ in their seed alone have in common."""
+    return ConfigDict(config.to_dict() | {"seed": 0}).to_json()
 
-    Returns False where another process is training it.
+
+def divide(runs: list[Run], workdir: Path, at_once: dict[str, int]) -> list[list[Run]]:
+    """Returns the runs in groups that are trained at once, in order.
+
+    An interrupted group comes together again, with those of its runs that are complete; the others
+    of a kin that are not complete form new groups of at most `at_once[kin]`.
+    """
+    groups, kins = [], {}
+    for run in runs:
+        kins.setdefault(kin(run.config), {})[run.name] = run
+    for key, kindred in kins.items():
+        left = [name for name in kindred if read_status(workdir / name) not in FINAL]
+        done = [[name] for name in kindred if name not in left]
+        again, size = [], at_once[key]
+        for name in left if size > 1 else ():
+            names = _group_of(workdir, name)
+            whole = bool(names) and names == _group_of(workdir, names[0])
+            if whole and names not in again and kindred.keys() >= set(names):
+                again.append(names)
+        left = [name for name in left if not any(name in names for names in again)]
+        new = [left[i : i + size] for i in range(0, len(left), size)]
+        done = [names for names in done if not any(names[0] in group for group in again)]
+        groups += [[kindred[name] for name in names] for names in (*done, *again, *new)]
+    return groups
+
+
+def _group_of(workdir: Path, name: str) -> list[str]:
+    """Returns the runs that a run was trained together with, the first holds their state."""
+    try:
+        return read_json(workdir / name / GROUP).get("runs", [])
+    except UserError:
+        return []
+
+
+def train_group(
+    runs: list[Run], workdir: Path, titles: dict[str, str], train: Callable, stop: Signals
+) -> set[str]:
+    """Trains runs that belong together unless they are finished; records a failure.
+
+    Returns the names of those that another process is training.
 
     Args:
-      run: of the grid.
+      runs: of the grid, which differ in their seed alone.
       workdir: of the experiment.
-      title: begins each line that is printed.
-      train: `train_and_evaluate`.
+      titles: of each run by name; begins each line that is printed.
+      train: called with configs, run directories and `should_stop`; returns their summaries.
       stop: asked after every step.
     """
-    run_dir = workdir / run.name
-    status = read_status(run_dir)
-    if status in ("complete", "diverged"):
-        print(f"{title}: {status} already", flush=True)
-        return True
-    print(f"{title}: {'going on' if run_dir.exists() else 'training'}", flush=True)
+    left = []
+    for run in runs:
+        status = read_status(workdir / run.name)
+        if status in FINAL:
+            print(f"{titles[run.name]}: {status} already", flush=True)
+        else:
+            left.append(run)
+    if not left:
+        return set()
+    with ExitStack() as locks:
+        ours, held = [], set()
+        try:
+            for run in runs:
+                run_dir, title = workdir / run.name, titles[run.name]
+                if run in left:
+                    how = "going on" if run_dir.exists() else "training"
+                    together = f", {len(runs)} seeds at once" if len(runs) > 1 else ""
+                    print(f"{title}: {how}{together}", flush=True)
+                run_dir.mkdir(parents=True, exist_ok=True)
+                if locks.enter_context(locked(run_dir / ".lock")):
+                    ours.append(run)
+                elif run in left:
+                    print(f"{title}: another process is training it; left to that one", flush=True)
+                    held.add(run.name)
+            left = [run for run in left if run in ours]
+            if left:
+                _train(ours, left, workdir, titles, train, stop)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
+            for run in left:
+                if read_status(workdir / run.name) not in FINAL:
+                    _record_failure(workdir / run.name, titles[run.name], error)
+    return held
+
+
+def _train(
+    runs: list[Run], left: list[Run], workdir: Path, titles: dict, train: Callable, stop: Signals
+) -> None:
+    """Trains locked runs, and prints what became of those that were left to train."""
     began = time.monotonic()
+    run_dirs = [workdir / run.name for run in runs]
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with locked(run_dir / ".lock") as ours:
-            if not ours:
-                print(f"{title}: another process is training it; left to that one", flush=True)
-                return False
-            summary = train(run.config, run_dir, lambda: stop.requested)
+        summaries = train([run.config for run in runs], run_dirs, lambda: stop.requested)
     except Interrupted as interrupted:
-        print(f"{title}: {interrupted}", flush=True)
-        return True
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
-        _record_failure(run_dir, title, error)
-        return True
-    if summary["status"] == "complete":
-        accuracy, count = (summary["metrics"]["test"][key] for key in ("accuracy", "count"))
-        seconds = time.monotonic() - began
-        result = f"test accuracy {accuracy:.4f} on {count} images, {seconds:.1f} s"
-        print(f"{title}: {result}", flush=True)
-    else:
-        print(f"{title}: diverged: {summary['error']}", file=sys.stderr, flush=True)
-    return True
+        for run in left:
+            print(f"{titles[run.name]}: {interrupted}", flush=True)
+        return
+    seconds = (time.monotonic() - began) / len(left)
+    for run, summary in zip(runs, summaries, strict=True):
+        title = titles[run.name]
+        if run not in left:
+            continue
+        if summary["status"] == "complete":
+            accuracy, count = (summary["metrics"]["test"][key] for key in ("accuracy", "count"))
+            result = f"test accuracy {accuracy:.4f} on {count} images, {seconds:.1f} s"
+            print(f"{title}: {result}", flush=True)
+        else:
+            print(f"{title}: diverged: {summary['error']}", file=sys.stderr, flush=True)
 
 
 def _record_failure(run_dir: Path, title: str, error: Exception) -> None:

@@ -8,9 +8,15 @@ from ml_collections import ConfigDict
 from models.classifier import stage_of
 
 
-def make_schedule(config: ConfigDict, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step; `plateau` is constant here."""
-    rate, schedule = config.optimizer.learning_rate, config.schedule
+def make_schedule(
+    config: ConfigDict, steps_per_epoch: int, total_steps: int, rate: jax.Array | None = None
+) -> optax.Schedule:
+    """Returns the learning rate as a function of the step; `plateau` is constant here.
+
+    `rate`, which may be traced, stands in for `optimizer.learning_rate`.
+    """
+    schedule = config.schedule
+    rate = config.optimizer.learning_rate if rate is None else rate
     warmup = min(round(schedule.warmup_epochs * steps_per_epoch), total_steps)
     if schedule.name == "cosine":
         main = optax.cosine_decay_schedule(rate, max(total_steps - warmup, 1), schedule.end_factor)
@@ -54,11 +60,15 @@ def scale_by_stage(decay: float, stages: int) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, stages: int
+    config: ConfigDict, schedule: optax.Schedule, stages: int, weight_decay: jax.Array | None = None
 ) -> optax.GradientTransformation:
-    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain."""
+    """Returns clipping, weight decay and the update rule of `config.optimizer` in one chain.
+
+    `weight_decay`, which may be traced, stands in for the one of the config.
+    """
     optimizer = config.optimizer
-    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=is_kernel)
+    decay = optimizer.weight_decay if weight_decay is None else weight_decay
+    decay = optax.add_decayed_weights(decay, mask=is_kernel)
     parts = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
     if optimizer.name == "adamw":
         parts += [optax.scale_by_adam(optimizer.b1, optimizer.b2), decay]

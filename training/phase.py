@@ -1,10 +1,12 @@
 """One phase of a run: some stages train, on images or on stored features, until it is enough."""
 
+import functools
 import itertools
+import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -15,11 +17,10 @@ from data.augmentation import augment, crops, image_sheet
 from data.randomness import phase_key
 from errors import Interrupted
 from experiment.fields import first_trained_stage, phase_config, phase_names
-from input_pipeline import Feed, steps_per_epoch
+from input_pipeline import Feed, batch_rows, steps_per_epoch
 from training import checkpoint
 from training.cost import step_memory, working_time
 from training.optimizer import make_plateau
-from training.programs import shared
 from training.record import Diverged, RunRecord
 from training.steps import (
     Metrics,
@@ -31,7 +32,7 @@ from training.steps import (
     step_keys,
     train_program,
 )
-from training.stored_features import cache_features, features_fit
+from training.stored_features import FrozenStages, features_fit
 
 SAY_EVERY_SECONDS = 10.0  # a line of progress where there is no terminal for a bar
 
@@ -57,7 +58,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
     batches = phase.feed.training(order, config.batch_size, done, total)
     batches = _measure_memory(record, phase, state, batches)
     if progress.step == 0:
-        _save_augmented_batch(record, phase)
+        save_augmented_batch(record, phase.config, phase.key)
     title = f"{config.model.name} seed {config.seed} {phase.name}"
     with tqdm(total=total, initial=done, desc=title, leave=False, disable=None) as bar:
         while not progress.finished:
@@ -111,7 +112,7 @@ class Phase:
             )
         self.key = phase_key(config.seed, progress.phase)
         # `cached` says whether both feeds are of stored features.
-        self.feed, self.validation, self.cached = _feeds(record, config, weights, first, self.key)
+        self.feed, self.validation, self.cached = _feeds(record, config, weights, first)
         self.steps_per_epoch = steps_per_epoch(len(self.feed), config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch  # at most
         classes, steps = class_weights(config, record.dataset), (self.steps_per_epoch, self.steps)
@@ -121,7 +122,7 @@ class Phase:
 
 
 def _feeds(
-    record: RunRecord, config: ConfigDict, weights: dict, first: int, key: jax.Array
+    record: RunRecord, config: ConfigDict, weights: dict, first: int
 ) -> tuple[Feed, Feed, bool]:
     """Returns what to train and to validate on, and whether both are stored features."""
     train = record.feed("train", large=crops(config.augment))
@@ -134,11 +135,9 @@ def _feeds(
         if record.should_stop():
             raise Interrupted("stopped while features were stored; they are computed again")
 
-    stored = (
-        cache_features(config, record.model, weights, feed, first, number, key, stop_if_asked)
-        for feed, number in ((train, views), (validation, 0))
-    )
-    return *stored, True
+    frozen = FrozenStages(config, record.model, weights, first)
+    pairs = ((train, views), (validation, 0))
+    return *(frozen.features(feed, number, stop_if_asked) for feed, number in pairs), True
 
 
 def _measure_memory(
@@ -177,12 +176,22 @@ def _log_training(record: RunRecord, config: ConfigDict, state: dict, **values) 
     if bad >= 0:
         bad += record.progress.phase_start + 1
         record.metrics.write("train", bad, **values | {"loss": float("nan")})
-        raise Diverged(
-            f"the loss or its gradient was not finite at step {bad} (learning rate {rate:.3g}); "
-            f"try {_advice(config)}"
-        )
+        raise Diverged(broken_step(config, bad, rate))
     scores = {name: float(value) for name, value in state["metrics"].compute().items()}
     record.metrics.write("train", record.progress.step, **values | scores)
+
+
+def broken_step(config: ConfigDict, step: int, rate: float) -> str:
+    """Returns what is said of a step whose loss or gradient was not finite."""
+    return (
+        f"the loss or its gradient was not finite at step {step} (learning rate {rate:.3g}); "
+        f"try {_advice(config)}"
+    )
+
+
+def broken_loss(config: ConfigDict, step: int) -> str:
+    """Returns what is said of a validation loss that was not finite."""
+    return f"the validation loss was not finite at step {step}; try {_advice(config)}"
 
 
 def _advice(config: ConfigDict) -> str:
@@ -197,9 +206,7 @@ def _validate(record: RunRecord, phase: Phase, state: dict, where: dict, bar: tq
     scores, logits = record.evaluate(phase.validation, weights, phase.eval_step)
     record.metrics.write("validation", step, **where, **scores)
     if not math.isfinite(scores["loss"]):
-        raise Diverged(
-            f"the validation loss was not finite at step {step}; try {_advice(phase.config)}"
-        )
+        raise Diverged(broken_loss(phase.config, step))
     text = f"validation accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f}"
     bar.set_postfix_str(text)
     if bar.disable and time.monotonic() - phase.said_at > SAY_EVERY_SECONDS:
@@ -214,20 +221,22 @@ def _validate(record: RunRecord, phase: Phase, state: dict, where: dict, bar: tq
     return state
 
 
-def _save_augmented_batch(record: RunRecord, phase: Phase) -> None:
-    """Writes `augmented_batch.png`: 32 images of the first batch as the model sees them."""
-    config = phase.config
+def save_augmented_batch(record: RunRecord, config: ConfigDict, key: jax.Array) -> None:
+    """Writes `augmented_batch.png`: 32 images of the first batch of a phase, augmented."""
     feed = record.feed("train", large=crops(config.augment))
-    batch = next(feed.training(config.seed, config.batch_size, 0, 1))
-    targets = jax.nn.one_hot(batch["label"], int(feed.labels.max()) + 1)
-    size, rules = config.data.image_size, config.augment
-    draw = shared(
-        ("augment", rules.to_json(), size),
-        lambda: jax.jit(lambda *arguments: augment(*arguments, rules, size)[0]),
-    )
-    images = draw(step_keys(phase.key, 0)[0], batch["image"], targets)
+    rows = batch_rows(record.config.seed, 0, len(feed), config.batch_size)
+    batch = feed.stored[feed.rows[rows]]
+    targets = jax.nn.one_hot(feed.labels[rows], int(feed.labels.max()) + 1)
+    draw = _drawing(config.augment.to_json(), config.data.image_size)
+    images = draw(step_keys(key, 0)[0], batch, targets)
     shown = np.asarray(images)[:32].round().astype(np.uint8)
     image_sheet(shown).save(record.run_dir / "augmented_batch.png")
+
+
+@functools.lru_cache(maxsize=4)
+def _drawing(config_json: str, size: int) -> Callable:
+    config = ConfigDict(json.loads(config_json))
+    return jax.jit(lambda key, images, targets: augment(key, images, targets, config, size)[0])
 
 
 def next_pause(step: int, total: int, per_epoch: int, config: ConfigDict) -> tuple[int, bool]:

@@ -1,5 +1,6 @@
 """The record of a run under way: its progress and best weights, and how they are saved."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -46,6 +47,15 @@ class Progress:
     train_step_memory_bytes: int | None = None  # on each device, of the phase that takes most
     phases: list[dict] = field(default_factory=list)  # a record of each one that ended
 
+    def evaluated(self, loss: float, score: list[float]) -> bool:
+        """Notes validation scores; returns whether they are the best so far."""
+        if self.best_score is not None and score <= self.best_score:
+            self.evaluations_since_best += 1
+            return False
+        self.best_loss, self.best_score, self.best_step = loss, score, self.step
+        self.seconds_to_best, self.evaluations_since_best = self.seconds, 0
+        return True
+
     def begin_next_phase(self) -> None:
         """Moves on from a phase that is finished."""
         self.epochs_before += self.phases[-1]["epochs"]
@@ -74,13 +84,22 @@ class RunRecord:
     ):
         self.config, self.run_dir, self.dataset = config, run_dir, dataset
         self.model, self.mesh, self.should_stop = model, mesh, should_stop
-        self.checkpoints = Checkpoints(run_dir / "checkpoints")
         self.feeds: dict[tuple[str, int], Feed] = {}  # by part and size
         self.progress, self.best = Progress(), {}
         self.stored = self._resume()
-        self.metrics = MetricsLog(run_dir, self.progress.step, config.runtime.tensorboard)
+        self.went_on_from = self.progress.step
         self.saved_at = working_time()
         self.start_clock()
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints, opened when first needed."""
+        return Checkpoints(self.run_dir / "checkpoints")
+
+    @functools.cached_property
+    def metrics(self) -> MetricsLog:
+        """The run's metrics, from the step on that it went on from."""
+        return MetricsLog(self.run_dir, self.went_on_from, self.config.runtime.tensorboard)
 
     def feed(self, part: str, large: bool = False) -> Feed:
         """Returns the batches of a part, of `data.store_size` if `large`, on the device once."""
@@ -115,13 +134,8 @@ class RunRecord:
     def keep_if_best(self, weights: dict, loss: float, score: list[float]) -> None:
         """Keeps a copy of the weights if their validation score is the highest so far."""
         self.count_time()
-        progress = self.progress
-        if progress.best_score is not None and score <= progress.best_score:
-            progress.evaluations_since_best += 1
-            return
-        progress.best_loss, progress.best_score, progress.best_step = loss, score, progress.step
-        progress.seconds_to_best, progress.evaluations_since_best = progress.seconds, 0
-        self.best = copy_arrays(weights)
+        if self.progress.evaluated(loss, score):
+            self.best = copy_arrays(weights)
 
     def start_clock(self) -> None:
         """Begins to count the run's seconds."""
@@ -151,8 +165,8 @@ class RunRecord:
 
     def close(self) -> None:
         """Closes the files of the run."""
-        self.metrics.close()
-        self.checkpoints.close()
+        for name in {"metrics", "checkpoints"} & vars(self).keys():  # those that were opened
+            getattr(self, name).close()
 
     def _resume(self) -> dict[str, np.ndarray] | None:
         """Restores the newest state that can be read and returns its arrays."""

@@ -69,10 +69,13 @@ def step_keys(key: jax.Array, step: int | jax.Array) -> jax.Array:
 
 
 def augment_views(
-    key: jax.Array, images: jax.Array, rows: jax.Array, views: jax.Array, config: ConfigDict
+    images: jax.Array, rows: jax.Array, views: jax.Array, config: ConfigDict
 ) -> jax.Array:
-    """Augments images [B, H, W, 3] as their rows and views, int [B], decide, whatever the batch."""
-    key = view_key(key)
+    """Augments images [B, H, W, 3] as their rows and views, int [B], decide, whatever the batch.
+
+    Nor does the run's seed matter: runs that differ in it share the views.
+    """
+    key = view_key()
 
     def one(image: jax.Array, row: jax.Array, view: jax.Array) -> jax.Array:
         drawn = jax.random.fold_in(jax.random.fold_in(key, view), row)
@@ -157,7 +160,7 @@ def train_step_of(
         targets = jax.nn.one_hot(batch["label"], len(weights))  # [B, K]
         inputs = batch["image"]
         if not cached:
-            inputs, targets = _augmented(config, key, augment_key, batch, targets)
+            inputs, targets = _augmented(config, augment_key, batch, targets)
 
         def loss_of(params: dict):
             merged = merge_model(structure, state["params"] | params, state["stats"], dropout_key)
@@ -204,14 +207,14 @@ def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:
 
 
 def _augmented(
-    config: ConfigDict, key: jax.Array, step_key: jax.Array, batch: dict, targets: jax.Array
+    config: ConfigDict, key: jax.Array, batch: dict, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the images of a batch, augmented anew or as their epoch's view, and the targets."""
     if not config.augment_views:
         size = config.data.image_size
-        return augment(step_key, batch["image"], targets, config.augment, size)
+        return augment(key, batch["image"], targets, config.augment, size)
     views = batch["epoch"] % config.augment_views
-    return augment_views(key, batch["image"], batch["row"], views, config), targets
+    return augment_views(batch["image"], batch["row"], views, config), targets
 
 
 def forward(model: Classifier, inputs: jax.Array, start: int = 0) -> jax.Array:

@@ -1,7 +1,13 @@
-"""The outputs of frozen stages, computed once instead of at every step."""
+"""The outputs of frozen stages, computed once instead of at every step, and kept on disk."""
 
+import functools
+import hashlib
+import json
 import math
+import sys
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +15,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+import data
+import models
 from data.augmentation import changes_nothing
+from data.cache import put_in_place, sweep, temporary_folder
 from input_pipeline import Feed, gather_program
 from models import Classifier
-from models.classifier import merge_model
+from models.classifier import merge_model, stage_of
 from training.programs import settings, shared
 from training.steps import augment_views
+
+VERSION = 1  # of an entry; raise it when it holds other things
 
 
 class FeatureFeed(Feed):
@@ -33,20 +44,40 @@ class FeatureFeed(Feed):
 def features_fit(
     config: ConfigDict, model: Classifier, first: int, images: int, validation_images: int
 ) -> int:
-    """Returns how many views of each training image are stored in a phase; 0 for none.
-
-    None can be where nothing is frozen, where what is frozen depends on the batch, or where each
-    epoch augments anew; and none are where they take more than `runtime.feature_cache_mb`.
-    """
-    if not first or config.frozen_batch_norm == "batch":
+    """Returns how many views of each training image are stored in a phase; 0 for none."""
+    if features_obstacle(config, model, first, images, validation_images):
         return 0
-    views = 1 if changes_nothing(config.augment) else config.augment_views
+    return _views(config)
+
+
+def _views(config: ConfigDict) -> int:
+    return 1 if changes_nothing(config.augment) else config.augment_views
+
+
+def features_obstacle(
+    config: ConfigDict, model: Classifier, first: int, images: int, validation_images: int
+) -> str:
+    """Returns why no features are stored in a phase, and the cure; "" where they are.
+
+    `model` may hold shapes in place of arrays.
+    """
+    if not first:
+        return "it freezes no stage: set train=head"
+    if config.frozen_batch_norm == "batch":
+        return "what is frozen depends on the batch: set frozen_batch_norm=running"
+    if not _views(config):
+        return "each epoch augments anew: set augment_views=4, say, with augment.mixup and cutmix 0"
     size = config.data.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
-    shape = jax.eval_shape(lambda x: _condensed(model, x, first), image)
-    count = views * images + validation_images
+    shape = jax.eval_shape(lambda m, x: _condensed(m, x, first), model, image)
+    count = _views(config) * images + validation_images
     megabytes = count * math.prod(shape.shape) * shape.dtype.itemsize / 2**20
-    return views if megabytes <= config.runtime.feature_cache_mb else 0
+    if megabytes > config.runtime.feature_cache_mb:
+        return (
+            f"its features take {megabytes:.0f} MB: raise runtime.feature_cache_mb, or lower "
+            "augment_views"
+        )
+    return ""
 
 
 def _condensed(model: Classifier, images: jax.Array, first: int) -> jax.Array:
@@ -56,41 +87,121 @@ def _condensed(model: Classifier, images: jax.Array, first: int) -> jax.Array:
     return condense(features) if condense else features
 
 
-def cache_features(
-    config: ConfigDict,
-    model: Classifier,
-    weights: dict,
-    feed: Feed,
-    first: int,
-    views: int,
-    key: jax.Array,
-    after_batch: Callable[[], None] = lambda: None,
-) -> FeatureFeed:
-    """Runs the stages before `first` over every view of every image of a feed.
+class FrozenStages:
+    """The stages before `first`: what they make of images is kept in `runtime.cache_dir`.
 
-    Views are drawn from the phase's `key`; with 0 `views`, the images stay as they are.
+    An entry there is known by all that it depends on: the arrays of these stages, the architecture
+    and its code, the images, their order and their views. So neither another seed nor another
+    command computes it again; a damaged one is made anew.
     """
-    model = merge_model(model, weights["params"], weights["stats"])
 
-    def run(model: Classifier, batch: dict, view: jax.Array, key: jax.Array) -> jax.Array:
-        images = batch["image"]
-        if views and not changes_nothing(config.augment):
-            every = jnp.full(len(images), view)
-            images = augment_views(key, images, batch["row"], every, config)
-        return _condensed(model, images, first)
+    def __init__(self, config: ConfigDict, model: Classifier, weights: dict, first: int):
+        self.config, self.first = config, first
+        self.model = merge_model(model, weights["params"], weights["stats"])
+        self.folder = Path(config.runtime.cache_dir).expanduser() / "features"
+        arrays = hashlib.sha256()
+        for path, array in sorted((weights["params"] | weights["stats"]).items()):
+            if stage_of(path) < first:
+                arrays.update(f"{path} {array.dtype} {array.shape}".encode())
+                arrays.update(np.ascontiguousarray(array))
+        preprocessing = model.preprocessing.to_dict()
+        self.key = [
+            *(VERSION, jax.__version__, jax.default_backend(), _code(), arrays.hexdigest(), first),
+            *(model.name, repr(model.fields), preprocessing, config.compute_dtype),
+        ]
 
-    program = shared(("features", settings(config), first, views), lambda: jax.jit(run))
-    # Batches of nearly equal size, for padding would be computed too.
-    devices = feed.sharding.mesh.size
-    count = -(-len(feed) // config.eval_batch_size)
-    batch_size = -(-len(feed) // (count * devices)) * devices
-    parts = []
-    for view in range(max(views, 1)):
-        left = len(feed)
-        for batch in feed.evaluation(batch_size):
-            features = np.asarray(program(model, batch, view, key))
-            parts.append(features[:left])
-            left -= len(features)
-            after_batch()
-    everywhere = NamedSharding(feed.sharding.mesh, PartitionSpec())
-    return FeatureFeed(feed, jax.device_put(np.concatenate(parts), everywhere), max(views, 1))
+    def features(
+        self, feed: Feed, views: int = 0, after_batch: Callable[[], None] = lambda: None
+    ) -> FeatureFeed:
+        """Returns the feed of stage `first`, of every view of every image of `feed`.
+
+        With 0 `views`, the images stay as they are. `after_batch` may raise to stop.
+        """
+        entry = self.entry(feed, views)
+        features = _read(entry)
+        if features is None:
+            features = self._compute(feed, views, after_batch)
+            _write(entry, features)
+        everywhere = NamedSharding(feed.sharding.mesh, PartitionSpec())
+        return FeatureFeed(feed, jax.device_put(features, everywhere), max(views, 1))
+
+    def entry(self, feed: Feed, views: int) -> Path:
+        """Returns the folder where these features are kept."""
+        drawn = [views, self.config.augment.to_dict()] if self._augments(views) else []
+        rows = hashlib.sha256(feed.rows.astype(np.int64)).hexdigest()
+        key = [*self.key, feed.entry, rows, self.config.data.image_size, drawn]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
+        return self.folder / digest.hexdigest()[:24]
+
+    def _augments(self, views: int) -> bool:
+        return views > 0 and not changes_nothing(self.config.augment)
+
+    def _compute(self, feed: Feed, views: int, after_batch: Callable[[], None]) -> np.ndarray:
+        config, first, augments = self.config, self.first, self._augments(views)
+
+        def run(model: Classifier, batch: dict, view: jax.Array) -> jax.Array:
+            images = batch["image"]
+            if augments:
+                every = jnp.full(len(images), view)
+                images = augment_views(images, batch["row"], every, config)
+            return _condensed(model, images, first)
+
+        program = shared(("features", settings(config), first, augments), lambda: jax.jit(run))
+        # Batches of nearly equal size, for padding would be computed too.
+        devices = feed.sharding.mesh.size
+        count = -(-len(feed) // config.eval_batch_size)
+        batch_size = -(-len(feed) // (count * devices)) * devices
+        parts = []
+        for view in range(max(views, 1)):
+            left = len(feed)
+            for batch in feed.evaluation(batch_size):
+                features = np.asarray(program(self.model, batch, view))
+                parts.append(features[:left])
+                left -= len(features)
+                after_batch()
+        return np.concatenate(parts)
+
+
+@functools.cache
+def _code() -> str:
+    """Returns a digest of the code that features come from: architectures and augmentation."""
+    digest = hashlib.sha256()
+    for path in (
+        *sorted(Path(models.__path__[0]).glob("*.py")),
+        Path(data.__path__[0]) / "augmentation.py",
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(entry: Path) -> np.ndarray | None:
+    """Maps an entry; None if there is none, or any part of it is lost or changed."""
+    try:
+        notes = json.loads((entry / "notes.json").read_text(encoding="utf-8"))
+        form = {"dtype": jnp.dtype(notes["dtype"]), "shape": tuple(notes["shape"])}
+        features = np.memmap(entry / "features.bin", mode="r", **form)
+        return features if zlib.crc32(_bytes(features)) == notes["checksum"] else None
+    except Exception:  # noqa: BLE001 - damage has many faces, and all are mended alike
+        return None
+
+
+def _write(entry: Path, features: np.ndarray) -> None:
+    """Keeps an entry; says so where the disk does not take it."""
+    notes = {"dtype": features.dtype.name, "shape": features.shape}
+    notes["checksum"] = zlib.crc32(_bytes(features))
+    try:
+        sweep(entry.parent)
+        with temporary_folder(entry) as work:
+            (work / "features.bin").write_bytes(_bytes(features))
+            (work / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+            put_in_place(work, entry, lambda: _read(entry) is not None)
+    except OSError as error:
+        print(
+            f"warning: features cannot be kept in {entry.parent}: {error}; they are computed again "
+            "by the next run. Make room there, or set --config.runtime.cache_dir=...",
+            file=sys.stderr,
+        )
+
+
+def _bytes(features: np.ndarray) -> np.ndarray:
+    return features.reshape(-1).view(np.uint8)

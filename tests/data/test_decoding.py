@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from data import decoding, sources
+from data.cache import machine
 from data.decoding import decode_all, perceptual_hash, resize, to_rgb
 from data.sources import list_source
 from errors import UserError
@@ -362,9 +363,8 @@ def test_leftovers_of_killed_processes_are_swept(make_folder, folder_config, tmp
     config, images = folder_config(make_folder({"a": 1, "b": 1})), tmp_path / "cache" / "images"
     dead = subprocess.Popen(["true"])
     dead.wait()
-    machine = decoding._machine()
-    kept = (f".part-{machine}-{os.getppid()}-x", ".part-elsewhere-1-x")
-    gone = (f".part-{machine}-{dead.pid}-x", ".part-elsewhere-2-x", ".part-abc")
+    kept = (f".part-{machine()}-{os.getppid()}-x", ".part-elsewhere-1-x")
+    gone = (f".part-{machine()}-{dead.pid}-x", ".part-elsewhere-2-x", ".part-abc")
     for name in (*kept, *gone):
         (images / name).mkdir(parents=True)
         (images / name / "images.npy").write_bytes(b"half")

@@ -133,6 +133,7 @@ def test_phases_interrupted_anywhere_end_with_the_same_bits(tuned_run, tmp_path)
     whole = train_and_evaluate(config, tmp_path / "whole")
     per_epoch = 9
     assert [phase["steps"] for phase in whole["phases"]] == [2 * per_epoch] * 2
+    config.runtime.cache_dir = str(tmp_path / "cache")  # without the features of the whole run
     calls = {"left": 0}
 
     def should_stop():
@@ -140,8 +141,9 @@ def test_phases_interrupted_anywhere_end_with_the_same_bits(tuned_run, tmp_path)
         return calls["left"] == 0
 
     reached = []
-    # In the first phase, twice; while the second one's features are stored; in the second phase.
-    for steps in (5, 16, 7, 6):
+    # Twice in the first phase, the second time with its features at hand; while those of the second
+    # are computed; in the second phase.
+    for steps in (5, 13, 4, 6):
         calls["left"] = steps
         with pytest.raises(Interrupted):
             train_and_evaluate(config, tmp_path / "parts", should_stop)
