@@ -4,6 +4,7 @@ Results are the same to rounding. ARCHCOMPARE_LOWERING=plain leaves all of it to
 but the CPU does; docs/performance.md has the measurements.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -52,16 +53,19 @@ def _largest_of_four(x: jax.Array) -> jax.Array:
     return x.max(axis=(2, 4))
 
 
-def _largest_backward(arrays: tuple, gradient: jax.Array) -> tuple[jax.Array]:
-    """Divides a gradient among equals, as JAX does, but counts them without a reduction."""
-    x, largest = arrays
-    equal = [x[:, :, i, :, j] == largest for i in range(2) for j in range(2)]
-    share = gradient / sum(e.astype(gradient.dtype) for e in equal)
+def _largest_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    """Divides a gradient among equals, as JAX does, but counts them without a reduction.
+
+    The largest is found anew: compared with one that another program computed, none might be equal.
+    """
+    four = [x[:, :, i, :, j] for i in range(2) for j in range(2)]
+    largest = functools.reduce(jnp.maximum, four)
+    count = sum((part == largest).astype(gradient.dtype) for part in four)
     spread = (slice(None), slice(None), None, slice(None), None)
-    return (jnp.where(x == largest[spread], share[spread], 0),)
+    return (jnp.where(x == largest[spread], (gradient / jnp.maximum(count, 1))[spread], 0),)
 
 
-_largest_of_four.defvjp(lambda x: (y := _largest_of_four(x), (x, y)), _largest_backward)
+_largest_of_four.defvjp(lambda x: (_largest_of_four(x), x), _largest_backward)
 
 
 def max_pool_3x3(x: jax.Array) -> jax.Array:
