@@ -64,6 +64,7 @@ def step_memory(step, *arguments) -> int | None:
     """Returns the bytes on each device that a jitted step takes; None where nothing says so.
 
     It compiles the step, which its first call then finds compiled. Donated arguments count once.
+    On a CPU, what XLA's libraries take within a fused part of a prediction is not counted.
     """
     memory = step.lower(*arguments).compile().memory_analysis()
     if memory is None:

@@ -77,7 +77,7 @@ def random_dataset(spec: Spec) -> SimpleNamespace:
     labels = draw.integers(0, NUM_CLASSES, spec.images).astype(np.int32)
     rows = {"train": np.arange(spec.images)}
     return SimpleNamespace(
-        rows=rows, labels=lambda part: labels, decoded=SimpleNamespace(images=images)
+        rows=rows, labels=lambda part: labels, decoded=SimpleNamespace(images=images, entry="")
     )
 
 
