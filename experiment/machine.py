@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     if mallopt is None:  # another library, such as musl
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # of <malloc.h>
-    for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+    for option, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, -1)):
         mallopt(option, value)
 
 

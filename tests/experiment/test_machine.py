@@ -45,3 +45,14 @@ def test_neither_home_nor_user_nor_backend(tmp_path):
         [sys.executable, "-c", NOBODY], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert done.stdout.split() == ["agg", "True"], done.stderr
+
+
+@pytest.mark.parametrize("library", ["glibc", "other", "switched off"])
+def test_freed_memory_is_kept_where_glibc_can(monkeypatch, library):
+    called = []
+    functions = {} if library == "other" else {"mallopt": lambda *a: called.append(a)}
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(**functions))
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setenv("ARCHCOMPARE_MALLOC", "system" if library == "switched off" else "")
+    machine.keep_freed_memory()
+    assert len(called) == (3 if library == "glibc" else 0)
