@@ -3,7 +3,11 @@ import fcntl
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
+
+from experiment import machine
 from experiment.machine import locked
 from tests.conftest import ROOT
 
