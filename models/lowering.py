@@ -92,8 +92,8 @@ def max_pool_3x3(x: jax.Array) -> jax.Array:
 # --- convolution --------------------------------------------------------------------------------
 
 GATHERED_BYTES = 2 * 2**20  # by a step of a kernel gradient: it should stay in the cache
+SUMS_BYTES = 2**20  # likewise, by its sums where the convolution is depthwise
 FEW = 4  # channels, as an image has
-SUMS_BYTES = 2**20  # likewise of its sums where the convolution is depthwise
 
 
 @dataclass(frozen=True)

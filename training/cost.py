@@ -1,5 +1,6 @@
 """What a model costs, counted or measured on the device at hand, never guessed."""
 
+import contextlib
 import math
 import time
 
@@ -60,13 +61,19 @@ def _count(jaxpr) -> int:
     return total
 
 
-def step_memory(step, *arguments) -> int | None:
+def step_memory(step, *arguments, countable: bool = False) -> int | None:
     """Returns the bytes on each device that a jitted step takes; None where nothing says so.
 
     It compiles the step, which its first call then finds compiled. Donated arguments count once.
-    On a CPU, what XLA's libraries take within a fused part of a prediction is not counted.
+    On a CPU, XLA does not count what its library YNNPACK takes within the parts that it fuses, in
+    predictions nearly everything: if `countable`, the step is compiled apart, without that library.
     """
-    memory = step.lower(*arguments).compile().memory_analysis()
+    lowered, compiled = step.lower(*arguments), None
+    if countable and jax.default_backend() == "cpu":
+        with contextlib.suppress(ValueError, RuntimeError):  # a version without such an option
+            compiled = lowered.compile({"xla_cpu_experimental_ynn_fusion_type": ""})
+    compiled = compiled or lowered.compile()
+    memory = compiled.memory_analysis()
     if memory is None:
         return None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

@@ -4,6 +4,7 @@ import numpy as np
 
 from experiment.fields import stored_config
 from training.cost import model_cost, step_memory
+from training.programs import Outline, shared
 from training.record import RunRecord
 from training.steps import Metrics, make_eval_step
 from training.weights import save_weights
@@ -23,8 +24,13 @@ def complete(record: RunRecord, weights: dict, metrics: dict, spent: dict, summa
 def prediction_memory(record: RunRecord, weights: dict) -> int | None:
     """Returns the bytes on each device that a batch of predictions from images takes."""
     batch = next(record.feed("validation").evaluation(record.config.eval_batch_size))
-    empty = record.put(Metrics.empty())
-    return step_memory(make_eval_step(record.model), weights, empty, batch)
+
+    def measure() -> int | None:
+        empty = record.put(Metrics.empty())
+        return step_memory(make_eval_step(record.model), weights, empty, batch, countable=True)
+
+    # Of the seeds of a model it is the same.
+    return shared(("memory", Outline.of(record.model), batch["image"].shape), measure)
 
 
 def write_predictions(record: RunRecord, part: str, scores: dict, logits: np.ndarray) -> dict:

@@ -85,18 +85,9 @@ def augment_views(
     return jax.vmap(one)(images, rows, views)
 
 
-def make_train_step(
-    config: ConfigDict,
-    model: Classifier,
-    optimizer: optax.GradientTransformation,
-    weights: jax.Array,
-    *,
-    first: int = 0,
-    cached: bool = False,
-) -> Callable[[dict, dict, jax.Array], dict]:
-    """Returns the jitted `train_step`, which donates the state."""
-    step = train_step_of(config, model, optimizer, weights, first=first, cached=cached)
-    return jax.jit(step, donate_argnums=0)
+def make_train_step(*arguments, **options) -> Callable[[dict, dict, jax.Array], dict]:
+    """Returns the step of `train_step_of`, jitted; it donates the state."""
+    return jax.jit(train_step_of(*arguments, **options), donate_argnums=0)
 
 
 @dataclass(frozen=True)

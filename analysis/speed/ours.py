@@ -23,8 +23,7 @@ from models.weights.own import arrays_of, write_own
 from train import build_model, device_mesh
 from training.cost import multiply_adds
 from training.log import environment
-from training.optimizer import make_optimizer, make_schedule
-from training.steps import Metrics, initial_state, make_eval_step, make_train_step
+from training.steps import Metrics, initial_state, make_eval_step, train_program
 
 FOREVER = 2**40  # steps
 
@@ -86,16 +85,15 @@ def training(
 ) -> tuple[Callable, Callable]:
     """Returns what takes steps of training, and what checks that the loss is finite."""
     per_epoch = steps_per_epoch(len(feed), config.batch_size)
-    schedule = make_schedule(config, per_epoch, config.epochs * per_epoch)
-    optimizer = make_optimizer(config, schedule, len(model.stages))
-    step = make_train_step(config, model, optimizer, np.ones(NUM_CLASSES, np.float32))
-    state = put(initial_state(config, weights, optimizer, 0))
+    steps = (per_epoch, config.epochs * per_epoch)
+    program = train_program(config, model, np.ones(NUM_CLASSES, np.float32), steps)
+    state = put(initial_state(config, weights, program.optimizer, 0))
     key, batches = phase_key(0, 0), feed.training(0, config.batch_size, 0, FOREVER)
 
     def run(steps: int) -> None:
         nonlocal state
         for batch in itertools.islice(batches, steps):
-            state = step(state, batch, key)
+            state = program.step(state, batch, key)
         jax.block_until_ready(state)
 
     def check() -> None:

@@ -300,9 +300,8 @@ def test_costs_are_those_of_the_run_whatever_ran_before(digits_run, few_digits, 
     assert costs[0]["seconds"] - costs[1]["seconds"] < saved / 2
     assert costs[0]["seconds"] == pytest.approx(sum(p["seconds"] for p in first["phases"]), abs=0.1)
     small = train_and_evaluate(digits_run("linear", **few_digits | {"epochs": 1}), tmp_path / "c")
-    for memory, factor in (("train_step_memory_bytes", 5), ("predict_step_memory_bytes", 0)):
-        assert costs[0][memory] == costs[1][memory] > factor * small["cost"][memory]
-        assert small["cost"][memory] > 0
+    for memory in ("train_step_memory_bytes", "predict_step_memory_bytes"):
+        assert costs[0][memory] == costs[1][memory] > 5 * small["cost"][memory] > 0
 
 
 def test_the_sample_of_the_preflight_spreads_over_all_classes(tmp_path, cache_dir):
