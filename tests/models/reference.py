@@ -1,4 +1,4 @@
-"""The same networks in timm, torchvision and Keras, to hold ours against; needs those libraries.
+"""The same networks in other libraries, to hold ours against; needs those libraries.
 
 reference = build("timm", "resnet50", {"form": "torch"}, 1000, 224)
 reference.load(path)                    # with the library's own loader
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import jax
@@ -46,11 +47,23 @@ def _efficientnet(number: int) -> dict:
         f"block{i}{'abcdefgh'[count - 1]}_{'add' if count > 1 else 'project_bn'}"
         for i, count in enumerate(counts, start=1)
     ]
-    return {
+    return _lukemelas(name, counts) | {
         "timm": (name, TIMM_INVERTED),
         "torchvision": (name, [f"features.{i}" for i in range(9)]),
         "keras": (f"EfficientNetB{number}", ["stem_activation", *ends, "top_activation"]),
     }
+
+
+def _efficientnet_lite(number: int) -> dict:
+    name = f"efficientnet_lite{number}"
+    _, *inner, _ = (math.ceil(row[2] * MODELS[name].depth) for row in MODELS[name].plan)
+    return _lukemelas(name, [1, *inner, 1]) | {"timm": (name, TIMM_INVERTED)}
+
+
+def _lukemelas(name: str, counts: list[int]) -> dict:
+    """One activation ends stem and head alike; blocks are numbered through."""
+    ends = [f"_blocks.{end - 1}" for end in accumulate(counts)]
+    return {"lukemelas": (name.replace("_", "-"), ["_swish", *ends])}
 
 
 # What each library calls a network, and its layers that end our stages but the head.
@@ -64,6 +77,7 @@ NETWORKS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "resnet101": _resnet("resnet101", "ResNet101"),
     "resnet152": _resnet("resnet152", "ResNet152"),
     **{f"efficientnet_b{number}": _efficientnet(number) for number in range(4)},
+    **{f"efficientnet_lite{number}": _efficientnet_lite(number) for number in range(5)},
     "mobilenet_v2": {
         "timm": ("mobilenetv2_100", TIMM_INVERTED),
         "torchvision": (
@@ -108,7 +122,7 @@ def build(family: str, name: str, fields: dict, num_classes: int, image_size: in
     """Returns the network that `family` calls the same as our `name`.
 
     Args:
-      family: timm, torchvision or keras.
+      family: timm, torchvision, lukemelas or keras.
       name: key of `MODELS`.
       fields: of the architecture; its `form` counts.
       num_classes: 0 for a network without classifier, of Keras only.
@@ -130,6 +144,8 @@ def build(family: str, name: str, fields: dict, num_classes: int, image_size: in
         options |= {"img_size" if family == "timm" else "image_size": image_size}
     if family == "timm":
         return _timm(f"tf_{theirs}" if fields.get("form") == "tf" else theirs, places, options)
+    if family == "lukemelas":
+        return _efficientnet_pytorch(theirs, places, options | {"image_size": image_size})
     return _torchvision(theirs, places, options)
 
 
@@ -139,13 +155,15 @@ def require(family: str) -> None:
         if family == "keras":
             os.environ.setdefault("KERAS_BACKEND", "jax")
             import keras  # noqa: F401
+        elif family == "lukemelas":
+            import efficientnet_lite_pytorch  # noqa: F401
         else:
             import_torchvision()
         if family == "timm":
             import timm  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"{error.name or family} is not installed: pip install torch torchvision timm keras"
+            f"{error.name or family} is not installed: pip install -e '.[parity]'"
         ) from error
 
 
@@ -206,6 +224,15 @@ def _torchvision(name: str, places: list[str], options: dict) -> Reference:
     from torchvision import models
 
     return _torch(models.__dict__[name](**options), places, partial(torch.load, weights_only=True))
+
+
+def _efficientnet_pytorch(name: str, places: list[str], options: dict) -> Reference:
+    """The Lite package holds the networks of efficientnet_pytorch as well, and comes as a wheel."""
+    import torch
+    from efficientnet_lite_pytorch import EfficientNet
+
+    read = partial(torch.load, weights_only=True)
+    return _torch(EfficientNet.from_name(name, **options), places, read)
 
 
 def _torch(network, places: list[str], read: Callable[[Path], dict]) -> Reference:

@@ -12,6 +12,7 @@ import types
 import zipfile
 import zlib
 from collections import OrderedDict
+from pathlib import Path
 from unittest import mock
 
 import h5py
@@ -19,7 +20,12 @@ import numpy as np
 
 from models.weights.formats import write_safetensors
 
-FILE_NAMES = {"timm": "weights.safetensors", "torchvision": "weights.pth", "keras": "weights.h5"}
+FILE_NAMES = {
+    "timm": "weights.safetensors",
+    "torchvision": "weights.pth",
+    "lukemelas": "weights.pth",
+    "keras": "weights.h5",
+}
 
 
 def random_array(name: str, shape: tuple[int, ...], family: str) -> np.ndarray:
@@ -50,9 +56,8 @@ def random_weights(shapes: dict[str, tuple[int, ...]], family: str) -> dict[str,
 
 def write_weights(path, arrays: dict[str, np.ndarray], family: str) -> None:
     """Writes arrays in the publisher's format."""
-    {"timm": write_safetensors_file, "torchvision": write_pth, "keras": write_h5}[family](
-        path, arrays
-    )
+    write = {".safetensors": write_safetensors_file, ".pth": write_pth, ".h5": write_h5}
+    write[Path(FILE_NAMES[family]).suffix](path, arrays)
 
 
 def write_safetensors_file(path, arrays: dict[str, np.ndarray]) -> None:

@@ -50,6 +50,11 @@ LARGE = {  # with 1,000 classes at 224 pixels, as timm counts them
     "efficientnet_b1": (7_794_184,),
     "efficientnet_b2": (9_109_994,),
     "efficientnet_b3": (12_233_232,),
+    "efficientnet_lite0": (4_652_008,),
+    "efficientnet_lite1": (5_416_680,),
+    "efficientnet_lite2": (6_092_072,),
+    "efficientnet_lite3": (8_197_096,),
+    "efficientnet_lite4": (13_006_568,),
     "mobilenet_v2": (3_504_872, {"dropout": 0.2, "form": "tf"}),
     "vit_s16": (22_050_664, {"dropout": 0.2}),
     "vit_b16": (86_567_656,),
@@ -59,6 +64,11 @@ NETWORKS = {
     for name, (_, *variants) in (SMALL | LARGE).items()
     for fields in variants
 }
+# One of those that differ in the number or the width of their blocks alone.
+KINDS = list(dict.fromkeys(name for name, _ in NETWORKS.values())) + [
+    "vgg16_bn",
+    "efficientnet_lite0",
+]
 # Not both forms: a step compiles for long, and a bias before BatchNorm has no gradient but rounding.
 TRAINED = [label for label in NETWORKS if label not in ("knn", "resnet50-keras")]
 FILES = {MODELS[name].__module__ for name in MODELS}

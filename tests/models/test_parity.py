@@ -1,4 +1,4 @@
-"""Live comparison with timm, torchvision and Keras: pytest -m parity, where those are installed."""
+"""Live comparison with other libraries: pytest -m parity, where those are installed."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from models import create_model
 from models.classifier import in_mode
 from tests.models.parity import PAIRS, compare
 from tests.models.reference import build, relative_error, require
-from tests.models.synthetic import random_weights, write_h5
+from tests.models.synthetic import random_weights, write_h5, write_weights
 
 pytestmark = pytest.mark.parity
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
@@ -91,3 +91,21 @@ def test_other_keras_networks_from_pixels(tmp_path, model, module, name):
     ours = create_model(model, 1000, weights=f"keras:{path}", image_size=size)
     ours = in_mode(ours, training=False)
     assert relative_error(np.asarray(ours(ours.preprocess(pixels))), expected) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["torch", "tf"])
+def test_a_local_file_of_timm_from_pixels(tmp_path, form):
+    """Of EfficientNet-Lite, timm's two forms expect other pixels, and none is listed."""
+    need("timm")
+    import timm
+
+    reference, path = build("timm", "efficientnet_lite0", {"form": form}, 1000, 64), tmp_path / "x"
+    write_weights(path, random_weights(reference.shapes, "timm"), "timm")
+    reference.load(path)
+    stated = timm.get_pretrained_cfg(f"{'tf_' if form == 'tf' else ''}efficientnet_lite0")
+    pixels = (PIXELS / 255 - stated.mean) / stated.std
+    expected = reference.run(pixels.astype(np.float32))[1]
+    ours = create_model(
+        "efficientnet_lite0", 1000, weights=f"timm:{path}", image_size=64, form=form
+    )
+    assert relative_error(np.asarray(ours(ours.preprocess(PIXELS))), expected) < 1e-4

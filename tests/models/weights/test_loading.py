@@ -53,6 +53,7 @@ def test_the_form_of_a_published_file_is_known_by_its_digest(file, monkeypatch):
         ("timm", "mobilenet_v2", "torch"),
         ("timm", "resnet101", "torch"),
         ("torchvision", "efficientnet_b3", "torch"),
+        ("lukemelas", "efficientnet_b0", "tf"),
         ("timm", "vgg16", None),
         ("torchvision", "vit_b16", None),
     ],
