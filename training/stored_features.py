@@ -151,15 +151,17 @@ class FrozenStages:
         devices = feed.sharding.mesh.size
         count = -(-len(feed) // config.eval_batch_size)
         batch_size = -(-len(feed) // (count * devices)) * devices
-        parts = []
+        stored, total, filled = None, max(views, 1) * len(feed), 0
         for view in range(max(views, 1)):
             left = len(feed)
             for batch in feed.evaluation(batch_size):
-                features = np.asarray(program(self.model, batch, view))
-                parts.append(features[:left])
-                left -= len(features)
+                features = np.asarray(program(self.model, batch, view))[:left]
+                if stored is None:  # in place, for a list and its concatenation are twice as large
+                    stored = np.empty((total, *features.shape[1:]), features.dtype)
+                stored[filled : filled + len(features)] = features
+                filled, left = filled + len(features), left - len(features)
                 after_batch()
-        return np.concatenate(parts)
+        return stored
 
 
 @functools.cache
