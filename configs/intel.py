@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-JOURNEY = "linear,knn,mlp,cnn,cnn_deep,vgg16,resnet50,efficientnet_b0"
+JOURNEY = "linear,knn,mlp,cnn,cnn_deep,efficientnet_lite0,vgg16,resnet50,efficientnet_b0"
 
 
 def get_config(models: str = "") -> ConfigDict:
@@ -68,6 +68,13 @@ def get_config(models: str = "") -> ConfigDict:
 
     # Rates and epochs outside `phase` are for training from scratch (--config.weights=none).
     large = config.per_model
+    large.efficientnet_lite0.weights = "package/efficientnet_lite0.in1k"
+    large.efficientnet_lite0.update({"epochs": 60, "optimizer": {"learning_rate": 2e-3}})
+    # Chosen on a tenth of the training photos: 94.6 % with this; without mixup and moving average
+    # 94.4 at a rate of 1e-3 and 93.6 at 3e-4; the head alone 91.6.
+    tune = large.efficientnet_lite0.phase.tune
+    tune.update({"ema_decay": 0.995, "augment": {"mixup": 0.2}})
+    tune.optimizer.learning_rate = 5e-4
     large.vgg16.weights = "timm/vgg16.tv_in1k"
     large.vgg16.model.hidden = 0
     large.vgg16.update({"epochs": 60, "optimizer": {"learning_rate": 1e-4}})
@@ -75,5 +82,4 @@ def get_config(models: str = "") -> ConfigDict:
     large.resnet50.update({"epochs": 60, "optimizer": {"learning_rate": 1e-3}})
     large.efficientnet_b0.weights = "timm/efficientnet_b0.ra_in1k"
     large.efficientnet_b0.update({"epochs": 60, "optimizer": {"learning_rate": 2e-3}})
-    large.efficientnet_b0.phase = {"tune": {"train": "last:6"}}  # its late stages are short
     return config

@@ -209,9 +209,10 @@ def transfer(comparison: Comparison) -> Section | None:
     if not rows:
         return None
     text = (
-        "Pixels: whether a batch reaches the first layers as the batches did on which the weights "
+        "Pixels: whether photographs, preprocessed as in this run, reach the first layers as the "
+        "images did on which the weights were trained. Each phase starts from the best weights so "
+        "far."
     )
-    text += "were trained. Each phase starts from the best weights so far."
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
     wrong = [label for label, *_, state in rows if state == "DO NOT MATCH"]
     finding = f"{plural(len(rows), 'model')} with pretrained weights"

@@ -3,7 +3,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from configs import ablation, base, cifar10, digits, folder, intel
+from configs import ablation, base, cifar10, digits, folder, intel, transfer
 from errors import UserError, choose
 from experiment.fields import (
     PHASE_FIELDS,
@@ -32,7 +32,7 @@ def test_choose_suggests_the_nearest():
 
 
 SMALL = {"linear", "knn", "mlp", "cnn", "cnn_deep"}
-LARGE = {"vgg16", "resnet50", "efficientnet_b0"}
+LARGE = {"efficientnet_lite0", "vgg16", "resnet50", "efficientnet_b0"}
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,32 @@ def test_the_command_line_wins_over_phases_unless_it_names_one():
 def test_the_ablation_has_a_variant_for_each_mistake():
     runs = [run for run in expand(module_with(ablation, "")) if run.config.seed == 0]
     by_variant = {run.config.variant: run.config for run in runs}
-    assert set(by_variant) == {"right", "pixels", "batch_norm", "rate", "all_three"}
-    assert by_variant["pixels"].preprocessing == "unit"
+    frozen = {"frozen", "frozen_pixels", "frozen_twice"}
+    assert set(by_variant) == {"right", "pixels", "batch_norm", "rate", "all_three"} | frozen
+    assert by_variant["pixels"].preprocessing == by_variant["frozen_pixels"].preprocessing == "unit"
+    assert all(by_variant[name].phases == "head" for name in frozen)
     assert phase_config(by_variant["batch_norm"], "tune").batch_norm == "batch"
-    rates = {k: phase_config(v, "tune").optimizer.learning_rate for k, v in by_variant.items()}
-    assert rates["rate"] == rates["all_three"] == 100 * rates["right"]
-    assert {run.name for run in runs} >= {"resnet50/seed0_right", "resnet50/seed0_all_three"}
+    tuned = {name: by_variant[name] for name in set(by_variant) - frozen}
+    rates = {k: phase_config(v, "tune").optimizer.learning_rate for k, v in tuned.items()}
+    assert rates["rate"] == rates["all_three"] == 20 * rates["right"]
+    names = {f"efficientnet_lite0/seed0_{name}" for name in ("right", "all_three", "frozen")}
+    assert {run.name for run in runs} >= names
+
+
+def test_transfer_takes_the_first_published_weights_and_the_same_network_without():
+    runs = expand(module_with(transfer, ""))
+    assert {(run.config.weights, run.config.phases) for run in runs} == {
+        ("package/efficientnet_lite0.in1k", "head,tune")
+    }
+    assert phase_config(runs[0].config, "tune").train == "last:6"
+    runs = expand(module_with(transfer, "resnet18,scratch"))
+    assert {(run.config.variant, run.config.weights, run.config.phases) for run in runs} == {
+        ("pretrained", "timm/resnet18.tv_in1k", "head,tune"),
+        ("scratch", "none", "all"),
+    }
+    assert phase_config(runs[0].config, "tune").train == "last:3"
+    alone = expand(module_with(transfer, "scratch"))
+    assert {run.config.model.name for run in alone} == {"efficientnet_lite0"}
 
 
 def test_first_trained_stage():
