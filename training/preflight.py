@@ -46,7 +46,9 @@ ABNORMAL = 0.2  # distance; photographs, right, are at 0.12 at most, the mildest
 # classifier of random numbers 8; the wrong order 8 (sea, glaciers), but often less than 1.
 SURE = 5.0
 COLOURLESS = 0.2  # rms of red minus blue over rms contrast; photos 0.6 and more, a tenth of it 0.08
-CONFIDENT = 0.2  # mean of the largest probability; 0.3 to 0.9 of photos, 0.1 of random numbers
+# Mean entropy over the largest possible; of photos 0.06 to 0.32, of classifiers of random numbers,
+# with 2 to 1,000 classes, 0.48 and more.
+UNSURE = 0.4
 FAINT = 16  # largest pixel; photos at 0.15 of their brightness reach 38
 EARLY = 1 / 6  # of the layers; later ones see what the images show more than how they are scaled
 STAGES = 2  # judged where there is no BatchNorm
@@ -57,8 +59,8 @@ DOUBT = (
 MEANING = {
     "unit": "division by 255 and nothing else",
     "raw": "no rescaling at all",
-    "unscaled": "the mean and standard deviation of pixels in 0..1, but pixels in 0..255",
-    "rescaled_twice": "division by 255 twice",
+    "unscaled": "pixels 255 times too large",
+    "rescaled_twice": "pixels divided by 255 once too often",
 }
 
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # {layer: (mean [C], variance [C])}
@@ -119,34 +121,26 @@ def inspect_pixels(
     layers = _layers(network, given, judged)
     first, warnings, order = _abnormal(layers), [], {}
     if first:
-        warnings.append(
-            f"{first['layer']} is the first layer out of place (distance {first['distance']:.2f}, "
-            f"normal is below {ABNORMAL}): the weights expect inputs of mean "
-            f"{first['expected_mean']:.3g} and standard deviation {first['expected_std']:.3g} "
-            f"there, and get {first['mean']:.3g} and {first['std']:.3g}"
-            + _diagnosis(network, given, judged)
-            + ("" if known else DOUBT)
-        )
-    elif has_classifier:
-        order = _channel_order(network, given, images)
+        diagnosis = _diagnosis(network, given, judged) + ("" if known else DOUBT)
+        warnings.append(_out_of_place(first) + diagnosis)
     else:
-        order = {"verdict": "no classifier"}
+        order = _channel_order(network, given, images, has_classifier)
     if order.get("verdict") == "swapped":
-        warnings.append(_swapped(network, given, order["t"], len(images)))
-    if images.max() <= FAINT:
+        warnings.append(_swapped(network, given, order.get("t"), len(images)))
+    if known and images.max() <= FAINT:
         warnings.append(
-            f"no pixel of the images is above {images.max()} of 255: store them as 0..255, not as "
-            "0..1 or the like"
+            f"no pixel of the images is above {images.max()} of 255: they were stored as 0..1, or "
+            "the like, and need to be stored as 0..255"
         )
     if warnings:
         text = (
-            f"preprocessing does not match the weights {weights}: " + "; ".join(warnings) + ". "
+            f"pixels do not match the weights {weights}: " + "; ".join(warnings) + ". "
             f"In use: {given}"
         )
         if strict:
             raise UserError(
-                f"{text}. Use the preprocessing that fits (config.preprocessing=weights is the one "
-                "recorded with the weights), or go on regardless with config.preflight=warn"
+                f"{text}. Mend it, or go on regardless with config.preflight=warn "
+                "(config.preprocessing=weights is what is recorded with the weights)"
             )
         print(f"warning: {text}", file=sys.stderr, flush=True)
     return {
@@ -172,18 +166,28 @@ def _abnormal(layers: list[dict]) -> dict | None:
     return next((layer for layer in layers if not layer["distance"] <= ABNORMAL), None)
 
 
+def _out_of_place(layer: dict) -> str:
+    """Returns a warning."""
+    return (
+        f"{layer['layer']} is the first layer out of place (distance {layer['distance']:.2f}, "
+        f"normal is below {ABNORMAL}): the weights expect inputs of mean "
+        f"{layer['expected_mean']:.3g} and standard deviation {layer['expected_std']:.3g} there, "
+        f"and get {layer['mean']:.3g} and {layer['std']:.3g}"
+    )
+
+
 def _diagnosis(network: Classifier, given: Preprocessing, judged: np.ndarray) -> str:
     """Returns which mistake was made, where it is known, and the preprocessing that would fit."""
     own, text = network.preprocessing, ""
     choices = {name: make(own) for name, make in MISTAKES.items() if name != "swapped"}
-    name = next((name for name, wrong in choices.items() if wrong == given), None)
+    name = next((name for name, wrong in choices.items() if wrong == given != own), None)
     if name:
         text += f". The likely mistake: {name}, that is, {MEANING[name]}"
     distance = {
         name: max(layer["distance"] for layer in _layers(network, pixels, judged))
         for name, pixels in ({"weights": own} | choices).items()
     }
-    best = min(distance, key=distance.get)
+    best = min(distance, key=distance.get) if distance["weights"] > ABNORMAL else "weights"
     if distance[best] > ABNORMAL:
         return text
     return f"{text}. What fits: config.preprocessing={best} (distance {distance[best]:.2f})"
@@ -277,7 +281,9 @@ def _photographs(size: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def _channel_order(network: Classifier, given: Preprocessing, images: np.ndarray) -> dict:
+def _channel_order(
+    network: Classifier, given: Preprocessing, images: np.ndarray, has_classifier: bool
+) -> dict:
     """Returns a verdict on the order of the channels, or why there is none.
 
     The classifier's opinion counts where it is very sure, else the record of the weights does.
@@ -287,57 +293,53 @@ def _channel_order(network: Classifier, given: Preprocessing, images: np.ndarray
     colour = np.sqrt(np.mean((wide[..., 0] - wide[..., 2]) ** 2) / max(np.mean(contrast**2), 1e-6))
     if colour < COLOURLESS:
         return {"verdict": "no colour"}
-    last = f"stages.{len(network.stages) - 1}."
-    for path, bias in split_model(network)[1].items():
-        if path.startswith(last) and bias.shape == (network.num_classes,) and not np.ptp(bias):
-            return {"verdict": "classifier untrained"}
-    t = _gain_of_swapping(network, given, images)
-    if t is None:
-        return {"verdict": "classifier unsure"}
     recorded = given.channels == network.preprocessing.channels
-    swapped = t > SURE or (t > -SURE and not recorded)
-    verdict = "swapped" if swapped else "right" if t < -SURE else "as recorded"
-    return {"verdict": verdict, "t": t}
+    opinion = _gain_of_swapping(network, given, images) if has_classifier else "no classifier"
+    if isinstance(opinion, str):
+        return {"verdict": opinion if recorded else "swapped"}
+    swapped = opinion > SURE or (opinion > -SURE and not recorded)
+    verdict = "swapped" if swapped else "right" if opinion < -SURE else "as recorded"
+    return {"verdict": verdict, "t": opinion}
 
 
-def _swapped(network: Classifier, given: Preprocessing, t: float, count: int) -> str:
-    """Returns a warning."""
-    seen = f"(t = {t:.1f} over {count} images in favour of the other order)"
+def _swapped(network: Classifier, given: Preprocessing, t: float | None, count: int) -> str:
+    """Returns a warning; `t` is None where the classifier has no opinion."""
+    seen = f" (t = {t:.1f} over {count} images in favour of the other order)" if t else ""
     recorded = network.preprocessing.channels
     if given.channels == recorded:
         return (
-            f"red and blue are swapped, says the weights' own classifier {seen}, though the "
+            f"red and blue are swapped, says the weights' own classifier{seen}, though the "
             f"weights get {recorded}, as they record it: the images may be stored in the other "
             "order. What fits: config.preprocessing=swapped"
         )
     return (
-        f"red and blue are swapped: the weights record {recorded}, and get {given.channels} "
+        f"red and blue are swapped: the weights record {recorded}, and get {given.channels}"
         f"{seen}. What fits: config.preprocessing=weights"
     )
 
 
-def _gain_of_swapping(
-    network: Classifier, given: Preprocessing, images: np.ndarray
-) -> float | None:
-    """Returns how much surer the classifier is with red and blue swapped: a t-value.
-
-    None if it tells the images hardly apart, in either order.
-    """
+def _gain_of_swapping(network: Classifier, given: Preprocessing, images: np.ndarray) -> float | str:
+    """Returns how much surer the classifier is with red and blue swapped, a t-value, or why not."""
+    last = f"stages.{len(network.stages) - 1}."
+    for path, bias in split_model(network)[1].items():
+        if path.startswith(last) and bias.shape == (network.num_classes,) and not np.ptp(bias):
+            return "classifier untrained"
     # Swapped pixels under the same mean and standard deviation of each input channel.
     both = [
         _energy(network, pixels(jnp.asarray(images)))
         for pixels in (given, MISTAKES["swapped"](given))
     ]
-    (energy, top), (swapped, swapped_top) = (np.asarray(x, np.float64) for x in both)
+    (energy, entropy), (swapped, other) = (np.asarray(x, np.float64) for x in both)
     gain = swapped - energy
-    if max(top.mean(), swapped_top.mean()) < CONFIDENT or not gain.std():
-        return None
+    if min(entropy.mean(), other.mean()) > UNSURE or not gain.std():
+        return "classifier unsure"
     return float(gain.mean() / (gain.std(ddof=1) / np.sqrt(len(gain))))
 
 
 @jax.jit
 def _energy(network: Classifier, x: jax.Array) -> jax.Array:
-    """Returns [2, B]: the log of the sum of exponentiated logits, and the largest probability."""
+    """Returns [2, B]: the log of the sum of exponentiated logits, and the entropy in 0..1."""
     logits = network(x)
-    energy = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.stack([energy, jnp.exp(logits.max(axis=-1) - energy)])
+    shares = jax.nn.log_softmax(logits)
+    entropy = -(jnp.exp(shares) * shares).sum(axis=-1) / np.log(logits.shape[-1])
+    return jnp.stack([jax.nn.logsumexp(logits, axis=-1), entropy])

@@ -209,9 +209,9 @@ def transfer(comparison: Comparison) -> Section | None:
     if not rows:
         return None
     text = (
-        "Pixels: whether photographs, preprocessed as in this run, reach the first layers as the "
-        "images did on which the weights were trained. Each phase starts from the best weights so "
-        "far."
+        "Pixels: whether photographs (or the run's images, where the weights do not know "
+        "photographs) reach the first layers as the images did on which the weights were trained. "
+        "Each phase starts from the best weights so far."
     )
     table = Table(["model", "weights", "phases of the first seed", "pixels"], rows)
     wrong = [label for label, *_, state in rows if state == "DO NOT MATCH"]

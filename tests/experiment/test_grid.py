@@ -102,6 +102,8 @@ def test_transfer_takes_the_first_published_weights_and_the_same_network_without
         ("scratch", "none", "all"),
     }
     assert phase_config(runs[0].config, "tune").train == "last:3"
+    with pytest.raises(UserError, match="cnn: no weights are published for it"):
+        transfer.get_config("cnn,scratch")
     alone = expand(module_with(transfer, "scratch"))
     assert {run.config.model.name for run in alone} == {"efficientnet_lite0"}
 

@@ -190,13 +190,13 @@ def test_weights_of_a_run_start_another(digits_run, few_digits, tuned_run, tmp_p
     assert first["accuracy"] > 0.5  # the same digits, the same ten classes
     assert summary["metrics"]["test"]["accuracy"] >= source["metrics"]["test"]["accuracy"] - 0.1
     config.preprocessing, config.preflight = "raw", "error"
-    with pytest.raises(UserError, match="preprocessing does not match the weights run:"):
+    with pytest.raises(UserError, match="pixels do not match the weights run:"):
         train_and_evaluate(config, tmp_path / "c")
     assert not (tmp_path / "c" / "metrics.jsonl").exists()
     config.preflight = "warn"
     wrong = train_and_evaluate(config, tmp_path / "d")
     assert wrong["preflight"]["first_abnormal"] == "stages.0.layers.1"
-    assert "preprocessing does not match" in capsys.readouterr().err
+    assert "pixels do not match" in capsys.readouterr().err
 
 
 def test_too_many_stages_are_named(tuned_run):
