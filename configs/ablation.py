@@ -13,6 +13,10 @@ DATA as in configs/intel.py. The mistakes:
   before a network that divides them itself, as networks of Keras do.
 
 Wrong pixels are caught before training: see the preflight warnings in the report.
+
+Measured on 1,095 + 2,158 of the Intel photos, 3 seeds, 8 epochs of the head and 5 of the stages,
+test accuracy: right 90.8 %, pixels 90.0, batch_norm 86.4, rate 88.5, all_three 88.8, frozen 88.5,
+frozen_pixels 88.2, frozen_twice 33.1; intervals in the README.
 """
 
 from ml_collections import ConfigDict
