@@ -116,9 +116,11 @@ def inspect_pixels(
     """
     network, has_classifier = _published(model, images.shape[1], weights)
     given, photographs = model.preprocessing, _photographs(images.shape[1])
-    known = not _abnormal(_layers(network, network.preprocessing, photographs))
+    layers = _layers(network, network.preprocessing, photographs)
+    known = not _abnormal(layers)
     judged = photographs if known else images
-    layers = _layers(network, given, judged)
+    if not known or given != network.preprocessing:
+        layers = _layers(network, given, judged)
     first, warnings, order = _abnormal(layers), [], {}
     if first:
         diagnosis = _diagnosis(network, given, judged) + ("" if known else DOUBT)
@@ -304,7 +306,9 @@ def _channel_order(
 
 def _swapped(network: Classifier, given: Preprocessing, t: float | None, count: int) -> str:
     """Returns a warning; `t` is None where the classifier has no opinion."""
-    seen = f" (t = {t:.1f} over {count} images in favour of the other order)" if t else ""
+    seen = ""
+    if t is not None:
+        seen = f" (t = {t:.1f} over {count} images in favour of the other order)"
     recorded = network.preprocessing.channels
     if given.channels == recorded:
         return (
