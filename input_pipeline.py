@@ -8,7 +8,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grain
 import jax
@@ -22,7 +22,14 @@ from data.folders import PARTS
 from data.identity import fingerprint, identity_table
 from data.randomness import Purpose
 from data.sources import Listing, list_source
-from data.splits import divided_groups, exact_duplicates, leaks, missing_parts, split_parts
+from data.splits import (
+    divided_groups,
+    exact_duplicates,
+    leaks,
+    missing_parts,
+    split_parts,
+    subset,
+)
 from errors import UserError
 
 LISTED = ("source", "path", "tfds_dir", "layout", "groups")  # fields that a listing depends on
@@ -115,6 +122,8 @@ def _list_source(config_json: str) -> Listing:
 @functools.lru_cache(maxsize=32)  # of one listing, in all sizes of a grid; images are mapped
 def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     config = ConfigDict(json.loads(config_json))
+    if config.get("train_fraction", 1.0) < 1:
+        return _smaller(config, cache_dir)
     listed = {name: config.get(name) for name in LISTED if name in config}
     listing = _list_source(json.dumps(listed))
     decoded = decode_all(listing, config, cache_dir)
@@ -138,6 +147,31 @@ def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     )
     _check_parts(dataset)
     return dataset
+
+
+def _smaller(config: ConfigDict, cache_dir: str) -> Dataset:
+    """Returns the data with `data.train_fraction` of its training images."""
+    whole = ConfigDict({key: config[key] for key in config if key != "train_seed"})
+    whole.train_fraction = 1.0
+    data = _load_dataset(whole.to_json(), cache_dir)
+    duplicates, seed = exact_duplicates(data.decoded), config.get("train_seed", 0)
+    kept = subset(data.listing, data.rows["train"], duplicates, config.train_fraction, seed)
+    return replace(data, rows=data.rows | {"train": kept})
+
+
+def check_fractions(configs: list[ConfigDict]) -> None:
+    """Raises a UserError if two values of `data.train_fraction` keep equally many images."""
+    fractions: dict[tuple, float] = {}
+    for config in configs:
+        data = dict(config.data)
+        fraction, seed = data.pop("train_fraction", 1.0), data.pop("train_seed", config.seed)
+        kept = len(load_dataset(config.data, config.runtime.cache_dir).rows["train"])
+        key = json.dumps([config.model.name, ConfigDict(data).to_json(), seed, kept])
+        if (other := fractions.setdefault(key, fraction)) != fraction:
+            raise UserError(
+                f"config.data.train_fraction: {other:g} and {fraction:g} both keep {kept} training "
+                "images, in whole images or groups, at least one of each class: leave one out"
+            )
 
 
 def _check_readable(listing: Listing, decoded: Decoded, unreadable: str) -> dict[str, str]:

@@ -88,7 +88,8 @@ def check(runs: list[Run], workdir: Path) -> tuple[list[str], dict[str, int]]:
     for run in runs:
         check_run_dir(run, workdir)
     datasets, at_once = check_runs([run.config for run in runs], workdir)
-    print(audit.describe(audit.write_audit(datasets[0], workdir / "audit")), flush=True)
+    largest = max(datasets, key=lambda dataset: len(dataset.rows["train"]))
+    print(audit.describe(audit.write_audit(largest, workdir / "audit")), flush=True)
     known = set(read_json(workdir / "experiment.json").get("identities", []))
     return sorted(known | {dataset.identity for dataset in datasets}), at_once
 

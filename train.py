@@ -19,8 +19,9 @@ from data.randomness import phase_key
 from errors import UserError
 from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
 from experiment.files import DamagedFile, read_json, read_status, write_json
+from experiment.grid import AS_BEFORE
 from experiment.runner import FINAL, GROUP, kin
-from input_pipeline import Dataset, load_dataset
+from input_pipeline import Dataset, check_fractions, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, check_architecture, split_model
 from training.cost import model_cost
@@ -340,6 +341,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
     of a kin, which differ in their seed alone, may be trained at once.
     """
     at_once, datasets = {}, []
+    check_fractions(configs)
     for config in configs:
         if kin(config) in at_once:
             continue
@@ -363,4 +365,6 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
 def same_data(first: dict, second: dict) -> bool:
     """Returns whether two sections `data` ask for the same images, of any size and anywhere."""
     free = {"path", "tfds_dir", "image_size", "store_size", "resize", "interpolation"}
+    before = {key.removeprefix("data."): value for key, value in AS_BEFORE.items()}
+    first, second = before | first, before | second
     return all(first[key] == second[key] for key in (first.keys() & second.keys()) - free)

@@ -13,6 +13,7 @@ class Purpose(IntEnum):
     """A use of a seed other than a step of training."""
 
     ORDER = 1  # of training images; drawn by NumPy
+    SUBSET = 2  # of training images, for data.train_fraction; drawn by NumPy
     VIEWS = 2**32 - 2**16  # augmented views
     PHASE = 2**32  # less the phase's number
 

@@ -1,11 +1,13 @@
 """Which image belongs to which part, and which copies tie images together."""
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from data.decoding import Decoded
 from data.folders import PARTS
+from data.randomness import Purpose
 from data.sources import Listing
 from errors import UserError
 
@@ -100,6 +102,31 @@ def split_parts(
     chosen = _stratify(listing.labels[pool], units, weights / weights.sum(), seed)
     parts[pool] = [PARTS.index(drawn[i]) for i in chosen]
     return parts
+
+
+def subset(
+    listing: Listing, rows: np.ndarray, duplicates: list[np.ndarray], fraction: float, seed: int
+) -> np.ndarray:
+    """Returns the training images, of `rows` int [N], that `data.train_fraction` keeps: ascending.
+
+    They are the first of one order of all of them, so that of one seed a smaller fraction is part
+    of a larger one. In it the classes take turns in proportion to their images (Webster's method),
+    after an image of each class; exact duplicates and images of one group follow each other, and
+    all are in or out. It depends on ids, labels and the seed alone.
+    """
+    pool = rows[np.argsort(np.array(listing.ids, object)[rows])]
+    units, labels = _units(pool, duplicates, listing.groups), listing.labels[pool]
+    sizes = np.bincount(units)
+    order = np.random.default_rng([Purpose.SUBSET, seed]).permutation(len(sizes))
+    place = np.argsort(order)[units]  # of each image's unit
+    content = coo_array((np.ones(len(pool)), (place, labels))).tocsr()
+    kind = pd.Series(sizes[order]).groupby(np.asarray(content.argmax(axis=1)).ravel())
+    turn = ((kind.cumsum() - sizes[order] / 2) / kind.transform("sum")).to_numpy(copy=True)
+    first = pd.Series(place).groupby(labels).min().unique()  # units that hold each class
+    turn[first] = -1
+    order = order[np.argsort(turn, kind="stable")]
+    count = np.argmin(np.abs(sizes[order].cumsum() - fraction * len(pool))) + 1
+    return np.sort(pool[np.isin(units, order[: max(count, len(first))])])
 
 
 def _units(pool: np.ndarray, duplicates: list[np.ndarray], groups: list[str] | None) -> np.ndarray:

@@ -35,6 +35,7 @@ RANGES = {
     "data.max_pixels": "[1, inf)",
     "data.store_size": "[0, 4096]",
     "data.split_seed": "[0, 2147483648)",
+    "data.train_fraction": "(0, 1]",
     "layer_decay": "(0, 1]",
     "augment_views": "[0, 1e6]",
     "epochs": "[1, 1e6]",

@@ -33,6 +33,7 @@ AS_BEFORE = {
     "data.layout": "auto",
     "data.store_size": 0,
     "data.max_pixels": 100_000_000,
+    "data.train_fraction": 1.0,
     "try_learning_rates": [],
     "try_weight_decays": [],
 }
@@ -70,6 +71,8 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
         for seed in config.seeds:
             run_config = ConfigDict(settings.to_dict())
             run_config.seed = seed
+            if run_config.data.train_fraction < 1:  # whose images depend on the seed
+                run_config.data.train_seed = seed
             runs.append(Run(f"{model}/seed{seed}" + (f"_{suffix}" if suffix else ""), run_config))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
