@@ -69,6 +69,7 @@ class Comparison:
     reasons: dict[str, str] = field(default_factory=dict)  # why a run is not counted, by its name
     data_path: str = ""  # where the data lies now, "" for where it was at training
     folder: str = "report"  # of the workdir, for what is written
+    smaller: tuple[FinishedRun, ...] = ()  # on fewer training images: not among the `groups`
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -86,11 +87,15 @@ def compare(
 ) -> Comparison:
     """Compares runs of a workdir, with the options of its experiment where none are given.
 
-    Runs that are not complete are counted, and named in `reasons`.
+    Runs that are not complete are counted, and named in `reasons`. Of several fractions of the
+    training images, the largest is compared, and runs of the others are `smaller`.
     """
     options, audit = options or read_options(workdir), read_audit(workdir)
     reasons = incomplete(workdir, runs)
-    groups = group_runs([run for run in runs if run.name not in reasons])
+    complete = [run for run in runs if run.name not in reasons]
+    most = max((run.train_fraction for run in complete), default=1.0)  # what there is to choose
+    groups = group_runs([run for run in complete if run.train_fraction == most])
+    smaller = tuple(run for run in complete if run.train_fraction < most)
     if not groups:
         nothing = pd.DataFrame()
         said = Recommendation(None, ("No run is complete yet.",))
@@ -103,7 +108,8 @@ def compare(
     states = planned_seeds(groups, reasons)
     table = make_table(groups, families, criterion, options, audit, states)
     pairs = make_pairs(groups, families, options.margin / 100)
-    margin, absent = options.margin / 100, without_seeds(groups, runs, reasons)
+    margin = options.margin / 100
+    absent = without_seeds(groups | group_runs(list(smaller)), runs, reasons)
     said = recommend(table, pairs, families[0], baseline, groups, criterion, margin, absent)
     return Comparison(
         workdir,
@@ -117,6 +123,7 @@ def compare(
         said,
         reasons,
         data_path,
+        smaller=smaller,
     )
 
 
@@ -145,7 +152,8 @@ def read_options(workdir: Path) -> ConfigDict:
 
 def draws_nothing(run: FinishedRun) -> bool:
     """Returns whether a model's training draws nothing at random, so that its seeds are one."""
-    return run.model in MODELS and not MODELS[run.model].trained_by_gradient
+    fitted = run.model in MODELS and not MODELS[run.model].trained_by_gradient
+    return fitted and run.train_fraction == 1  # or else each seed has images of its own
 
 
 def majority(run: FinishedRun) -> int:

@@ -43,6 +43,18 @@ class FinishedRun:
         return f"{self.model} ({self.variant})" if self.variant else self.model
 
     @property
+    def train_fraction(self) -> float:
+        """The share of the training images that it was trained on: see configs/base.py."""
+        return self.config.get("data", {}).get("train_fraction", 1.0)
+
+    @property
+    def kind(self) -> str:
+        """The label without the share of the training images."""
+        parts = [p for p in self.variant.split(", ") if not p.startswith("train_fraction=")]
+        variant = ", ".join(parts)
+        return f"{self.model} ({variant})" if variant else self.model
+
+    @property
     def cost(self) -> dict:
         """What the run cost; older versions stored a multiply-add as two operations."""
         cost = self.summary["cost"]

@@ -60,6 +60,12 @@ def overview(comparison: Comparison) -> Section:
     """Every figure of every model, the ranks, and the runs behind each row."""
     table, options, groups = comparison.table, comparison.options, comparison.groups
     text = []
+    if comparison.smaller:
+        part = 100 * comparison.runs[0].train_fraction
+        text.append(
+            f"Compared are the runs on {part:g} % of the training images, the most there are; "
+            "those on fewer stand in the chapter Data size alone."
+        )
     if options.reference:
         source = options.reference_source or "the config's compare.reference"
         text.append(f"Published figures, for orientation ({source}); not measured here.")
@@ -68,7 +74,7 @@ def overview(comparison: Comparison) -> Section:
             f"{table.leaks.max()} test images have an exact copy in another part, "
             f"{table.near_leaks.max()} an exact or near one; “without” is the accuracy on the rest."
         )
-    if "knn" in set(table.model):
+    if any(compare.draws_nothing(runs[0]) for runs in groups.values()):
         text.append("Nearest neighbours have no randomness: their seeds agree by construction.")
     caption = "In percent, but for NLL (nats) and Brier. All but the interval are means over seeds."
     lines = [

@@ -1,6 +1,6 @@
 """The charts of the comparison, from saved predictions and metrics."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -160,4 +160,45 @@ def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -
     for axis in axes[:, 0]:
         axis.set_ylabel(f"test {TITLES[comparison.criterion]}, %")
     figures.legend_beside(figure, axes.flat)
+    return figure
+
+
+def draw_sizes(curves: Sequence, criterion: str) -> plt.Figure:
+    """Scores, and errors on a logarithmic axis, against training images, and the laws of `sizes.Curve`s."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
+    colours, seen = figures.colours({curve.kind: None for curve in curves}), [100.0]
+    for curve in curves:
+        table, colour = curve.table, colours[curve.kind]
+        below = (table.score - table.ci95_low).clip(lower=0)
+        above = (table.ci95_high - table.score).clip(lower=0)
+        style = {"fmt": "o", "capsize": 3, "color": colour}
+        axes[0].errorbar(
+            table.images, 100 * table.score, [100 * below, 100 * above],
+            label=literal(curve.kind), **style,
+        )  # fmt: skip
+        error = 100 * (1 - table.score)
+        seen += [*error[error > 0]]
+        axes[1].errorbar(table.images, error, [100 * above, 100 * below], **style)
+        if curve.law is None:
+            axes[0].plot(table.images, 100 * table.score, ":", color=colour)
+            axes[1].plot(table.images, error, ":", color=colour)
+            continue
+        first, last = curve.points.sizes[[0, -1]]
+        n = np.append(np.geomspace(first, last, 40), np.geomspace(last, 2 * last, 15)[1:])
+        errors = 100 * np.stack([curve.law.error(size) for size in n])
+        low, middle, high = np.quantile(errors, [0.025, 0.5, 0.975], axis=1)
+        known, seen = n <= last, [*seen, middle[-1]]
+        for axis, turn in zip(axes, (lambda e: 100 - e, lambda e: e), strict=True):
+            axis.fill_between(n, turn(low), turn(high), color=colour, alpha=0.12, lw=0)
+            axis.plot(n[known], turn(middle[known]), color=colour)
+            axis.plot(n[n >= last], turn(middle[n >= last]), "--", color=colour)
+    sizes = np.concatenate([curve.table.images for curve in curves])
+    for axis in axes:
+        axis.set(xscale="log", xlabel="training images")
+        plain_ticks(axis.xaxis, 2 * sizes.max() / sizes.min())
+        axis.grid()
+    axes[0].set_ylabel(f"test {TITLES[criterion]}, %")
+    axes[1].set(yscale="log", ylabel="error, %", ylim=(0.6 * min(seen), None))
+    plain_ticks(axes[1].yaxis, np.divide(*axes[1].get_ylim()[::-1]))
+    figures.legend_beside(figure, axes[:1])
     return figure

@@ -1,0 +1,182 @@
+"""How error falls with the number of training images: a power law, and how sure one can be of it.
+
+    error(n) = floor + rest (n / largest)^-exponent,  floor, rest, exponent >= 0
+
+Whether there is a floor, few points cannot tell, so both forms are averaged, each as probable as
+the other before the data (Hestness et al. 2017, arXiv:1712.00409; Viering and Loog 2021,
+arXiv:2103.10948). All of it is Bayesian, on a grid. The noise of the points has three parts. Test
+images: they are the same at all sizes. Training: each run draws other numbers. Training images: a
+seed's are nested, so that a lucky seed is lucky at neighbouring sizes too; those of two seeds
+overlap, and are the same at the full size, where agreement says nothing of other images.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+from scipy import stats
+
+from analysis.uncertainty import LEVEL, Interval
+
+SCATTERS = 0.6 * np.linspace(0, 1, 13) ** 2  # of runs, as a share of the error
+CHOICE = (0.0, 0.5, 1.0)  # how much of it comes from the choice of training images
+EXPONENTS = np.geomspace(0.03, 3.0, 48)
+FLOORS = 40  # of the grid, beside none
+LEAST = 3  # sizes that a law can be fitted to
+DRAWS = 4000
+
+
+def interval(draws: np.ndarray, level: float = LEVEL) -> Interval:
+    """Returns the central interval of draws [D]."""
+    return tuple(np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]).tolist())
+
+
+class Points:
+    """Errors at several sizes, and their noise.
+
+    Attributes:
+      sizes: training images, float [J], ascending.
+      error: means over seeds and images, float [J].
+    """
+
+    def __init__(
+        self,
+        sizes: np.ndarray,
+        values: np.ndarray,
+        pool: float,
+        clusters: np.ndarray | None = None,
+    ):
+        """Takes scores of each test image, float [J, S, N].
+
+        `pool` is how many training images all are drawn from; `clusters` int [N] are groups of test
+        images.
+        """
+        self.pool = pool
+        self.sizes, values = np.asarray(sizes, float), np.asarray(values, float)
+        self.seeds, count = values.shape[1:]
+        groups = np.arange(count) if clusters is None else clusters
+        member = np.unique(groups, return_inverse=True)[1]
+        units, self._count = int(member.max()) + 1, count
+        self.error = 1 - values.mean(axis=(1, 2))
+
+        def sums(by_image: np.ndarray) -> np.ndarray:
+            flat = by_image.reshape(-1, count)
+            of_unit = np.stack([np.bincount(member, row, units) for row in flat])
+            return of_unit.reshape(*by_image.shape[:-1], units)
+
+        by_image = 1 - values.mean(axis=1) - self.error[:, None]
+        size = count / units
+        # A unit that all get right and one that all get wrong join them: few errors say little.
+        made_up = np.stack([-self.error, 1 - self.error], axis=1) * size
+        of_unit = np.concatenate([sums(by_image), made_up], axis=1)
+        # Covariance of the errors over test images [J, J], what seeds answer by chance included.
+        self.images = of_unit @ of_unit.T / count**2 * (units + 2) / (units + 1)
+        own = values - values.mean(axis=1, keepdims=True)
+        own = sums(own - own.mean(axis=2, keepdims=True))
+        self.chance = (own**2).sum(axis=(1, 2)) / max(1, self.seeds - 1) / count**2  # of one seed
+        self.by_seed = 1 - values.mean(axis=2) - self.error[:, None]  # [J, S]
+
+    def _of_runs(self, scatter: float, choice: float, same: float, other: float) -> np.ndarray:
+        """Covariance [J, J] over sizes of runs of the same seed, and of others, with these weights.
+
+        A run's training images add their mean effect: it is shared as far as they are.
+        """
+        ratio = np.minimum.outer(self.sizes, self.sizes) / np.maximum.outer(self.sizes, self.sizes)
+        share = np.sqrt(self.sizes / self.pool)
+        alike = same * ((1 - choice) * np.eye(len(ratio)) + choice * np.sqrt(ratio))
+        alike += other * choice * np.outer(share, share)
+        error = scatter * np.maximum(self.error, 1 / self._count)
+        return error[:, None] * alike * error
+
+    def covariance(self, scatter: float, choice: float) -> np.ndarray:
+        """Returns the covariance [J, J] of the errors."""
+        same = 1 / self.seeds
+        return self.images + self._of_runs(scatter, choice, same, 1 - same)
+
+    def seeds_likelihood(self, scatter: float, choice: float) -> float:
+        """Returns the log-likelihood of how the seeds differ; 0 of one seed."""
+        chance = np.maximum(self.chance, 1 / self._count**2)
+        covariance = np.diag(chance) + self._of_runs(scatter, choice, 1, -1)
+        squares = np.einsum("js,js->", self.by_seed, np.linalg.solve(covariance, self.by_seed))
+        return -0.5 * ((self.seeds - 1) * np.linalg.slogdet(covariance)[1] + squares)
+
+    def first(self, count: int) -> "Points":
+        """Returns the smallest sizes alone."""
+        part = object.__new__(Points)
+        part.__dict__ |= self.__dict__
+        for name in ("sizes", "error", "chance", "by_seed"):
+            setattr(part, name, getattr(self, name)[:count])
+        part.images = self.images[:count, :count]
+        return part
+
+
+@dataclass(frozen=True)
+class Law:
+    """Draws [D] of all that is uncertain of a power law."""
+
+    largest: float  # training images measured
+    floor: np.ndarray
+    rest: np.ndarray
+    exponent: np.ndarray
+    noise: list[tuple[float, float]]  # scatter of seeds, and how much of it is choice
+
+    def error(self, images: float) -> np.ndarray:
+        """Returns the error with a number of training images, for other seeds and test images."""
+        return self.floor + self.rest * (images / self.largest) ** -self.exponent
+
+    @cached_property
+    def has_floor(self) -> float:
+        """How probable it is that the error stays above one that more images would not lower."""
+        return float((self.floor > 0).mean())
+
+
+def fit(points: Points, draws: int = DRAWS) -> Law:
+    """Returns the power law of points."""
+    n, error = points.sizes / points.sizes[-1], points.error
+    noises = list(product(SCATTERS, CHOICE))
+    highest = error.min() + 3 * np.sqrt(points.images.diagonal().max())
+    floors = np.append(0.0, (np.arange(FLOORS) + 0.5) / FLOORS * highest)
+    prior = np.log(np.append(0.5, np.full(FLOORS, 0.5 / FLOORS)))
+    basis, above = n ** -EXPONENTS[:, None], error - floors[:, None]  # [C, J], [A, J]
+    plausible, means, errors = [], [], []
+    for noise in noises:
+        weight = np.linalg.inv(points.covariance(*noise))
+        xx = np.einsum("cj,jk,ck->c", basis, weight, basis)[:, None]
+        xy = basis @ weight @ above.T
+        yy = np.einsum("aj,jk,ak->a", above, weight, above)
+        mean, spread = xy / xx, np.sqrt(1 / xx)
+        log = 0.5 * np.linalg.slogdet(weight)[1] - 0.5 * (yy - xy * mean) + np.log(spread)
+        log = log + stats.norm.logcdf(mean / spread) + prior + points.seeds_likelihood(*noise)
+        plausible.append(log)
+        means.append(mean)
+        errors.append(np.broadcast_to(spread, mean.shape))
+    plausible, means, errors = map(np.stack, (plausible, means, errors))  # [noises, C, A]
+    chance = np.exp(plausible - plausible.max()).ravel()
+    random = np.random.default_rng(0)
+    cells = random.choice(chance.size, draws, p=chance / chance.sum())
+    which, exponent, floor = np.unravel_index(cells, plausible.shape)
+    mean, spread = means.ravel()[cells], errors.ravel()[cells]
+    tail = random.random(draws) * stats.norm.sf(-mean / spread)  # of rest >= 0
+    rest = np.maximum(0.0, mean + spread * stats.norm.isf(tail))
+    used = [noises[i] for i in which]
+    return Law(points.sizes[-1], floors[floor], rest, EXPONENTS[exponent], used)
+
+
+def predict_last(points: Points, draws: int = DRAWS) -> np.ndarray:
+    """Returns draws [D] of the error measured at the largest size, as the others predict it.
+
+    Its test images are the same as theirs, so it misses the law in the direction in which they do.
+    """
+    known = points.first(len(points.sizes) - 1)
+    law = fit(known, draws)
+    missed = known.error - np.stack([law.error(size) for size in known.sizes], axis=1)  # [D, J-1]
+    predicted = law.error(points.sizes[-1])
+    left = np.zeros(len(predicted))
+    for noise in set(law.noise):
+        here = [i for i, other in enumerate(law.noise) if other == noise]
+        covariance = points.covariance(*noise)
+        shared = np.linalg.solve(covariance[:-1, :-1], covariance[:-1, -1])
+        predicted[here] += missed[here] @ shared
+        left[here] = covariance[-1, -1] - covariance[-1, :-1] @ shared
+    return predicted + np.sqrt(np.maximum(left, 0)) * np.random.default_rng(1).normal(size=draws)
