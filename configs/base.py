@@ -55,6 +55,10 @@ def get_config(models: str = "") -> ConfigDict:
     # Classes below 100 images are divided to the image, by largest remainder over the classes.
     data.split = (0.7, 0.15, 0.15)
     data.split_seed = 0
+    # Cross-validation in this many folds; 0: none. Each image is tested once, in one fold; data.split
+    # then gives the share of validation images in the rest. A test part of the source stays out.
+    data.folds = 0
+    data.fold = 0  # of a run; the grid fills it
     # Images of one group stay in one part: a regular expression whose first group, searched in the
     # image's id (its path), is the key; or a .csv file with the columns id,group. In given parts
     # they stay where they are, and a group in two parts counts as a leak.
