@@ -55,8 +55,9 @@ def get_config(models: str = "") -> ConfigDict:
     # Classes below 100 images are divided to the image, by largest remainder over the classes.
     data.split = (0.7, 0.15, 0.15)
     data.split_seed = 0
-    # Cross-validation in this many folds; 0: none. Each image is tested once, in one fold; data.split
-    # then gives the share of validation images in the rest. A test part of the source stays out.
+    # Cross-validation in this many folds; 0: none. Each image is tested once, by the run of its
+    # fold; the first two fractions of data.split divide the others into training and validation.
+    # A test part of the source stays out, a validation part is that of every fold.
     data.folds = 0
     data.fold = 0  # of a run; the grid fills it
     # Images of one group stay in one part: a regular expression whose first group, searched in the

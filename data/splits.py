@@ -201,9 +201,10 @@ def _stratify(
 def _quotas(counts: np.ndarray, weights: np.ndarray, small: float) -> np.ndarray:
     """Returns how many images [K, P] of each class each part should get.
 
-    Classes below `small` images get whole numbers: each part its share rounded down, and what is left by the
-    largest remainder, to which the remainders of earlier classes are added, so that over all
-    classes the parts get their shares too. The first part, of training images, gets at least one.
+    Classes below `small` images get whole numbers: each part its share rounded down, and what is
+    left by the largest remainder, to which the remainders of earlier classes are added, so that
+    over all classes the parts get their shares too. The first part, of training images, gets at
+    least one.
     """
     quotas = counts[:, None] * weights
     carried = np.zeros(len(weights))

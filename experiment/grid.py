@@ -70,8 +70,8 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
         check_config(settings)
         if settings.data.fold:
             raise UserError(
-                f"config.data.fold={settings.data.fold}: the grid makes a run of every fold; say how "
-                "many with config.data.folds alone"
+                f"config.data.fold={settings.data.fold}: the grid makes a run of every fold: "
+                "say how many with config.data.folds alone"
             )
         suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
         for seed, fold in itertools.product(config.seeds, range(max(1, settings.data.folds))):
