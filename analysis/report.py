@@ -72,8 +72,8 @@ CHAPTERS = (  # in the order of the page
 
 
 FIRST_FOLD = (
-    "Of the cross-validation, the models of fold 0 alone are run, on the images that fold 0 tests: "
-    "the others were trained on these."
+    "Of the cross-validation, only the models of fold 0 are run, on no other photos than fold 0 "
+    "tests: photos that they were not trained on."
 )
 
 
