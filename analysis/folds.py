@@ -184,7 +184,8 @@ class FoldFamily(Family):
 
     def _variances(self, first: str, second: str) -> tuple[float, float, float]:
         """Difference, and its variance over folds or over images, whichever interval is wider."""
-        mean, images = self.of_images(self._by_image[first] - self._by_image[second], 1.0)
+        mean = self.mean[first] - self.mean[second]
+        _, images = self.of_images(self._by_image[first] - self._by_image[second], 1.0)
         difference = self._by_fold[first] - self._by_fold[second]
         folds, tail = self._factor * difference.var(ddof=1), 1 - LEVEL
         wide = quantile(len(self.mean), self.freedom, tail) ** 2 * folds
