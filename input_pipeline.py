@@ -23,8 +23,10 @@ from data.identity import fingerprint, identity_table
 from data.randomness import Purpose
 from data.sources import Listing, list_source
 from data.splits import (
+    assign_folds,
     divided_groups,
     exact_duplicates,
+    fold_parts,
     leaks,
     missing_parts,
     split_parts,
@@ -44,6 +46,7 @@ class Dataset:
     rows: dict[str, np.ndarray]  # ascending row numbers of each part
     excluded: dict[str, str]  # ids left out, with the reason
     split_by_us: bool  # whether any part was drawn here rather than given by the source
+    fold_of: np.ndarray | None = None  # fold that tests each image, int [N], -1 for none
 
     @functools.cached_property
     def identity_table(self) -> pd.DataFrame:
@@ -130,7 +133,7 @@ def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
     excluded = _check_readable(listing, decoded, config.unreadable)
     usable = np.array([not error for error in decoded.errors])
     groups = exact_duplicates(decoded)
-    parts = split_parts(listing, usable, groups, tuple(config.split), config.split_seed)
+    parts, fold_of = _divide(listing, usable, groups, config)
     if config.exclude_leaks:
         for row, reason in leaks(listing, parts, groups).items():
             excluded[listing.ids[row]] = reason
@@ -142,11 +145,30 @@ def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
             file=sys.stderr,
         )
     rows = {name: np.flatnonzero(parts == i) for i, name in enumerate(PARTS)}
-    dataset = Dataset(
-        listing, decoded, rows, excluded, "" in listing.parts or missing_parts(listing) != []
-    )
+    drawn = "" in listing.parts or missing_parts(listing) != [] or fold_of is not None
+    dataset = Dataset(listing, decoded, rows, excluded, drawn, fold_of)
     _check_parts(dataset)
     return dataset
+
+
+def _divide(
+    listing: Listing, usable: np.ndarray, duplicates: list[np.ndarray], config: ConfigDict
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the part of every image, and under cross-validation the fold that tests it."""
+    fractions, seed = tuple(config.split), config.split_seed
+    if not config.get("folds"):
+        return split_parts(listing, usable, duplicates, fractions, seed), None
+    if stay_out := listing.parts.count("test"):
+        _note(f"note: {stay_out} images of the source's test part stay out of cross-validation")
+    fold_of = assign_folds(listing, usable, duplicates, config.folds, seed)
+    parts = fold_parts(listing, fold_of, usable, duplicates, fractions, seed, config.fold)
+    return parts, fold_of
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Says something once, however many folds it holds for."""
+    print(text, file=sys.stderr)
 
 
 def _smaller(config: ConfigDict, cache_dir: str) -> Dataset:

@@ -18,7 +18,7 @@ from data.identity import check_identity, write_table
 from data.randomness import phase_key
 from errors import UserError
 from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
-from experiment.files import DamagedFile, read_json, read_status, write_json
+from experiment.files import DamagedFile, read_json, read_status, run_dirs, write_json
 from experiment.grid import AS_BEFORE
 from experiment.runner import FINAL, GROUP, kin
 from input_pipeline import Dataset, check_fractions, load_dataset
@@ -349,7 +349,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
         dataset = load_dataset(config.data, config.runtime.cache_dir)
         if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
             datasets.append((config, dataset))
-    for run_dir in sorted(workdir.glob("*/seed*")):
+    for run_dir in run_dirs(workdir):
         try:
             stored = read_json(run_dir / "config.json").get("data")
         except DamagedFile:  # of a run outside this grid; the report lists it
@@ -365,6 +365,6 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
 def same_data(first: dict, second: dict) -> bool:
     """Returns whether two sections `data` ask for the same images, of any size and anywhere."""
     free = {"path", "tfds_dir", "image_size", "store_size", "resize", "interpolation"}
-    before = {key.removeprefix("data."): value for key, value in AS_BEFORE.items()}
+    before = {k.removeprefix("data."): v for k, v in AS_BEFORE.items() if k.startswith("data.")}
     first, second = before | first, before | second
     return all(first[key] == second[key] for key in (first.keys() & second.keys()) - free)

@@ -59,7 +59,8 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
     places = np.array([PARTS.index(part) if part in PARTS else -1 for part in parts])
     divided = divided_groups(listing, places)
     counts, imbalance = {}, {}
-    for part in [part for part in (*PARTS, "all", LEFT_OUT) if part in parts]:
+    folds = sorted(set(parts) - {*PARTS, "all", LEFT_OUT}, key=lambda part: (len(part), part))
+    for part in [part for part in (*PARTS, *folds, "all", LEFT_OUT) if part in parts]:
         inside = labels[readable & (part_of == part)]
         numbers = np.bincount(inside, minlength=len(listing.class_names)).tolist()
         counts[part] = dict(zip(listing.class_names, numbers, strict=True))
@@ -192,10 +193,16 @@ def contact_sheet(listing: Listing, decoded: Decoded, path: Path) -> None:
 
 
 def write_audit(dataset: Dataset, output: Path) -> dict:
-    """Audits a split dataset into `audit.json` and `contact_sheet.png`; returns the findings."""
+    """Audits a split dataset into `audit.json` and `contact_sheet.png`; returns the findings.
+
+    Under cross-validation the folds are its parts, so one audit is of them all.
+    """
     parts = np.full(len(dataset.listing.ids), LEFT_OUT, object)
     for part in PARTS:
         parts[dataset.rows[part]] = part
+    if dataset.fold_of is not None:
+        parts = [f"fold {f}" if f >= 0 else p for f, p in zip(dataset.fold_of, parts, strict=True)]
+        parts = np.array(parts, object)
     return _write(dataset.listing, dataset.decoded, parts.tolist(), output)
 
 

@@ -36,6 +36,11 @@ HOW = [
     "The validation images also chose the weights, which no promise here accounts for. “–”: too "
     "few validation images for a promise.",
 ]
+FOLDS = (
+    "Cross-validation: each fold has its own temperature, threshold and sets, fitted on its own "
+    "validation images and used on its own test images, as its model would be; the temperatures "
+    "shown are means. So no test image takes part in what is applied to it."
+)
 
 
 def calibration_section(comparison: Comparison) -> Section:
@@ -50,7 +55,7 @@ def calibration_section(comparison: Comparison) -> Section:
     section = Section(
         finding=_finding(table, excess, scaled),
         tables=[_calibration_table(table, excess), _use_table(table)],
-        details=[Details("How to read this", HOW)],
+        details=[Details("How to read this", [*HOW, *([FOLDS] if comparison.folds else [])])],
         warnings=_harm(table, scaled & ~excess),
     )
     few = f" The first {SHOWN} models." if len(comparison.groups) > SHOWN else ""

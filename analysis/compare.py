@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from analysis import evaluate, uncertainty
 from analysis.criterion import values, weights
+from analysis.folds import FoldFamily, fold_table, merge_folds, of_seeds
 from analysis.page import tables
 from analysis.runs import (
     FinishedRun,
@@ -77,6 +78,11 @@ class Comparison:
         return list(itertools.chain(*self.groups.values()))
 
     @property
+    def folds(self) -> int:
+        """Folds of the cross-validation that the first model went through; 0 for none."""
+        return self.runs[0].config["data"].get("folds", 0) if self.groups else 0
+
+    @property
     def output(self) -> Path:
         """Folder of the tables, the pictures and the page."""
         return self.workdir / self.folder
@@ -92,7 +98,7 @@ def compare(
     """
     options, audit = options or read_options(workdir), read_audit(workdir)
     reasons = incomplete(workdir, runs)
-    complete = [run for run in runs if run.name not in reasons]
+    complete = merge_folds([run for run in runs if run.name not in reasons])
     most = max((run.train_fraction for run in complete), default=1.0)  # what there is to choose
     groups = group_runs([run for run in complete if run.train_fraction == most])
     smaller = tuple(run for run in complete if run.train_fraction < most)
@@ -105,11 +111,12 @@ def compare(
     criterion, blocks = common_criterion(groups), tested_alike(groups)
     baseline = baseline_row(next(iter(blocks[0].values()))[0], criterion)
     families = make_families(blocks, criterion, baseline.label)
-    states = planned_seeds(groups, reasons)
+    lost = of_seeds(runs, reasons)
+    states = planned_seeds(groups, lost)
     table = make_table(groups, families, criterion, options, audit, states)
     pairs = make_pairs(groups, families, options.margin / 100)
     margin = options.margin / 100
-    absent = without_seeds(groups | group_runs(list(smaller)), runs, reasons)
+    absent = without_seeds(groups | group_runs(list(smaller)), runs, lost)
     said = recommend(table, pairs, families[0], baseline, groups, criterion, margin, absent)
     return Comparison(
         workdir,
@@ -188,7 +195,10 @@ def make_families(blocks: list[Groups], criterion: str, baseline: str) -> list[F
         of_each[baseline] = values(labels, always, criterion)[None]
         fixed = {baseline, *(label for label, runs in block.items() if draws_nothing(runs[0]))}
         weigh = weights(labels, criterion)
-        families.append(Family(of_each, first.clusters, fixed, weigh))
+        if first.folds:
+            families.append(FoldFamily(of_each, first, weights=weigh))
+        else:
+            families.append(Family(of_each, first.clusters, fixed, weigh))
     return families
 
 
@@ -348,6 +358,8 @@ def write_tables(comparison: Comparison) -> None:
     tables.write_table(pairs, tables.printed_pairs(pairs), output / "pairs")
     tables.write_table(confused, confused.round(1), output / "confused")
     only_one_right(groups).to_csv(output / "only_one_right.csv", index=False)
+    if len(folds := fold_table(groups)):
+        folds.to_csv(output / "folds.csv", index=False)
     each = [evaluate.classes_of(run).assign(run=run.name) for run in comparison.runs]
     pd.concat(each).to_csv(output / "per_class.csv", index=False)
 

@@ -9,6 +9,7 @@ each model, compiled and warm, all models in turn, in every round in another ord
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 from absl import flags
 
 from analysis.compare import Comparison, compare_workdir
+from analysis.folds import first_folds
 from analysis.forward import cache_dir_of, load_classifier, use_compilation_cache
 from analysis.page import charts
 from analysis.page.chapters import DRAWN, best
@@ -139,7 +141,8 @@ def costs_section(comparison: Comparison, rounds: int = ROUNDS, batch: int = BAT
     save(figure, comparison.output / "pareto.svg")
     trained_on = ", ".join(sorted(set(table.device)))
     about = [x.format(of=trained_on, here=devices_in_use(), rounds=rounds) for x in EXPLANATION]
-    caption = "Means over seeds; speed of prediction: medians (quartiles)."
+    over = "seeds and folds" if comparison.folds else "seeds"
+    caption = f"Means over {over}; speed of prediction: medians (quartiles)."
     return Section(
         tables=[_table(table, speeds, caption)],
         details=[Details("How costs are measured", about[: None if speeds else -1])],
@@ -221,6 +224,7 @@ def main(argv: list[str]) -> None:
     usage = "analysis.costs WORKDIR [--rounds=10] [--batch=256]"
     comparison = compare_workdir(*arguments(argv, usage))
     output_folder(comparison.output, "report")
+    comparison = replace(comparison, groups=first_folds(comparison.groups))
     section = costs_section(comparison, ROUNDS_FLAG.value, BATCH_FLAG.value)
     (table,) = section.tables
     print("\n".join(filter(None, [str(table), table.caption, *section.warnings, section.finding])))

@@ -108,7 +108,8 @@ def diagnosis_table(groups: Groups) -> Table:
     """Returns a row per model: the verdict on each seed, and means over seeds."""
     rows = []
     for label, runs in groups.items():
-        diagnoses = pd.DataFrame([diagnose(run) for run in runs], index=[str(r.seed) for r in runs])
+        seeds = [f"{r.seed}" if r.fold is None else f"{r.seed} fold {r.fold}" for r in runs]
+        diagnoses = pd.DataFrame([diagnose(run) for run in runs], index=seeds)
         seeds = diagnoses.groupby("verdict", sort=False).groups.items()
         by_seed = "; ".join(f"{verdict} (seed {', '.join(of)})" for verdict, of in seeds)
         verdict = by_seed if len(seeds) > 1 else diagnoses.verdict.iloc[0]

@@ -8,6 +8,8 @@ and each image together with its horizontal flip. Validation makes every choice.
 writes ensembles.csv.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 from absl import flags
@@ -16,6 +18,7 @@ from analysis.combine.gains import Row, clear_gains, clearly, distinct, figures,
 from analysis.combine.weights import model_rows
 from analysis.compare import Comparison, compare_workdir
 from analysis.evaluate import losses, mean_probability
+from analysis.folds import first_folds
 from analysis.page.section import Details, Section
 from analysis.page.tables import percent
 from analysis.runs import FinishedRun, Groups, same_images
@@ -178,7 +181,10 @@ def main(argv: list[str]) -> None:
     usage = "analysis.ensembles WORKDIR [--data=PATH] [--output=DIR] [--nomodels]"
     comparison = compare_workdir(*arguments(argv, usage), DATA.value)
     makers = (ensembles_section, averages_section)[: 1 + MODEL_RUNS.value]
-    sections = [section for make in makers if (section := make(comparison))]
+    groups = first_folds(comparison.groups)  # whose models are not asked of images they know
+    given = comparison, replace(comparison, groups=groups)
+    pairs = zip(makers, given, strict=False)
+    sections = [section for make, of in pairs if (section := make(of))]
     if not sections:
         raise UserError(f"{comparison.workdir}: an ensemble needs two complete runs")
     for section in sections:

@@ -149,17 +149,14 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
     """
     labels, logits, clusters = run.test["labels"], run.test["logits"], run.clusters
     known_labels, known_logits = run.validation["labels"], run.validation["logits"]
-    temperature, sets = temperature_of(run), sets_fitted_to(run)
-    threshold = threshold_of(run, temperature)["confidence"]
-    plain = softmax(logits)
-    scaled = plain if temperature == 1 else softmax(logits, temperature)
-    answered = scaled.max(axis=1) >= threshold
-    change = losses(labels, logits, temperature) - losses(labels, logits)
+    plain, sets = softmax(logits), sets_fitted_to(run)
+    scaled, answered, loss, temperature, threshold = _scaled(run)
+    change = loss - losses(labels, logits)
     figures = scores(labels, logits) | {
         "validation_accuracy": float((known_logits.argmax(axis=1) == known_labels).mean()),
         "temperature": temperature,
         "ece_scaled": calibration_error(scaled, labels),
-        "nll_scaled": float(losses(labels, logits, temperature).mean()),
+        "nll_scaled": float(loss.mean()),
         "nll_change_se": math.sqrt(Family({"": change[None]}, clusters).of_images(change, 0)[1]),
         "threshold": threshold,
         "answered": float(answered.mean()),
@@ -176,6 +173,22 @@ def evaluate(run: FinishedRun) -> dict[str, float]:
         for name, values in ranking_values(labels == 1, plain[:, 1]).items():
             figures |= ends(f"{name}_", ranking_interval(values, labels == 1, clusters))
     return figures
+
+
+def _scaled(run: FinishedRun) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+    """Scaled probabilities [N, K], which are answered [N], losses [N]; temperature and threshold.
+
+    Each fold of a cross-validation has its own two, fitted on its own validation images and used
+    on its own test images, as the model of a fold would be; those returned are their means.
+    """
+    if run.folds:
+        *arrays, temperatures, thresholds = zip(*map(_scaled, run.parts), strict=True)
+        return *map(run.join, arrays), np.mean(temperatures), np.mean(thresholds)
+    labels, logits, temperature = run.test["labels"], run.test["logits"], temperature_of(run)
+    threshold = threshold_of(run, temperature)["confidence"]
+    scaled = softmax(logits, temperature)
+    answered = scaled.max(axis=1) >= threshold
+    return scaled, answered, losses(labels, logits, temperature), temperature, threshold
 
 
 def _validation(run: FinishedRun) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -198,13 +211,21 @@ def threshold_of(run: FinishedRun, temperature: float, target: float = TARGET) -
     return choose_threshold(softmax(logits, temperature), labels, target, clusters)
 
 
-def sets_fitted_to(run: FinishedRun) -> dict:
-    """Returns `fit_sets` of a run's validation images."""
+def sets_fitted_to(run: FinishedRun) -> dict | list[dict]:
+    """Returns `fit_sets` of a run's validation images; one for each fold, where there are any."""
+    if run.folds:
+        return [sets_fitted_to(part) for part in run.parts]
     return fit_sets(*_validation(run))
 
 
-def coverage_of_sets(run: FinishedRun, fitted: dict, level: float) -> tuple[np.ndarray, np.ndarray]:
+def coverage_of_sets(
+    run: FinishedRun, fitted: dict | list[dict], level: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns, for each test image, whether its set holds its class, and the set's size [N]."""
+    if run.folds:
+        pairs = zip(run.parts, fitted, strict=True)
+        each = [coverage_of_sets(part, own, level) for part, own in pairs]
+        return tuple(run.join(values) for values in zip(*each, strict=True))
     labels, logits = run.test["labels"], run.test["logits"]
     sets = sets_of_classes(logits, fitted, level)
     if sets is None:

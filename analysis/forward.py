@@ -51,6 +51,8 @@ def classifier_from(file: Path, facts: dict) -> Classifier:
 
 def load_classifier(run: FinishedRun) -> Classifier:
     """Returns the model of a complete run with its best weights, in evaluation mode."""
+    if run.folds:
+        raise ValueError(f"{run.name}: several models, trained on each other's test images")
     file = find_weights(run.path)
     return classifier_from(file, read_own(file))
 
@@ -78,6 +80,9 @@ def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
 def rows_of(dataset: Dataset, run: FinishedRun, part: str) -> np.ndarray | None:
     """Returns the rows of a run's predictions of a part, int [N]; None if some are not there."""
     known, wanted = dataset.ids(part), getattr(run, part)["ids"].tolist()
+    if run.folds:  # of any part: each fold has its own
+        rows = pd.Index(dataset.listing.ids).get_indexer(wanted)
+        return rows if (rows >= 0).all() else None
     if known == wanted:
         return dataset.rows[part]
     places = pd.Index(known).get_indexer(wanted)  # a review leaves images out

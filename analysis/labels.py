@@ -220,11 +220,17 @@ MEANING = (
 )
 
 
+def _votes(comparison: Comparison) -> list[Votes]:
+    """Returns what is said of each part; cross-validation tests the validation images as well."""
+    parts = ("test",) if comparison.folds else ("test", "validation")
+    return [contradictions(comparison.groups, part) for part in parts]
+
+
 def labels_section(comparison: Comparison) -> Section | None:
     """Returns which labels look wrong, how many, and what a review of them changes."""
     if not comparison.groups:
         return None
-    votes = [contradictions(comparison.groups, part) for part in ("test", "validation")]
+    votes = _votes(comparison)
     review = stored_review(comparison.workdir, comparison.runs)
     section = Section(finding=ceiling(votes[0]))
     if votes[0].silent:
@@ -240,6 +246,9 @@ def labels_section(comparison: Comparison) -> Section | None:
         "Suspects: images whose label the models together confidently contradict. (Validation "
         "images also chose the weights; test images chose nothing.)"
     )
+    if comparison.folds:
+        caption = "Suspects: images whose label the models together confidently contradict, each "
+        caption += "predicted by the fold that was not trained on it."
     if votes[0].voters:
         caption += f" Voting: {listed(votes[0].voters)}."
     section.tables = [Table(columns, rows, caption)]
@@ -283,7 +292,7 @@ def write_suspects(comparison: Comparison, output: Path, count: int) -> list[str
     review = stored_review(comparison.workdir, runs)
     if file.exists():
         review = pd.concat([read_review(file, runs), review]).drop_duplicates("id")
-    votes = [contradictions(comparison.groups, part) for part in ("test", "validation")]
+    votes = _votes(comparison)
     suspects_of(votes, review)[list(COLUMNS)].to_csv(file, index=False)
     lines, shown = [*map(ceiling, votes), f"suspects: {file}"], votes[0].suspects.head(count)
     if len(shown):

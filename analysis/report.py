@@ -21,6 +21,7 @@ from analysis import costs, ensembles, gradcam, inside, labels, robustness, size
 from analysis.calibration import calibration_section
 from analysis.compare import Comparison, compare, write_tables
 from analysis.explain import packages
+from analysis.folds import first_folds
 from analysis.page import chapters
 from analysis.page.render import render
 from analysis.page.section import Section, remembered
@@ -68,6 +69,12 @@ CHAPTERS = (  # in the order of the page
     Chapter("Label errors", labels.labels_section),
     Chapter("Data", chapters.data),
     Chapter("Reproduce", chapters.reproduce),
+)
+
+
+FIRST_FOLD = (
+    "Of the cross-validation, only the models of fold 0 are run, on no other photos than fold 0 "
+    "tests: photos that they were not trained on."
 )
 
 
@@ -145,9 +152,12 @@ def make_section(
     if not options[chapter.options[0]]:
         return None
     progress(f"report: {chapter.title.lower()}")
-    path, make = comparison.output / chapter.file, partial(chapter.make, comparison)
+    path, folds = comparison.output / chapter.file, comparison.folds
+    comparison = replace(comparison, groups=first_folds(comparison.groups))
     try:
-        return remembered(path, comparison.runs, options, make)
+        make = partial(chapter.make, comparison)
+        section = remembered(path, comparison.runs, options, make)
+        return replace(section, text=[*section.text, FIRST_FOLD]) if folds else section
     except UserError as error:
         return Section(finding=f"Not made: {error}")
     except Exception as error:  # noqa: BLE001 - the rest of the page is worth having

@@ -34,7 +34,7 @@ def read_review(path: Path, runs: list[FinishedRun]) -> pd.DataFrame:
     classes, given = runs[0].class_names, {}
     for run in runs:
         for data in (run.validation, run.test):
-            if data["ids"][0] not in given:  # most often all runs have the same images
+            if not given.keys() >= set(data["ids"].tolist()):  # most often all runs have the same
                 given |= dict(zip(data["ids"].tolist(), data["labels"].tolist(), strict=True))
     rows, mistakes, lines = {}, [], {}
     for line, cells in _rows(path):

@@ -11,7 +11,8 @@ import numpy as np
 
 from analysis.criterion import criterion_of, values
 from errors import UserError
-from experiment.files import read_json, read_lines
+from experiment.files import read_json, read_lines, run_dirs
+from experiment.grid import family
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class FinishedRun:
     model: str  # name of the architecture
     variant: str  # swept fields beside the model and the seed, "" for none
     seed: int
+    folds: tuple["FinishedRun", ...] = ()  # see `folds.CrossValidated`
+
+    @property
+    def fold(self) -> int | None:
+        """Which fold of a cross-validation this run is; None for none, and for all together."""
+        data = self.config.get("data", {})
+        return data.get("fold") if data.get("folds") and not self.folds else None
 
     @property
     def status(self) -> str:
@@ -160,8 +168,13 @@ def _read_run(run_dir: Path) -> FinishedRun:
 
 def load_runs(workdir: Path) -> list[FinishedRun]:
     """Returns every run under a workdir, by model, variant and seed."""
-    runs = [_read_run(path.parent) for path in workdir.glob("*/seed*/config.json")]
-    return sorted(runs, key=lambda run: (run.model, run.variant, run.seed, run.name))
+    runs = [_read_run(path) for path in run_dirs(workdir) if (path / "config.json").exists()]
+    return sorted(runs, key=by_name)
+
+
+def by_name(run: FinishedRun) -> tuple:
+    """Returns what runs are sorted by: model, variant, seed, name."""
+    return run.model, run.variant, run.seed, run.name
 
 
 def chosen_runs(path: Path) -> list[FinishedRun]:
@@ -175,10 +188,13 @@ def chosen_runs(path: Path) -> list[FinishedRun]:
 
 
 def group_runs(runs: list[FinishedRun]) -> Groups:
-    """Returns complete runs by label (model and variant), the best mean validation score first."""
+    """Returns complete runs by label (model and variant), the best mean validation score first.
+
+    Of folds that are not merged, the first alone: the others are tested on other images.
+    """
     groups: Groups = {}
     for run in runs:
-        if run.status == "complete":
+        if run.status == "complete" and not run.fold:
             groups.setdefault(run.label, []).append(run)
     criterion = common_criterion(groups)
     mean = {
@@ -201,8 +217,8 @@ def common_criterion(groups: Groups) -> str:
 
 
 def same_images(first: FinishedRun, second: FinishedRun) -> bool:
-    """Returns whether two runs were tested on the same images, in the same order."""
-    return np.array_equal(first.test["ids"], second.test["ids"])
+    """Returns whether two runs were tested on the same images, in the same order and folds."""
+    return all(np.array_equal(first.test.get(key), second.test.get(key)) for key in ("ids", "fold"))
 
 
 def correctness(runs: list[FinishedRun]) -> np.ndarray:
@@ -236,7 +252,7 @@ def incomplete(workdir: Path, runs: list[FinishedRun]) -> dict[str, str]:
     """Returns {run: why} for every run that exists or was planned, and cannot be counted."""
     plan = read_plan(workdir)
     reasons = {name: "not started" for name in plan.get("runs", [])}
-    for run in runs:
+    for run in (single for every in runs for single in every.folds or (every,)):
         reasons.pop(run.name, None)
         if run.status != "complete":
             reasons[run.name] = run.state
@@ -256,10 +272,10 @@ def planned_seeds(groups: Groups, reasons: dict[str, str]) -> dict[str, tuple[in
     """Returns the number of seeds that each label should have, and "" or what became of them."""
     families = {}  # by model and what follows the seed in a run's name
     for label, runs in groups.items():
-        families |= {_family(run.name): label for run in runs}
+        families |= {family(run.name): label for run in runs}
     missing: dict[str, Counter] = {label: Counter() for label in groups}
     for name, why in reasons.items():
-        if label := families.get(_family(name)):
+        if label := families.get(family(name)):
             missing[label][why.partition(":")[0]] += 1
     states = {}
     for label, runs in groups.items():
@@ -274,22 +290,17 @@ def without_seeds(
     groups: Groups, runs: list[FinishedRun], reasons: dict[str, str]
 ) -> dict[str, str]:
     """Returns the models of which no seed is complete, and what became of these."""
-    labels = {_family(run.name): run.label for run in runs}
+    labels = {family(run.name): run.label for run in runs}
     lost: dict[str, Counter] = {}
     for name, why in reasons.items():
-        model, variant = _family(name)
-        label = labels.get((model, variant), f"{model} ({variant[1:]})" if variant else model)
+        model, variant = family(name)
+        label = labels.get((model, variant), f"{model} ({variant})" if variant else model)
         if label not in groups:
             lost.setdefault(label, Counter())[why.partition(":")[0]] += 1
     return {
         label: ", ".join(f"{number} {why}" for why, number in of.items())
         for label, of in lost.items()
     }
-
-
-def _family(name: str) -> tuple[str, str]:
-    model, _, folder = name.partition("/")
-    return model, folder.removeprefix("seed").lstrip("0123456789")
 
 
 def read_audit(workdir: Path) -> dict | None:

@@ -71,7 +71,10 @@ class Family:
       mean: of each model over seeds and images.
       freedom: degrees of freedom of the seeds' variance; 0 where every model has one seed, so that
         intervals are over images alone.
+      over: what a reader is told that intervals are over, where it is not seeds and images.
     """
+
+    over = ""
 
     def __init__(
         self,

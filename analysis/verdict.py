@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.criterion import TITLES
+from analysis.folds import FoldFamily
 from analysis.page.tables import percent, percents, points, times
 from analysis.runs import Groups, values_of
 from analysis.uncertainty import Family
@@ -119,7 +120,9 @@ def _near(groups: Groups, best: str, other: str, criterion: str, margin: float) 
     ids = [groups[label][0].validation["ids"] for label in (best, other)]
     gap, error = of_each[0].mean() - of_each[1].mean(), 0.0
     if np.array_equal(*ids):
-        pair = Family({best: of_each[0], other: of_each[1]}).pairs.iloc[0]
+        both, first = {best: of_each[0], other: of_each[1]}, groups[best][0]
+        family = FoldFamily(both, first, "validation") if first.folds else Family(both)
+        pair = family.pairs.iloc[0]
         error = math.sqrt(pair.variance_seeds + pair.variance_images)
     return gap <= max(error, margin)
 
@@ -196,6 +199,7 @@ class _Judgement:
         over = f"{seeds} seeds" if seeds > 1 else "one seed"
         images = plural(self.family.images, "image")
         text = f"Its test {TITLES[self.criterion]} is {percent(row.score, 1)} % (95 % interval "
+        text += f"{self.family.over} " * bool(self.family.over)
         text += f"{percents(row.ci95_low, row.ci95_high, 1)}; {over}, {images}"
         in_groups = self.family.units < self.family.images
         text += f" in {plural(self.family.units, 'group')}" * in_groups + ")"
@@ -232,7 +236,8 @@ class _Judgement:
         pair = self.family.pair(self.use, self.rival)
         if not pair.established:
             seeds, images, both = self.family.needed(pair)
-            ways = [f"{round_up(images)} test images"] if math.isfinite(images) else []
+            what = "images" if self.family.over else "test images"
+            ways = [f"{round_up(images)} {what}"] if math.isfinite(images) else []
             if self.family.units < self.family.images:
                 ways = [f"{way}, from more groups," for way in ways]
             if self.family.one_seed:

@@ -62,6 +62,11 @@ def get_config(models: str = "") -> ConfigDict:
     # they are, so half the images are half the steps; to give each size the epochs that suit it
     # best, sweep these too ("...; epochs=20,80"): each then has a curve of its own.
     data.train_fraction = 1.0
+    # Cross-validation in this many folds; 0: none. Each image is tested once, by the run of its
+    # fold; the first two fractions of data.split divide the others into training and validation.
+    # A test part of the source stays out, a validation part is that of every fold.
+    data.folds = 0
+    data.fold = 0  # of a run; the grid fills it
     # Images of one group stay in one part: a regular expression whose first group, searched in the
     # image's id (its path), is the key; or a .csv file with the columns id,group. In given parts
     # they stay where they are, and a group in two parts counts as a leak.

@@ -104,6 +104,61 @@ def split_parts(
     return parts
 
 
+def assign_folds(
+    listing: Listing, usable: np.ndarray, duplicates: list[np.ndarray], folds: int, seed: int
+) -> np.ndarray:
+    """Returns the fold that tests each image: int [N], -1 for images of a given part and unusable.
+
+    Stratified by class; exact duplicates and images of one group stay together. It depends on ids,
+    labels and the seed alone.
+
+    Raises:
+      UserError: a class has too few images, or groups of them, for one in every fold.
+    """
+    pool = np.flatnonzero(usable & np.isin(listing.parts, ("", "train")))
+    pool = pool[np.argsort(np.array(listing.ids, object)[pool])]
+    labels, units = listing.labels[pool], _units(pool, duplicates, listing.groups)
+    chosen = _stratify(labels, units, np.full(folds, 1 / folds), seed, small=np.inf)
+    for label in np.unique(labels):
+        if len(np.unique(chosen[labels == label])) < folds:
+            images, together = (labels == label).sum(), len(np.unique(units[labels == label]))
+            groups = f" in {together} groups that stay together" if together < images else ""
+            raise UserError(
+                f"config.data.folds={folds}: class {listing.class_names[label]!r} has {images} "
+                f"images{groups}, too few for some in every fold: use fewer folds, or add images"
+            )
+    fold_of = np.full(len(listing.ids), -1)
+    fold_of[pool] = chosen
+    return fold_of
+
+
+def fold_parts(
+    listing: Listing,
+    fold_of: np.ndarray,
+    usable: np.ndarray,
+    duplicates: list[np.ndarray],
+    fractions: tuple[float, ...],
+    seed: int,
+    fold: int,
+) -> np.ndarray:
+    """Assigns every image to a part in one fold: int [N], an index into PARTS, -1 for not used.
+
+    The images of the fold are the test part; a test part of the source is not used. The validation
+    part is the source's, or drawn from the other folds in the proportion of the first two
+    fractions, stratified, so that duplicates and groups stay together.
+    """
+    parts = np.where(fold_of == fold, PARTS.index("test"), np.where(fold_of >= 0, 0, -1))
+    given = np.array(listing.parts) == "validation"
+    parts[given & usable] = PARTS.index("validation")
+    if given.any():
+        return parts
+    rest = np.flatnonzero(parts == 0)
+    rest = rest[np.argsort(np.array(listing.ids, object)[rest])]
+    units, weights = _units(rest, duplicates, listing.groups), np.array(fractions[:2])
+    parts[rest] = _stratify(listing.labels[rest], units, weights / weights.sum(), [seed, fold])
+    return parts
+
+
 def subset(
     listing: Listing, rows: np.ndarray, duplicates: list[np.ndarray], fraction: float, seed: int
 ) -> np.ndarray:
@@ -144,14 +199,20 @@ def _units(pool: np.ndarray, duplicates: list[np.ndarray], groups: list[str] | N
     return connected_components(graph, directed=False)[1]
 
 
-def _stratify(labels: np.ndarray, units: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray:
+def _stratify(
+    labels: np.ndarray,
+    units: np.ndarray,
+    weights: np.ndarray,
+    seed: int | list[int],
+    small: float = SMALL,
+) -> np.ndarray:
     """Gives each unit, the large ones first, to the part that lacks most of its classes."""
     count, num_classes = units.max(initial=-1) + 1, labels.max(initial=-1) + 1
     content = coo_array((np.ones(len(units)), (units, labels)), (count, num_classes)).tocsr()
     order = np.random.default_rng(seed).permutation(count)
     sizes = np.bincount(units, minlength=count)
     order = order[np.argsort(-sizes[order], kind="stable")]
-    target = _quotas(np.bincount(labels, minlength=num_classes), weights)  # [K, P]
+    target = _quotas(np.bincount(labels, minlength=num_classes), weights, small)  # [K, P]
     have = np.zeros_like(target)
     chosen = np.zeros(count, int)
     starts, classes, numbers = content.indptr, content.indices, content.data
@@ -164,16 +225,17 @@ def _stratify(labels: np.ndarray, units: np.ndarray, weights: np.ndarray, seed: 
     return chosen[units]
 
 
-def _quotas(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _quotas(counts: np.ndarray, weights: np.ndarray, small: float) -> np.ndarray:
     """Returns how many images [K, P] of each class each part should get.
 
-    Classes below SMALL get whole numbers: each part its share rounded down, and what is left by the
-    largest remainder, to which the remainders of earlier classes are added, so that over all
-    classes the parts get their shares too. The first part, of training images, gets at least one.
+    Classes below `small` images get whole numbers: each part its share rounded down, and what is
+    left by the largest remainder, to which the remainders of earlier classes are added, so that
+    over all classes the parts get their shares too. The first part, of training images, gets at
+    least one.
     """
     quotas = counts[:, None] * weights
     carried = np.zeros(len(weights))
-    for label in np.flatnonzero((counts > 0) & (counts < SMALL)):
+    for label in np.flatnonzero((counts > 0) & (counts < small)):
         share = quotas[label]
         whole = np.floor(share + 1e-9)
         whole[0] = max(whole[0], 1)

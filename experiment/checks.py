@@ -36,6 +36,7 @@ RANGES = {
     "data.store_size": "[0, 4096]",
     "data.split_seed": "[0, 2147483648)",
     "data.train_fraction": "(0, 1]",
+    "data.folds": "[0, 1e6]",
     "layer_decay": "(0, 1]",
     "augment_views": "[0, 1e6]",
     "epochs": "[1, 1e6]",
@@ -139,6 +140,8 @@ def _check_data(data: ConfigDict) -> None:
         raise UserError(f"config.data.split={split}: give two or three fractions between 0 and 1")
     if abs(sum(split) - 1) > 1e-6:
         raise UserError(f"config.data.split={split} sums to {sum(split):g}; it must sum to 1")
+    if data.folds == 1:
+        raise UserError("config.data.folds=1: cross-validation needs 2 folds or more, 0 is none")
     if data.source != "digits" and not data.path:
         raise UserError(
             f"config.data.path is empty: say where the {data.source} data lies, "

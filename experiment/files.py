@@ -31,6 +31,11 @@ def read_json(path: Path) -> dict:
         raise DamagedFile(f"{path} is not valid JSON ({error}): delete {cure}") from error
 
 
+def run_dirs(workdir: Path) -> list[Path]:
+    """Returns the run directories of a workdir, in any state, by name."""
+    return sorted(p for name in ("seed*", "fold*_seed*") for p in workdir.glob(f"*/{name}"))
+
+
 def read_status(run_dir: Path) -> str | None:
     """Returns the status in a run's summary, None where there is no readable one."""
     try:

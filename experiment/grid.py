@@ -1,4 +1,4 @@
-"""From one config to a grid of checked runs: models x variants x sweep x seeds."""
+"""From one config to a grid of checked runs: models x variants x sweep x seeds x folds."""
 
 import itertools
 import re
@@ -34,6 +34,8 @@ AS_BEFORE = {
     "data.store_size": 0,
     "data.max_pixels": 100_000_000,
     "data.train_fraction": 1.0,
+    "data.folds": 0,
+    "data.fold": 0,
     "try_learning_rates": [],
     "try_weight_decays": [],
 }
@@ -50,7 +52,7 @@ class Run:
 
 
 def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[Run]:
-    """Returns the runs of models x variants x sweep x seeds, each with its own checked config.
+    """Returns the runs of models x variants x sweep x seeds x folds, each with its checked config.
 
     Args:
       config: an experiment as `configs/base.py` describes it.
@@ -67,13 +69,19 @@ def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[
     for model, variant in pairs:
         settings = _run_config(config, model, variant, overrides or {})
         check_config(settings)
+        if settings.data.fold:
+            raise UserError(
+                f"config.data.fold={settings.data.fold}: the grid makes a run of every fold: "
+                "say how many with config.data.folds alone"
+            )
         suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
-        for seed in config.seeds:
+        for seed, fold in itertools.product(config.seeds, range(max(1, settings.data.folds))):
             run_config = ConfigDict(settings.to_dict())
-            run_config.seed = seed
+            run_config.seed, run_config.data.fold = seed, fold
             if run_config.data.train_fraction < 1:  # whose images depend on the seed
                 run_config.data.train_seed = seed
-            runs.append(Run(f"{model}/seed{seed}" + (f"_{suffix}" if suffix else ""), run_config))
+            name = f"fold{fold}_" * bool(settings.data.folds) + f"seed{seed}"
+            runs.append(Run(f"{model}/{name}" + (f"_{suffix}" if suffix else ""), run_config))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
     for path in overrides or {}:
@@ -212,7 +220,14 @@ def check_run_dir(run: Run, workdir: Path) -> None:
     Raises:
       UserError: shows every field that differs.
     """
-    path = workdir / run.name / "config.json"
+    path, folds = workdir / run.name / "config.json", run.config.data.folds
+    for other in path.parent.parent.glob("*seed*/config.json"):  # of the same model
+        name, whole = other.parent.name, other.parent.name.startswith("seed")
+        if family(f"{run.config.model.name}/{name}") == family(run.name) and whole == bool(folds):
+            raise UserError(
+                f"{other.parent} is {'not ' * whole}a run of cross-validation, but config.data."
+                f"folds={folds}: use another --workdir, or delete that run"
+            )
     if not path.exists():
         return
     stored = AS_BEFORE | flatten(read_json(path))
@@ -230,6 +245,12 @@ def check_run_dir(run: Run, workdir: Path) -> None:
             "Use another --workdir, delete that directory, or undo the change. To train on from "
             f"its weights, once complete: another --workdir, --config.weights=run:{path.parent}"
         )
+
+
+def family(name: str) -> tuple[str, str]:
+    """Returns the model, and what follows seed and fold in the name of a run: its variant."""
+    model, _, folder = name.partition("/")
+    return model, re.sub(r"^(fold\d+_)?seed\d+_?", "", folder)
 
 
 def shard(runs: list[Run], text: str) -> list[Run]:

@@ -14,6 +14,7 @@ import pandas as pd
 from analysis import compare
 from analysis.compare import Comparison
 from analysis.diagnosis import diagnose, diagnosis_table
+from analysis.folds import SOURCE, single_runs
 from analysis.page import charts
 from analysis.page.figures import save
 from analysis.page.gallery import make_gallery
@@ -77,14 +78,17 @@ def overview(comparison: Comparison) -> Section:
     if any(compare.draws_nothing(runs[0]) for runs in groups.values()):
         text.append("Nearest neighbours have no randomness: their seeds agree by construction.")
     caption = "In percent, but for NLL (nats) and Brier. All but the interval are means over seeds."
+    if comparison.folds:
+        caption += f" Every fold tests its own images; the interval is {SOURCE}."
     lines = [
         f"{label}: " + ", ".join(f"{run.name} {percent(run.correct.mean())} %" for run in runs)
-        for label, runs in groups.items()
+        for label, runs in single_runs(groups).items()
     ]
+    over = f" {SOURCE}" * bool(comparison.folds)
     ranks = (
-        "Dots: mean over seeds; lines: 95 % intervals. Models that share a letter cannot be told "
+        f"Dots: mean over seeds; lines: 95 % intervals{over}. Models that share a letter cannot be "
     )
-    ranks += "apart." + " Crosses: published." * bool(options.reference)
+    ranks += "told apart." + " Crosses: published." * bool(options.reference)
     finding = f"{percent(table.score.max(), 1)} % on {plural(table.test_images[0], 'test image')}"
     if len(table) > 1:
         finding = f"{percent(table.score.min(), 1)} to {finding}, {plural(len(table), 'model')}"
@@ -101,6 +105,9 @@ def overview(comparison: Comparison) -> Section:
 def curves(comparison: Comparison) -> Section:
     """Learning curves and what they say about over- and underfitting."""
     caption = "On validation images. Thin lines: seeds; dashes: models fitted in one step."
+    if comparison.folds:
+        caption = caption.replace("seeds", "seeds and folds")
+        comparison = replace(comparison, groups=single_runs(comparison.groups))
     picture = _chart(comparison, charts.draw_curves, "learning_curves.svg", caption)
     table = diagnosis_table(comparison.groups)
     runs = comparison.runs
@@ -180,6 +187,8 @@ def pairs_of_models(comparison: Comparison) -> Section | None:
         f"right, and no model gets {none:,} of them right.",
     ]
     caption = "Differences on the same test images, in percentage points."
+    if comparison.folds:
+        caption += f" Intervals are {SOURCE}, and hold for all pairs at once."
     if len(pairs) > PAIRS:
         first = best(comparison, 32)
         caption += f" The first 32 of {len(groups)} models; pairs.csv has all {len(pairs):,} pairs."

@@ -78,12 +78,17 @@ def facts(comparison: Comparison) -> list[tuple[str, str]]:
     name = Path(path).name if path else ""
     parts = ("train", "validation", "test")
     sizes = {part: sum(dataset["counts"].get(part, {}).values()) for part in parts}
+    images = ", ".join(f"{sizes[part]:,} {part}" for part in parts)
+    if folds := comparison.folds:
+        whole, *rest = (sizes[part] / folds for part in ("test", "train", "validation"))
+        images = "{:,} in {} folds of {:,.0f}; of the others {:,.0f} train, {:,.0f} validation"
+        images = images.format(sizes["test"], folds, whole, *rest)
     seeds = sorted({run.seed for run in runs})
     devices = sorted({str(run.cost["device"]) for run in runs})
     return [
         ("Newest run", f"{date.day} {date:%B %Y}"),
         ("Data", " · ".join(dict.fromkeys(filter(None, (name, source))))),
-        ("Images", ", ".join(f"{sizes[part]:,} {part}" for part in parts)),
+        ("Images", images),
         ("Classes", f"{len(dataset['class_names']):,}"),
         ("Fingerprint", dataset["fingerprint"][:12]),
         ("Seeds", ", ".join(map(str, seeds))),

@@ -4,7 +4,8 @@ GLOSSARY = {
     "Accuracy": "Share of test images whose class is predicted correctly; the mean over seeds.",
     "95 % interval": (
         "In 95 of 100 such experiments, each with its own seeds and test images of the same kind, "
-        "the interval holds the true figure."
+        "the interval holds the true figure. After cross-validation it is over folds: the "
+        "corrected resampled t interval (Nadeau and Bengio 2003)."
     ),
     "Group": (
         "Models that share a letter cannot be told apart: other seeds or other test images might "

@@ -340,6 +340,50 @@ def test_a_directory_of_another_config_is_refused_with_the_difference(tmp_path):
     assert f"--config.weights=run:{folder}" in str(caught.value)
 
 
+def test_folds_are_an_axis_beside_seeds():
+    config = small(sweep="epochs=2,3")
+    config.data.folds = 3
+    runs = expand(config)
+    assert len(runs) == 2 * 2 * 2 * 3 == len({run.config.to_json() for run in runs})
+    named = {run.name: run.config for run in runs}
+    assert list(named)[:4] == [f"linear/{x}_epochs=2" for x in (
+        "fold0_seed0", "fold1_seed0", "fold2_seed0", "fold0_seed1")]  # fmt: skip
+    chosen = named["cnn/fold2_seed1_epochs=3"]
+    assert (chosen.data.fold, chosen.data.folds, chosen.seed, chosen.epochs) == (2, 3, 1, 3)
+    with pytest.raises(UserError, match=r"data.folds=1: cross-validation needs 2 folds"):
+        expand(config, {"data.folds": 1})
+    for changes in ({"data.fold": 1}, {"data.folds": 0, "data.fold": 1}):
+        with pytest.raises(UserError, match=r"data.fold=1: the grid makes a run of every fold"):
+            expand(config, changes)
+    config.sweep = "data.fold=0,1"
+    with pytest.raises(UserError, match=r"data.fold=1: the grid makes a run of every fold"):
+        expand(config)
+
+
+def test_runs_with_and_without_folds_do_not_mix(tmp_path):
+    config = small()
+    (plain, *_), config.data.folds = expand(config), 2
+    (first, second, *_) = expand(config)
+
+    def store(run, **data):
+        folder = tmp_path / run.name
+        folder.mkdir(parents=True)
+        stored = stored_config(run.config)
+        stored["data"] = {k: v for k, v in stored["data"].items() if k not in data}
+        (folder / "config.json").write_text(json.dumps(stored))
+
+    store(plain, folds=0, fold=0)
+    check_run_dir(plain, tmp_path)  # of a version without folds
+    with pytest.raises(UserError, match=r"linear/seed0 is not a run of cross-validation, but"):
+        check_run_dir(second, tmp_path)
+    (tmp_path / plain.name / "config.json").unlink()
+    store(first)
+    check_run_dir(first, tmp_path)
+    check_run_dir(second, tmp_path)
+    with pytest.raises(UserError, match=r"linear/fold0_seed0 is a run of cross-validation, but"):
+        check_run_dir(plain, tmp_path)
+
+
 def test_fields_of_an_architecture_are_its_constructors():
     """Its defaults stand in no config; which form it has, weights decide."""
     fields = {run.config.model.name: run.config.model.to_dict() for run in expand(base_with_all())}
