@@ -6,6 +6,7 @@ to know nothing but its step.
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -92,16 +93,17 @@ class Dataset:
         }
 
 
-def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
+def load_dataset(config: ConfigDict, cache_dir: str, limit_mb: float = math.inf) -> Dataset:
     """Lists, decodes (or maps from the cache) and splits the images of `config.data`.
 
-    A process looks at the files of one config once: later changes to them do not reach it.
+    A process looks at the files of one config once: later changes to them do not reach it. Images
+    of `array_record` that take more than `limit_mb` decoded are decoded at every use instead.
 
     Raises:
       UserError: unreadable images, an empty part, or a class without training images.
     """
     try:
-        return _load_dataset(config.to_json(), cache_dir)
+        return _load_dataset(config.to_json(), cache_dir, limit_mb)
     except UserError:
         _list_source.cache_clear()  # the user may mend the files and try again
         raise
@@ -113,11 +115,11 @@ def _list_source(config_json: str) -> Listing:
 
 
 @functools.lru_cache(maxsize=32)  # of one listing, in all sizes of a grid; images are mapped
-def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
+def _load_dataset(config_json: str, cache_dir: str, limit_mb: float) -> Dataset:
     config = ConfigDict(json.loads(config_json))
     listed = {name: config.get(name) for name in LISTED if name in config}
     listing = _list_source(json.dumps(listed))
-    decoded = decode_all(listing, config, cache_dir)
+    decoded = decode_all(listing, config, cache_dir, limit_mb)
     excluded = _check_readable(listing, decoded, config.unreadable)
     usable = np.array([not error for error in decoded.errors])
     groups = exact_duplicates(decoded)
@@ -203,16 +205,19 @@ def rows_at(seed: int, places: np.ndarray, count: int) -> np.ndarray:
     are seen equally often.
     """
     epochs, within = np.divmod(places, count)
-    first = int(epochs[0])
-    orders = np.stack([_order(seed, epoch, count) for epoch in range(first, int(epochs[-1]) + 1)])
-    return orders[epochs - first, within]
+    rows = np.empty(len(places), int)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        here = epochs == epoch
+        rows[here] = _order(seed, epoch, count)[within[here]]
+    return rows
 
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     seed, phase = seed % 2**32, seed >> 32
     # NumPy fills up with zeros: the phase stands last, or its orders would be another epoch's.
-    return np.random.default_rng([Purpose.ORDER, seed, epoch, phase]).permutation(count)
+    order = np.random.default_rng([Purpose.ORDER, seed, epoch, phase]).permutation(count)
+    return order.astype(np.int32)  # half the memory: up to eight are kept
 
 
 def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -20,10 +20,12 @@ def missing_parts(listing: Listing) -> list[str]:
 def exact_duplicates(decoded: Decoded) -> list[np.ndarray]:
     """Returns groups of rows, two or more each, whose decoded pixels are the same."""
     readable = np.flatnonzero([not error for error in decoded.errors])
-    _, key = np.unique(decoded.facts["pixels"][readable].view("S32"), return_inverse=True)
-    order = np.argsort(key, kind="stable")
+    pixels = decoded.facts["pixels"][readable].view("S32")
+    _, key, counts = np.unique(pixels, return_inverse=True, return_counts=True)
+    several = np.flatnonzero(counts[key] > 1)
+    order = several[np.argsort(key[several], kind="stable")]
     groups = np.split(readable[order], np.flatnonzero(np.diff(key[order])) + 1)
-    return [group for group in groups if len(group) > 1]
+    return groups if len(order) else []
 
 
 def divided_groups(listing: Listing, parts: np.ndarray) -> dict[str, np.ndarray]:
