@@ -39,7 +39,7 @@ class Dataset:
     excluded: dict[str, str]  # ids left out, with the reason
     split_by_us: bool  # whether any part was drawn here rather than given by the source
 
-    @functools.cached_property
+    @property  # made anew each time, for it takes more memory than all else that is kept
     def identity_table(self) -> pd.DataFrame:
         """What every image is: see `data/identity.py`."""
         parts = np.full(len(self.listing.ids), "", object)
@@ -71,7 +71,7 @@ class Dataset:
         return [self.listing.ids[row] for row in self.rows[part]]
 
     def images(self, part: str) -> np.ndarray:
-        """uint8 [n, S, S, 3] of a part, copied into memory."""
+        """uint8 [n, S, S, 3] of a part, copied into memory; knn needs all training images there."""
         return self.decoded.images[self.rows[part]]
 
     def to_dict(self, config: ConfigDict) -> dict:

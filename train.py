@@ -315,7 +315,7 @@ def check_data(dataset: Dataset, config: ConfigDict, run_dir: Path) -> None:
     if "identity" not in stored and size != config.data.image_size:
         return  # of an older version, whose fingerprint depends on the size
     current, folder = dataset.to_dict(config.data), run_dir.parent.parent / "audit"
-    check_identity(stored, current, str(run_dir), dataset.identity_table, folder)
+    check_identity(stored, current, str(run_dir), lambda: dataset.identity_table, folder)
 
 
 def check_run(config: ConfigDict) -> int:
