@@ -6,6 +6,7 @@ to know nothing but its step.
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ class Dataset:
     split_by_us: bool  # whether any part was drawn here rather than given by the source
     fold_of: np.ndarray | None = None  # fold that tests each image, int [N], -1 for none
 
-    @functools.cached_property
+    @property  # made anew each time, for it takes more memory than all else that is kept
     def identity_table(self) -> pd.DataFrame:
         """What every image is: see `data/identity.py`."""
         parts = np.full(len(self.listing.ids), "", object)
@@ -80,7 +81,7 @@ class Dataset:
         return [self.listing.ids[row] for row in self.rows[part]]
 
     def images(self, part: str) -> np.ndarray:
-        """uint8 [n, S, S, 3] of a part, copied into memory."""
+        """uint8 [n, S, S, 3] of a part, copied into memory; knn needs all training images there."""
         return self.decoded.images[self.rows[part]]
 
     def to_dict(self, config: ConfigDict) -> dict:
@@ -102,16 +103,17 @@ class Dataset:
         }
 
 
-def load_dataset(config: ConfigDict, cache_dir: str) -> Dataset:
+def load_dataset(config: ConfigDict, cache_dir: str, limit_mb: float = math.inf) -> Dataset:
     """Lists, decodes (or maps from the cache) and splits the images of `config.data`.
 
-    A process looks at the files of one config once: later changes to them do not reach it.
+    A process looks at the files of one config once: later changes to them do not reach it. Images
+    of `array_record` that take more than `limit_mb` decoded are decoded at every use instead.
 
     Raises:
       UserError: unreadable images, an empty part, or a class without training images.
     """
     try:
-        return _load_dataset(config.to_json(), cache_dir)
+        return _load_dataset(config.to_json(), cache_dir, limit_mb)
     except UserError:
         _list_source.cache_clear()  # the user may mend the files and try again
         raise
@@ -123,13 +125,13 @@ def _list_source(config_json: str) -> Listing:
 
 
 @functools.lru_cache(maxsize=32)  # of one listing, in all sizes of a grid; images are mapped
-def _load_dataset(config_json: str, cache_dir: str) -> Dataset:
+def _load_dataset(config_json: str, cache_dir: str, limit_mb: float) -> Dataset:
     config = ConfigDict(json.loads(config_json))
     if config.get("train_fraction", 1.0) < 1:
-        return _smaller(config, cache_dir)
+        return _smaller(config, cache_dir, limit_mb)
     listed = {name: config.get(name) for name in LISTED if name in config}
     listing = _list_source(json.dumps(listed))
-    decoded = decode_all(listing, config, cache_dir)
+    decoded = decode_all(listing, config, cache_dir, limit_mb)
     excluded = _check_readable(listing, decoded, config.unreadable)
     usable = np.array([not error for error in decoded.errors])
     groups = exact_duplicates(decoded)
@@ -171,11 +173,11 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _smaller(config: ConfigDict, cache_dir: str) -> Dataset:
+def _smaller(config: ConfigDict, cache_dir: str, limit_mb: float) -> Dataset:
     """Returns the data with `data.train_fraction` of its training images."""
     whole = ConfigDict({key: config[key] for key in config if key != "train_seed"})
     whole.train_fraction = 1.0
-    data = _load_dataset(whole.to_json(), cache_dir)
+    data = _load_dataset(whole.to_json(), cache_dir, limit_mb)
     duplicates, seed = exact_duplicates(data.decoded), config.get("train_seed", 0)
     kept = subset(data.listing, data.rows["train"], duplicates, config.train_fraction, seed)
     return replace(data, rows=data.rows | {"train": kept})
@@ -187,7 +189,8 @@ def check_fractions(configs: list[ConfigDict]) -> None:
     for config in configs:
         data = dict(config.data)
         fraction, seed = data.pop("train_fraction", 1.0), data.pop("train_seed", config.seed)
-        kept = len(load_dataset(config.data, config.runtime.cache_dir).rows["train"])
+        where, limit = config.runtime.cache_dir, config.runtime.resident_limit_mb
+        kept = len(load_dataset(config.data, where, limit).rows["train"])
         key = json.dumps([config.model.name, ConfigDict(data).to_json(), seed, kept])
         if (other := fractions.setdefault(key, fraction)) != fraction:
             raise UserError(
@@ -259,16 +262,19 @@ def rows_at(seed: int, places: np.ndarray, count: int) -> np.ndarray:
     are seen equally often.
     """
     epochs, within = np.divmod(places, count)
-    first = int(epochs[0])
-    orders = np.stack([_order(seed, epoch, count) for epoch in range(first, int(epochs[-1]) + 1)])
-    return orders[epochs - first, within]
+    rows = np.empty(len(places), int)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        here = epochs == epoch
+        rows[here] = _order(seed, epoch, count)[within[here]]
+    return rows
 
 
 @functools.lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     seed, phase = seed % 2**32, seed >> 32
     # NumPy fills up with zeros: the phase stands last, or its orders would be another epoch's.
-    return np.random.default_rng([Purpose.ORDER, seed, epoch, phase]).permutation(count)
+    order = np.random.default_rng([Purpose.ORDER, seed, epoch, phase]).permutation(count)
+    return order.astype(np.int32)  # half the memory: up to eight are kept
 
 
 def evaluation_rows(count: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -168,7 +168,7 @@ def initial_arrays(configs: list[ConfigDict], model: Classifier, dataset: Datase
 
 def prepare(config: ConfigDict, run_dirs: list[Path]) -> tuple[Dataset, Classifier]:
     """Returns the data and the initial model of a run, after all checks that need them."""
-    dataset = load_dataset(config.data, config.runtime.cache_dir)
+    dataset = load_dataset(config.data, config.runtime.cache_dir, config.runtime.resident_limit_mb)
     for run_dir in run_dirs:
         check_data(dataset, config, run_dir)
     model = build_model(config, dataset.num_classes, dataset.class_names)
@@ -316,7 +316,7 @@ def check_data(dataset: Dataset, config: ConfigDict, run_dir: Path) -> None:
     if "identity" not in stored and size != config.data.image_size:
         return  # of an older version, whose fingerprint depends on the size
     current, folder = dataset.to_dict(config.data), run_dir.parent.parent / "audit"
-    check_identity(stored, current, str(run_dir), dataset.identity_table, folder)
+    check_identity(stored, current, str(run_dir), lambda: dataset.identity_table, folder)
 
 
 def check_run(config: ConfigDict) -> int:
@@ -327,7 +327,7 @@ def check_run(config: ConfigDict) -> int:
     Raises:
       UserError: about its data, its phases, or a model that does not fit the images.
     """
-    dataset = load_dataset(config.data, config.runtime.cache_dir)
+    dataset = load_dataset(config.data, config.runtime.cache_dir, config.runtime.resident_limit_mb)
     model = nnx.eval_shape(lambda: build_model(config, dataset.num_classes, dataset.class_names))
     check_architecture(model, config.data.image_size)
     check_phases(config, model, dataset, device_mesh())
@@ -346,7 +346,9 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
         if kin(config) in at_once:
             continue
         at_once[kin(config)] = check_run(config)
-        dataset = load_dataset(config.data, config.runtime.cache_dir)
+        dataset = load_dataset(
+            config.data, config.runtime.cache_dir, config.runtime.resident_limit_mb
+        )
         if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
             datasets.append((config, dataset))
     for run_dir in run_dirs(workdir):
@@ -364,7 +366,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
 
 def same_data(first: dict, second: dict) -> bool:
     """Returns whether two sections `data` ask for the same images, of any size and anywhere."""
-    free = {"path", "tfds_dir", "image_size", "store_size", "resize", "interpolation"}
+    free = {"source", "path", "tfds_dir", "image_size", "store_size", "resize", "interpolation"}
     before = {k.removeprefix("data."): v for k, v in AS_BEFORE.items() if k.startswith("data.")}
     first, second = before | first, before | second
     return all(first[key] == second[key] for key in (first.keys() & second.keys()) - free)

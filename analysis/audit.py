@@ -46,7 +46,10 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
     """
     ids, labels = np.array(listing.ids, object), listing.labels
     part_of, readable = np.array(parts, object), np.array(decoded.errors) == ""
-    facts, exact = decoded.facts[readable], exact_duplicates(decoded)
+    width, height, low, high = (
+        decoded.facts[name][readable] for name in ("width", "height", "low", "high")
+    )
+    exact = exact_duplicates(decoded)
     near = near_duplicates(decoded, exact)
 
     def named(groups: list[np.ndarray]) -> list[list[str]]:
@@ -65,7 +68,7 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         numbers = np.bincount(inside, minlength=len(listing.class_names)).tolist()
         counts[part] = dict(zip(listing.class_names, numbers, strict=True))
         imbalance[part] = max(numbers) / min(numbers) if min(numbers) else None
-    sizes = Counter(f"{fact['width']}x{fact['height']}" for fact in facts)
+    sizes = Counter(zip(width.tolist(), height.tolist(), strict=True))
     modes = Counter(decoded.modes[i] for i in np.flatnonzero(readable))
     constant = decoded.facts["low"] == decoded.facts["high"]
     return {
@@ -73,10 +76,10 @@ def audit_images(listing: Listing, decoded: Decoded, parts: list[str]) -> dict:
         "class_names": listing.class_names,
         "counts": counts,
         "imbalance": imbalance,
-        "sizes": dict(sizes.most_common(20)),
+        "sizes": {f"{width}x{height}": n for (width, height), n in sizes.most_common(20)},
         "distinct_sizes": len(sizes),
         "modes": dict(modes.most_common()),
-        "value_range": [int(facts["low"].min(initial=255)), int(facts["high"].max(initial=0))],
+        "value_range": [int(low.min(initial=255)), int(high.max(initial=0))],
         "constant": ids[constant & readable].tolist(),
         "unreadable": ids[~readable].tolist(),
         "reasons": {ids[i]: decoded.errors[i] for i in np.flatnonzero(~readable)},
@@ -232,7 +235,9 @@ def main(argv: list[str]) -> int:
         parts = [part or "all" for part in listing.parts]
         findings = _write(listing, decode_all(listing, data, cache_dir), parts, output)
     else:
-        findings = write_audit(load_dataset(data, cache_dir), output)
+        findings = write_audit(
+            load_dataset(data, cache_dir, config.runtime.resident_limit_mb), output
+        )
     print(f"{describe(findings)}\ncontact sheet: {output}/contact_sheet.png")
     if JSON.value:
         try:

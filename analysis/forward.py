@@ -1,5 +1,6 @@
 """Load the model and the images of a run, and call the model in compiled batches."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from analysis.runs import FinishedRun
 from configs import base
+from data.lazy import LazyImages
 from errors import UserError
 from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
@@ -67,7 +69,8 @@ def load_data(run: FinishedRun, data_path: str = "") -> Dataset:
         config.path = str(Path(data_path).expanduser())
     cache_dir = cache_dir_of(run)
     use_compilation_cache(cache_dir)
-    dataset = load_dataset(config, cache_dir)
+    limit = run.config["runtime"].get("resident_limit_mb", math.inf)
+    dataset = load_dataset(config, cache_dir, limit)
     same = dataset.decoded.fingerprint == run.dataset["fingerprint"]
     if not same or any(rows_of(dataset, run, part) is None for part in ("test", "validation")):
         raise UserError(
@@ -90,9 +93,13 @@ def rows_of(dataset: Dataset, run: FinishedRun, part: str) -> np.ndarray | None:
 
 
 def load_images(run: FinishedRun, part: str, data_path: str = "") -> np.ndarray:
-    """Returns the images of a part, test or validation, in that order: uint8 [N, S, S, 3]."""
+    """Returns the images of a part, test or validation, in that order: uint8 [N, S, S, 3].
+
+    Those of a source that is decoded at every use are decoded when they are asked for.
+    """
     dataset = load_data(run, data_path)
-    return dataset.decoded.images[rows_of(dataset, run, part)]
+    images, rows = dataset.decoded.images, rows_of(dataset, run, part)
+    return images.select(rows) if isinstance(images, LazyImages) else images[rows]
 
 
 def load_test_images(run: FinishedRun, data_path: str = "") -> np.ndarray:

@@ -16,7 +16,8 @@ it there or not, and so does `--config.phase.<name>.`, of a phase that `config.p
 
 A run goes on, or is skipped as finished, only with the config and the data it began with. Free to
 differ are what cannot change a result: all of `runtime` and `compare`, `eval_batch_size`, and where
-the data lies (`data.path`, `data.tfds_dir`): they are known by their images, labels and parts.
+the data lies (`data.source`, `data.path`, `data.tfds_dir`): they are known by their images, labels
+and parts.
 """
 
 from ml_collections import ConfigDict
@@ -44,7 +45,9 @@ def get_config(models: str = "") -> ConfigDict:
 
     # --- data -----------------------------------------------------------------------------------
     data = config.data = ConfigDict()
-    data.source = "folder"  # digits | folder | npz | tfds
+    # digits | folder | npz | tfds | array_record, files that `python -m analysis.records` makes of
+    # any of the others. A run goes on with the same images from another source.
+    data.source = "folder"
     data.path = ""  # the folder, the .npz file, or the tfds name (tfds_dir holds prepared data)
     data.tfds_dir = ""  # "" is the default of tensorflow-datasets
     # Of folders. class: path/<class>/<image> | part/class: path/train/<class>/<image> |
@@ -221,7 +224,9 @@ def get_config(models: str = "") -> ConfigDict:
     runtime = config.runtime = ConfigDict()
     runtime.cache_dir = "~/.cache/archcompare"  # decoded images, stored features, programs
     runtime.feed = "auto"  # resident: images on the device | streaming: read ahead | auto
-    runtime.resident_limit_mb = 2048  # auto: if all parts together are larger, they are streamed
+    # auto: if all parts together are larger, they are streamed. Images of array_record are then
+    # decoded at every use; smaller ones are decoded once into `cache_dir`, as of any source.
+    runtime.resident_limit_mb = 2048
     # Outputs of frozen stages are stored while they are smaller, on the device and in `cache_dir`;
     # 0: computed at every step. Seeds that train heads on them do so together, as many at once as
     # have states below this limit.

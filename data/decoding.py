@@ -1,7 +1,12 @@
-"""Decode every image once, to RGB uint8 of one size, and note what an audit wants to know of it."""
+"""Decode images to RGB uint8 of one size, and note what an audit wants to know of them.
+
+Every image once, into a cache; or, where the source noted all that and the images take too much
+room, those of a batch whenever they are asked for.
+"""
 
 import hashlib
 import json
+import math
 import os
 import warnings
 import zlib
@@ -18,7 +23,8 @@ from tqdm import tqdm
 
 from data.cache import put_in_place, sweep, temporary_folder
 from data.formats import HEIF, open_image, printable
-from data.sources import Listing
+from data.lazy import LazyImages
+from data.sources import UNREAD, Listing
 from errors import UserError
 
 VERSION = 1  # of the fingerprint; raise it when sound images get other pixels
@@ -38,16 +44,16 @@ class Decoded:
     """N decoded images and a row of facts for each; rows with an `error` hold zeros.
 
     Attributes:
-      images: uint8 [N, S, S, 3], mapped from disk.
-      facts: a structured array [N] with the fields of FACTS.
+      images: uint8 [N, S, S, 3], mapped from disk, or decoded when they are asked for.
+      facts: a structured array [N] with the fields of FACTS, or an array [N] by field.
       errors: N messages, "" for an image that was read.
       modes: N names of the pixel format as stored, such as RGB or L.
       fingerprint: SHA-256 over every image as stored and over how it is decoded.
       entry: name of all that the pixels depend on, what decodes them included.
     """
 
-    images: np.ndarray
-    facts: np.ndarray
+    images: np.ndarray | LazyImages
+    facts: np.ndarray | dict[str, np.ndarray]
     errors: list[str]
     modes: list[str]
     fingerprint: str
@@ -124,11 +130,20 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
     return np.packbits(bits).view(np.uint64)[0]
 
 
-def _decode_one(data: bytes | np.ndarray, config: ConfigDict) -> tuple[np.ndarray, np.void, str]:
+def _opened(data: bytes | np.ndarray, config: ConfigDict) -> tuple[Image.Image, str]:
+    limit = config.get("max_pixels", MAX_PIXELS)
+    return to_rgb(data, tuple(config.background), limit, config.image_size)
+
+
+def _resized(image: Image.Image, config: ConfigDict) -> np.ndarray:
+    return np.asarray(resize(image, config.image_size, config.resize, config.interpolation))
+
+
+def describe(data: bytes | np.ndarray, config: ConfigDict) -> tuple[Image.Image, np.void, str]:
+    """Decodes an image; returns it, its FACTS, and its pixel format as stored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-        limit = config.get("max_pixels", MAX_PIXELS)
-        image, mode = to_rgb(data, tuple(config.background), limit, config.image_size)
+        image, mode = _opened(data, config)
     fact = np.zeros((), FACTS)
     raw = np.asarray(image)
     fact["width"], fact["height"] = image.info.get("stored", image.size)
@@ -139,27 +154,44 @@ def _decode_one(data: bytes | np.ndarray, config: ConfigDict) -> tuple[np.ndarra
     fact["thumbnail"] = np.asarray(
         image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     )
-    resized = resize(image, config.image_size, config.resize, config.interpolation)
-    return np.asarray(resized), fact, mode
+    return image, fact, mode
+
+
+def _decode_one(data: bytes | np.ndarray, config: ConfigDict) -> tuple[np.ndarray, np.void, str]:
+    image, fact, mode = describe(data, config)
+    return _resized(image, config), fact, mode
+
+
+def facts_settings(config: ConfigDict) -> dict:
+    """Returns the fields that facts and errors depend on, and the version of our decoding."""
+    limit = config.get("max_pixels", MAX_PIXELS)
+    return {"version": VERSION, "background": list(config.background), "max_pixels": limit}
 
 
 # --- all images, and their cache ----------------------------------------------------------------
 
 
-def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
+def decode_all(
+    listing: Listing, config: ConfigDict, cache_dir: str, limit_mb: float = math.inf
+) -> Decoded:
     """Decodes all images of a listing as `config.data` says, or maps them from the cache.
 
     The cache is keyed by the content of every image and by how it is decoded, so a changed file or
     another size makes a new entry, and a second start decodes nothing. An entry that is damaged is
     made anew. A file that cannot be read is an error of its row, as a broken image is.
 
+    Images of more than `limit_mb` decoded, of a source that noted its facts, are not decoded.
+
     Raises:
       UserError: the cache cannot be written, or a file changes while it is read.
     """
     settings = [VERSION, config.image_size, config.resize, config.interpolation]
     key = hashlib.sha256(json.dumps([*settings, list(config.background)]).encode())
-    unread = {}
-    for i, (digest, error) in enumerate(_digests(listing)):
+    unread, shape = {}, (len(listing.ids), config.image_size, config.image_size, 3)
+    lazy = listing.noted is not None and math.prod(shape) > limit_mb * 2**20
+    if lazy:
+        key.update(listing.noted.digests.view(np.uint8))  # the same bytes, one after the other
+    for i, (digest, error) in enumerate([] if lazy else _digests(listing)):
         key.update(digest)
         if error:
             unread[i] = error
@@ -167,7 +199,10 @@ def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
     more = [ENTRY, fingerprint, config.get("max_pixels", MAX_PIXELS), __version__, HEIF]
     name = hashlib.sha256(json.dumps(more).encode()).hexdigest()[:24]
     entry = Path(cache_dir).expanduser() / "images" / name
-    shape = (len(listing.ids), config.image_size, config.image_size, 3)
+    if lazy:
+        decoded = _lazily(listing, config, shape)
+        decoded.fingerprint, decoded.entry = fingerprint, name
+        return decoded
     try:
         sweep(entry.parent)
         decoded = _read_entry(entry, shape)
@@ -188,6 +223,37 @@ def decode_all(listing: Listing, config: ConfigDict, cache_dir: str) -> Decoded:
     return decoded
 
 
+def _lazily(listing: Listing, config: ConfigDict, shape: tuple[int, ...]) -> Decoded:
+    """Returns images that are decoded at every use, with what the source noted of them.
+
+    Rows with an error are zeros, as in the cache.
+    """
+    noted, settings = listing.noted, facts_settings(config)
+    for name, value in noted.settings.items():
+        if value != settings[name]:
+            raise UserError(
+                f"{config.path} was written with data.{name}={value}, not with {settings[name]}: "
+                f"set --config.data.{name} to the former, write the records anew with the latter, "
+                "or decode all images into the cache with --config.runtime.resident_limit_mb="
+                f"{math.ceil(math.prod(shape) / 2**20)}"
+            )
+    warnings.filterwarnings("ignore", module="PIL")  # of odd metadata that changes no pixel
+
+    def decode(row: int) -> np.ndarray:
+        if noted.errors[row]:
+            return np.zeros(shape[1:], np.uint8)
+        try:
+            return _resized(_opened(listing.read(row), config)[0], config)
+        except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
+            raise UserError(
+                f"{listing.ids[row]} ({noted.place(row)}) cannot be read: {message_of(error)}. It "
+                "could when the records were written: bring the file back, or write them anew"
+            ) from error
+
+    images = LazyImages(decode, shape)
+    return Decoded(images, noted.facts, list(noted.errors), noted.modes, fingerprint="")
+
+
 def _digests(listing: Listing) -> list[tuple[bytes, str]]:
     """Returns (digest, "") for each image as stored, or what stands for it and why it is unread."""
 
@@ -195,20 +261,24 @@ def _digests(listing: Listing) -> list[tuple[bytes, str]]:
         try:
             return listing.digest(i), ""
         except Exception as error:  # noqa: BLE001 - disks and sources raise many types
-            return b"unread".ljust(32), _message(error)
+            return UNREAD, message_of(error)
 
+    if listing.digests is None and (noted := listing.noted):
+        digests = map(bytes, noted.digests)
+        pairs = zip(digests, noted.errors, strict=True)
+        listing.digests = [(known, error if known == UNREAD else "") for known, error in pairs]
     if listing.digests is None:
-        listing.digests = list(_in_threads(digest, len(listing.ids)))
+        listing.digests = list(in_threads(digest, len(listing.ids)))
     return listing.digests
 
 
-def _message(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """Returns what is wrong with a file on one line."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return printable(" ".join(text.split()))
 
 
-def _in_threads(function: Callable, count: int) -> Iterator:
+def in_threads(function: Callable, count: int) -> Iterator:
     """Yields function(0), function(1), ...; when stopped, what has not begun is not done."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -262,7 +332,7 @@ def _fill_entry(entry: Path, listing: Listing, config: ConfigDict, unread: dict[
                         raise OSError("no space left on device")
 
             print(f"decoding {count} images", flush=True)
-            done = _in_threads(decode, count)
+            done = in_threads(decode, count)
             try:
                 for _ in tqdm(done, "decoding", count, unit=" images", leave=False, disable=None):
                     pass
@@ -289,7 +359,7 @@ def _decode_row(
         data = listing.read(i)
         same = listing.digest(i, data) == listing.digests[i][0]
     except Exception as error:  # noqa: BLE001 - it could be read a moment ago
-        raise UserError(f"{listing.ids[i]}: {_message(error)}; start again") from error
+        raise UserError(f"{listing.ids[i]}: {message_of(error)}; start again") from error
     if not same:
         raise UserError(f"{listing.ids[i]} changed while it was read: start again")
     try:
@@ -299,6 +369,6 @@ def _decode_row(
             f"{listing.ids[i]}: too little memory to decode it; lower config.data.max_pixels"
         ) from error
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
-        errors[i] = _message(error)
+        errors[i] = message_of(error)
         return None
     return image

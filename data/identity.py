@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,11 @@ def _table_path(folder: Path, identity: str) -> Path:
 
 
 def check_identity(
-    stored: dict, current: dict, where: str, table: pd.DataFrame, folder: Path
+    stored: dict,
+    current: dict,
+    where: str,
+    table: Callable[[], pd.DataFrame],
+    folder: Path,
 ) -> None:
     """Raises a UserError, with what changed, if two contents of `dataset.json` are of other data.
 
@@ -85,7 +90,7 @@ def check_identity(
     Args:
       stored, current: what a run directory holds, and what there is now.
       where: the run directory.
-      table: the identity table of what there is now.
+      table: gives the identity table of what there is now, where it is needed.
       folder: where `write_table` kept the older ones.
     """
     keys = ("identity",) if "identity" in stored else ("fingerprint", "class_names", "counts")
@@ -97,7 +102,7 @@ def check_identity(
             path, index_col="id", dtype=str, keep_default_na=False,
             encoding_errors="surrogateescape", compression="gzip",
         )  # fmt: skip
-        changed = difference(old, table)
+        changed = difference(old, table())
     except (OSError, ValueError):  # it was never kept, or was deleted
         changed = _changed_counts(stored, current)
     raise UserError(

@@ -23,6 +23,21 @@ from errors import UserError
 
 
 @dataclass
+class Noted:
+    """What a source knows of its N images without decoding them: see data/records.py."""
+
+    facts: dict[str, np.ndarray]  # the fields of `decoding.FACTS`, each [N]
+    digests: np.ndarray  # V32 [N], of each image as stored; UNREAD where there is none
+    errors: list[str]  # "" for a sound image
+    modes: list[str]
+    settings: dict  # fields of `config.data` that facts and errors depend on
+    place: Callable[[int], str]  # where an image lies, in words
+
+
+UNREAD = b"unread".ljust(32)  # stands for the digest of a file that could not be read
+
+
+@dataclass
 class Listing:
     """What a source offers: N images, still encoded."""
 
@@ -37,6 +52,7 @@ class Listing:
     left_out: dict[str, list[str]] = field(default_factory=dict)  # images not read, by the reason
     notes: list[str] = field(default_factory=list)  # what else a reader should know
     digests: list[tuple[bytes, str]] | None = None  # of every image as stored, once they are known
+    noted: Noted | None = None
 
     def remarks(self) -> list[str]:
         """Returns a line on each kind of image that is left out, and the notes."""
@@ -61,7 +77,7 @@ def list_source(data: ConfigDict) -> Listing:
     Raises:
       UserError: the source is missing, or its classes or parts cannot be used.
     """
-    listing = {"digits": _digits, "folder": _folder, "npz": _npz, "tfds": _tfds}[data.source](data)
+    listing = SOURCES[data.source](data)
     where = f"{data.source} {data.path}".strip()
     if len(listing.class_names) < 2:
         raise UserError(
@@ -319,3 +335,19 @@ def _tfds(data: ConfigDict) -> Listing:
         class_names=list(info.features[label_key].names),
         read=lambda i: place[i][0][place[i][1]][image_key],
     )
+
+
+def _array_record(data: ConfigDict) -> Listing:
+    """A folder that `python -m analysis.records` wrote."""
+    from data.records import open_records
+
+    return open_records(Path(data.path).expanduser())
+
+
+SOURCES = {
+    "digits": _digits,
+    "folder": _folder,
+    "npz": _npz,
+    "tfds": _tfds,
+    "array_record": _array_record,
+}

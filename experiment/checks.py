@@ -12,7 +12,7 @@ from experiment.fields import flatten, phase_config, phase_names
 from models.classifier import MISTAKES
 
 CHOICES = {
-    "data.source": ("digits", "folder", "npz", "tfds"),
+    "data.source": ("digits", "folder", "npz", "tfds", "array_record"),
     "data.layout": LAYOUTS,
     "data.resize": ("squash", "crop"),
     "data.interpolation": ("nearest", "bilinear", "bicubic", "lanczos"),

@@ -40,7 +40,7 @@ AS_BEFORE = {
     "try_weight_decays": [],
 }
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
-FREE = ("eval_batch_size", "data.path", "data.tfds_dir")
+FREE = ("eval_batch_size", "data.source", "data.path", "data.tfds_dir")
 
 
 @dataclass(frozen=True)

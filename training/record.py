@@ -103,16 +103,16 @@ class RunRecord:
 
     def feed(self, part: str, large: bool = False) -> Feed:
         """Returns the batches of a part, of `data.store_size` if `large`, on the device once."""
-        data = self.config.data
+        data, runtime = self.config.data, self.config.runtime
         size = data.store_size if large and data.store_size else data.image_size
         if (part, size) not in self.feeds:
             dataset = self.dataset
             if size != data.image_size:
                 larger = ConfigDict(data.to_dict() | {"image_size": size})
-                dataset = load_dataset(larger, self.config.runtime.cache_dir)
+                dataset = load_dataset(larger, runtime.cache_dir, runtime.resident_limit_mb)
                 if dataset.identity != self.dataset.identity:
                     raise UserError("the images changed since the run began: start again")
-            self.feeds[part, size] = Feed(dataset, part, self.mesh, self.config.runtime)
+            self.feeds[part, size] = Feed(dataset, part, self.mesh, runtime)
         return self.feeds[part, size]
 
     def put(self, tree):

@@ -58,10 +58,10 @@ def test_another_data_set_is_named_by_what_changed(content, root, change, messag
     now, new_table, current = content(other)
     assert now != identity and message in difference(table, new_table)
     with pytest.raises(UserError, match="W/cnn/seed0 belongs to other images") as caught:
-        check_identity(stored, current, "W/cnn/seed0", new_table, root.parent / "audit")
+        check_identity(stored, current, "W/cnn/seed0", lambda: new_table, root.parent / "audit")
     assert message in str(caught.value)
     with pytest.raises(UserError, match="images then"):  # the old table was never kept
-        check_identity(stored, current, "W/cnn/seed0", new_table, root.parent / "nowhere")
+        check_identity(stored, current, "W/cnn/seed0", lambda: new_table, root.parent / "nowhere")
 
 
 def test_labels_parts_and_groups_belong_to_it(content, root):
@@ -79,7 +79,7 @@ def test_labels_parts_and_groups_belong_to_it(content, root):
 def test_runs_of_older_versions_are_known_by_their_files(content, root):
     _, table, stored = content(root)
     old = {key: value for key, value in stored.items() if key != "identity"}
-    check_identity(old, stored, "R", table, root)
-    check_identity({}, stored, "R", table, root)
+    check_identity(old, stored, "R", lambda: table, root)
+    check_identity({}, stored, "R", lambda: table, root)
     with pytest.raises(UserError, match="R belongs to other images"):
-        check_identity(old | {"fingerprint": "0"}, stored, "R", table, root)
+        check_identity(old | {"fingerprint": "0"}, stored, "R", lambda: table, root)
