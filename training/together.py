@@ -34,6 +34,8 @@ def obstacle(config: ConfigDict, model: Classifier, dataset: Dataset) -> str:
     `model` may hold shapes in place of arrays.
     """
     names = phase_names(config)
+    if jax.process_count() > 1:
+        return "the command runs on several hosts: run it on one"
     if not model.trained_by_gradient:
         return f"{model.name} is not trained by gradient"
     if len(names) > 1:
