@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax._src import clusters, distributed
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from errors import UserError
 from experiment.runner import STOPPED, Signals
 from input_pipeline import to_devices
+from training.place import Place, find_place
 
 JOIN_SECONDS = 300  # for all hosts to start
 HEARTBEAT_SECONDS = 60  # of silence until JAX ends all hosts, where no connection breaks before
@@ -41,21 +41,12 @@ END = "archcompare/end"  # key under which a host says why all end
 BROKEN = re.compile("gloo|nccl|rccl|connection|coordination|heartbeat|unavailable", re.IGNORECASE)
 
 
+_place: Place | None = None  # of this process, once it joined others
 _own_folders: list[str] = []  # see `own_folder`
 
 
 class Lost(Exception):
     """Another host ended, so this one cannot go on."""
-
-
-@dataclass
-class Place:
-    """Which of several hosts this process is."""
-
-    coordinator: str | None  # host:port of the first; None where JAX finds it
-    count: int
-    index: int
-    devices: tuple[int, ...] = ()  # of this host that are its own; () for all
 
 
 # --- joining ------------------------------------------------------------------------------------
@@ -80,7 +71,7 @@ def among_hosts(main: Callable[[list[str]], int | None]) -> Callable[[list[str]]
             code = main(argv)
             leave()
         except BaseException as error:
-            if distributed.global_state.client is None:  # the others have left
+            if not _connected():  # the others have left
                 raise
             _watch.over.set()
             end_all(error)
@@ -89,79 +80,13 @@ def among_hosts(main: Callable[[list[str]], int | None]) -> Callable[[list[str]]
     return joined
 
 
-def find_place(coordinator: str | None, count: int | None, index: int | None) -> Place | None:
-    """Returns this process' place among hosts, from three options or what launched it.
-
-    None if it is alone: a job with one task is, whatever else the environment says.
-
-    Raises:
-      UserError: the options are not complete, or it cannot be known where the first host is.
-    """
-    options = {"--coordinator": coordinator, "--hosts": count, "--host": index}
-    given = [name for name, value in options.items() if value is not None]
-    if given == ["--hosts"] and count == 1:
-        return None
-    if len(given) == 3:
-        if not re.fullmatch(r".+:\d+", coordinator):
-            raise UserError(f"--coordinator={coordinator}: write HOST:PORT of the first host")
-        if index >= count:
-            raise UserError(f"--host={index}: of {count} hosts, the last one is {count - 1}")
-        return Place(coordinator, count, index) if count > 1 else None
-    place = None if given not in ([], ["--coordinator"]) else _launched()
-    if given and place is None:
-        raise UserError(
-            f"{', '.join(given)} alone: several hosts need --coordinator=HOST:PORT, --hosts=N and "
-            "--host=I; under SLURM, Open MPI, Kubernetes or on a TPU pod, none"
-        )
-    if place and coordinator:
-        place.coordinator = coordinator
-    return place
-
-
-def _launched() -> Place | None:
-    """Returns the place that SLURM, Open MPI, Kubernetes or a TPU pod gave this process."""
-    env = os.environ
-    if "OMPI_COMM_WORLD_SIZE" in env:  # asked first: mpirun itself may run under SLURM
-        count, index, local, beside = (
-            int(env.get(f"OMPI_COMM_WORLD_{name}", 0))
-            for name in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")
-        )
-        address = env.get("JAX_COORDINATOR_ADDRESS")
-        if count > 1 and not address and not clusters.OmpiCluster.is_env_present():
-            raise UserError(  # Open MPI 5
-                f"Open MPI runs {count} processes and does not say where the first one is: add "
-                "--coordinator=HOST:PORT, or --hosts=1 for runs of their own"
-            )
-        place = Place(address, count, index, _own_device(local, beside > 1))
-    elif clusters.SlurmCluster.is_env_present():
-        count = int(env.get("SLURM_STEP_NUM_TASKS") or env["SLURM_NTASKS"])
-        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1")  # such as 4(x2),1
-        several = any(int(n) > 1 for n in re.findall(r"(?:^|,)(\d+)", tasks))
-        local = _own_device(int(env["SLURM_LOCALID"]), several)
-        place = Place(None, count, int(env["SLURM_PROCID"]), local)
-    else:
-        kinds = [clusters.GkeTpuCluster, clusters.GceTpuCluster]
-        if "JOB_COMPLETION_INDEX" in env:  # of an indexed job; any pod is in Kubernetes
-            kinds.append(clusters.K8sCluster)
-        cluster = next((kind for kind in kinds if kind.is_env_present()), None)
-        if cluster is None:
-            return None
-        place = Place(None, cluster.get_process_count(), cluster.get_process_id())
-    return place if place.count > 1 else None
-
-
-def _own_device(local: int, several: bool) -> tuple[int, ...]:
-    """Returns the device of one of `several` processes on a machine; () where it sees no other."""
-    bound = len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) == 1
-    return (local,) if several and not bound else ()
-
-
 def join(place: Place) -> None:
     """Waits for all hosts and connects them; must come before JAX looks for devices.
 
     Raises:
       UserError: they could not be connected; where that takes too long, the process ends with it.
     """
+    global _place
     where = place.coordinator or "the place that the launcher names"
     missing = f"not all {place.count} hosts came to {where} within {JOIN_SECONDS} s"
 
@@ -195,6 +120,7 @@ def join(place: Place) -> None:
         raise UserError(f"the hosts cannot be connected: {error}") from error
     finally:
         timer.cancel()
+    _place = place
     _watch.start()
 
 
@@ -214,12 +140,12 @@ def check_command() -> None:
 
 def several() -> bool:
     """Returns whether this process is one of several hosts."""
-    return jax.process_count() > 1
+    return _place is not None
 
 
 def is_first() -> bool:
     """Returns whether this process, alone or the first of several hosts, keeps the results."""
-    return jax.process_index() == 0
+    return _place is None or _place.index == 0
 
 
 def agreed(value: Any) -> Any:
@@ -281,7 +207,7 @@ class HostSignals(Signals):
     """
 
     def __init__(self):
-        self._asked, self._stopped = 0, False
+        self._asked, self._failed, self._stopped = 0, 0, False
         signal.signal(signal.SIGINT, self._interrupt)  # that of SIGTERM is JAX's own
 
     @property
@@ -306,12 +232,17 @@ class HostSignals(Signals):
         """
         if not isinstance(error, UserError) and BROKEN.search(f"{type(error)} {error}"):
             raise Lost(str(error).split("\n")[0]) from error
+        self._failed += 1
         try:
-            name = f"archcompare/failed-{self._asked}"
+            name = f"archcompare/failed-{self._failed}"
             distributed.global_state.client.wait_at_barrier(name, FAILED_SECONDS * 1000)
         except Exception:  # noqa: BLE001 - whatever it is, they did not all come
             return False
         return True
+
+
+def _connected() -> bool:
+    return distributed.global_state.client is not None
 
 
 def signals() -> Signals:
@@ -327,7 +258,7 @@ def leave(stop: Signals | None = None) -> Signals | None:
 
     After that, `several` still holds, but a program must be of local devices. None on the others.
     """
-    if not several() or distributed.global_state.client is None:
+    if not several() or not _connected():
         return stop
     _watch.over.set()
     _watch.join()
@@ -364,7 +295,7 @@ def said() -> dict | None:
 
 def end_all(error: BaseException) -> NoReturn:
     """Ends this process for an error, and all others with a message that names it."""
-    index, code = jax.process_index(), 1
+    index, code = distributed.global_state.process_id, 1
     if isinstance(error, Lost):
         time.sleep(1)  # the one that ended may have said why
         if told := said():

@@ -19,6 +19,7 @@ from errors import UserError
 from input_pipeline import Dataset
 from models import Classifier
 from models.classifier import in_mode, merge_model, split_model, stage_of
+from training import hosts
 from training.optimizer import l1_penalty, make_optimizer, make_plateau, make_schedule
 from training.programs import Outline, settings, shared
 
@@ -92,7 +93,7 @@ def make_train_step(*arguments, **options) -> Callable[[dict, dict, jax.Array], 
     Over several hosts the state stays whole on every device, so that the first can save it alone.
     """
     outputs = {}
-    if jax.process_count() > 1:
+    if hosts.several():
         outputs["out_shardings"] = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
     return jax.jit(train_step_of(*arguments, **options), donate_argnums=0, **outputs)
 
