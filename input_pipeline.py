@@ -310,6 +310,22 @@ def gather_program(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array], 
     return jax.jit(gather, out_shardings=sharding)
 
 
+def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Puts an array on the devices; of several hosts, each passes what its own devices hold."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_process_local_data(sharding, array)
+
+
+@functools.lru_cache(maxsize=8)
+def places_here(sharding: NamedSharding, batch_size: int) -> np.ndarray | slice:
+    """Returns which images of a batch the devices of this host hold, ascending."""
+    if sharding.is_fully_addressable:
+        return slice(None)
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[places] for (places,) in held]))
+
+
 Plan = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a batch: rows int, mask bool, epochs int
 
 
@@ -317,8 +333,8 @@ class Feed:
     """Batches of one part on the devices of a mesh: {"image", "label", "mask", "row", "epoch"}.
 
     image: uint8 [B, S, S, 3]; label: int32 [B]; mask: bool [B], False for padding; row: int32 [B],
-    places in the part; epoch: int32 [B]. Each is sharded over the mesh's "data" axis. Both ways of
-    feeding give the same batches.
+    places in the part; epoch: int32 [B]. Each is sharded over the mesh's "data" axis; a host looks
+    at the images of its own devices alone. Both ways of feeding give the same batches.
     """
 
     def __init__(self, dataset: Dataset, part: str, mesh: Mesh, runtime: ConfigDict):
@@ -333,7 +349,7 @@ class Feed:
     def images(self) -> jax.Array:
         """The images of a resident feed, on every device from the first batch on."""
         everywhere = NamedSharding(self.sharding.mesh, PartitionSpec())
-        return jax.device_put(self.stored[self.rows], everywhere)
+        return to_devices(self.stored[self.rows], everywhere)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -355,15 +371,20 @@ class Feed:
         return self._batches(lambda i: (*plans[i], first), 0, len(plans))
 
     def _batches(self, plan: Callable[[int], Plan], start: int, stop: int) -> Iterator[dict]:
+        def own(i: int) -> Plan:
+            rows, mask, epochs = plan(i)
+            here = places_here(self.sharding, len(rows))
+            return rows[here], mask[here], epochs[here]
+
         if self.resident:
             for i in range(start, stop):
-                rows, mask, epochs = plan(i)
+                rows, mask, epochs = own(i)
                 columns = (self.places(rows, epochs), self.labels[rows], mask, rows, epochs)
                 yield self.gather(self.images, self._columns(*columns))
             return
 
         def read(i: int) -> tuple[np.ndarray, np.ndarray]:
-            rows, mask, epochs = plan(i)
+            rows, mask, epochs = own(i)
             return self.stored[self.rows[rows]], (self.labels[rows], mask, rows, epochs)
 
         # Grain reads ahead in threads and keeps the order.
@@ -371,7 +392,7 @@ class Feed:
         ahead = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
         columns = columns_program(self.sharding)
         for images, others in ahead:
-            yield {"image": self._put(images), **columns(self._columns(*others))}
+            yield {"image": to_devices(images, self.sharding), **columns(self._columns(*others))}
 
     def places(self, rows: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Returns where in the resident array the images of a batch lie: int [B]."""
@@ -380,8 +401,5 @@ class Feed:
 
     def _columns(self, *columns: np.ndarray) -> jax.Array:
         """Returns int32 [B, columns] on the devices."""
-        return self._put(np.stack(columns, axis=1, dtype=np.int32, casting="unsafe"))
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        """Shards an array, which every host computes alike, over the devices."""
-        return jax.device_put(array, self.sharding)
+        plan = np.stack(columns, axis=1, dtype=np.int32, casting="unsafe")
+        return to_devices(plan, self.sharding)

@@ -25,8 +25,9 @@ from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
 from experiment.files import read_json, write_json
 from experiment.grid import Run, check_run_dir, expand, shard
-from experiment.runner import STOPPED, Signals, divide, prepare_workdir, train_group
+from experiment.runner import STOPPED, divide, prepare_workdir, train_group
 from train import check_runs, train_runs
+from training import hosts
 
 
 def main(argv: list[str]) -> int:
@@ -45,15 +46,15 @@ def main(argv: list[str]) -> int:
     if not runs:
         print(f"--shard={SHARD.value}: the grid of {len(grid)} runs leaves this shard without any")
         return 0
-    workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
+    workdir = prepare_workdir(hosts.own_folder(Path(WORKDIR.value).expanduser()))
     use_compilation_cache(config.runtime.cache_dir)
     identities, at_once = check(runs, workdir)
     plan = {"command": sys.argv, "runs": [run.name for run in grid], "identities": identities}
     write_json(workdir / "experiment.json", plan | {"compare": stored_config(config.compare)})
 
-    stop, held = Signals(), set()
+    stop, held = hosts.signals(), set()
     titles = {run.name: f"[{i}/{len(runs)}] {run.name}" for i, run in enumerate(runs, start=1)}
-    for group in divide(runs, workdir, at_once):
+    for group in hosts.in_same_order(divide(runs, workdir, at_once)):
         held |= train_group(group, workdir, titles, train_runs, stop)
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
@@ -61,6 +62,9 @@ def main(argv: list[str]) -> int:
     if len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
         return 0
+
+    if (stop := hosts.leave(stop)) is None:
+        return 0  # of several hosts, the first one makes the report
 
     def progress(text: str) -> None:
         print(text, flush=True)
@@ -99,4 +103,4 @@ if __name__ == "__main__":
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and their report")
     SHARD = flags.DEFINE_string("shard", "", "i/n: train every n-th run, from the i-th on")
     DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the runs and their configs, and end")
-    run_command(main)
+    run_command(hosts.among_hosts(main))

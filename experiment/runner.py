@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,6 +33,14 @@ class Signals:
     def _request(self, number: int, frame) -> None:
         self.requested = True
         signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self, value: Any) -> Any:
+        """Returns `value`; of several hosts, that of the first: see `training/hosts.py`."""
+        return value
+
+    def all_failed(self, error: Exception) -> bool:
+        """Returns whether the other hosts of a run failed too, so that the next run can begin."""
+        return True
 
 
 def prepare_workdir(workdir: Path) -> Path:
@@ -102,8 +111,8 @@ def train_group(
       stop: asked after every step.
     """
     left = []
-    for run in runs:
-        status = read_status(workdir / run.name)
+    statuses = stop.agreed([read_status(workdir / run.name) for run in runs])
+    for run, status in zip(runs, statuses, strict=True):
         if status in FINAL:
             print(f"{titles[run.name]}: {status} already", flush=True)
         else:
@@ -120,7 +129,7 @@ def train_group(
                     together = f", {len(runs)} seeds at once" if len(runs) > 1 else ""
                     print(f"{title}: {how}{together}", flush=True)
                 run_dir.mkdir(parents=True, exist_ok=True)
-                if locks.enter_context(locked(run_dir / ".lock")):
+                if stop.agreed(locks.enter_context(locked(run_dir / ".lock"))):
                     ours.append(run)
                 elif run in left:
                     print(f"{title}: another process is training it; left to that one", flush=True)
@@ -129,9 +138,12 @@ def train_group(
             if left:
                 _train(ours, left, workdir, titles, train, stop)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other runs go on
+            go_on = stop.all_failed(error)
             for run in left:
                 if read_status(workdir / run.name) not in FINAL:
                     _record_failure(workdir / run.name, titles[run.name], error)
+            if not go_on:
+                raise
     return held
 
 

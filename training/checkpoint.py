@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from errors import UserError
+from training import hosts
 
 KEPT = {"latest": 1, "best": 2}  # the older best belongs to the latest state until that is saved
 # A failed write is raised to us; Orbax reports each of its parts again in the log.
@@ -25,14 +26,20 @@ class Checkpoints:
     """The latest state of a run, to go on from, and its best weights so far.
 
     Each is a folder `<directory>/<kind>/<step>` of named arrays and a small JSON record, which
-    Orbax writes under a temporary name: a kill at any moment leaves whole ones only.
+    Orbax writes under a temporary name: a kill at any moment leaves whole ones only. Of several
+    hosts, the first alone has any; it waits for no other.
     """
 
     def __init__(self, directory: Path):
         self.directory, self.managers = directory.resolve(), {}
-        for kind, count in KEPT.items():
+        for kind, count in KEPT.items() if hosts.is_first() else ():
+            (self.directory / kind).mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=count, enable_async_checkpointing=False, cleanup_tmp_directories=True
+                max_to_keep=count,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,
+                create=False,
+                **_alone(),
             )
             self.managers[kind] = ocp.CheckpointManager(self.directory / kind, options=options)
 
@@ -42,8 +49,8 @@ class Checkpoints:
         Raises:
           CheckpointError: the disk is full or cannot be written; earlier checkpoints are untouched.
         """
-        manager = self.managers[kind]
-        if step in manager.all_steps():
+        manager = self.managers.get(kind)
+        if manager is None or step in manager.all_steps():
             return
         arrays = {name: np.asarray(value) for name, value in flat(jax.device_get(tree)).items()}
         content = {"record": record, "digests": {name: _digest(a) for name, a in arrays.items()}}
@@ -65,7 +72,8 @@ class Checkpoints:
 
     def steps(self, kind: str) -> list[int]:
         """Returns the steps of the whole checkpoints of a kind, newest first."""
-        return sorted(self.managers[kind].all_steps(), reverse=True)
+        manager = self.managers.get(kind)
+        return sorted(manager.all_steps(), reverse=True) if manager else []
 
     def delete(self, kind: str, step: int) -> None:
         """Deletes a checkpoint, damaged or not."""
@@ -82,7 +90,7 @@ def restore(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """Returns {"params/stages.0.kernel": array, ...} and the record; raises CheckpointError."""
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), record=ocp.args.JsonRestore())
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), **_alone()) as checkpointer:
             loaded = checkpointer.restore(path.resolve(), items)
         arrays = {name: np.asarray(value) for name, value in loaded.arrays.items()}
         digests = loaded.record["digests"].items()
@@ -110,6 +118,14 @@ def flat(tree: Any) -> dict[str, Any]:
     """Returns {path: leaf} for a nested tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def _alone() -> dict:
+    """Returns options by which Orbax waits for no other host."""
+    if not hosts.several():
+        return {}
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    return {"multiprocessing_options": alone}
 
 
 def _reason(error: Exception) -> str:

@@ -68,6 +68,7 @@ def environment() -> dict:
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],
         "device_kind": jax.devices()[0].device_kind,
+        "hosts": jax.process_count(),
         "cpu_count": os.cpu_count(),
         "flags": {
             key: os.environ[key] for key in ("XLA_FLAGS", "JAX_PLATFORMS") if key in os.environ

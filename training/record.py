@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -15,6 +13,7 @@ from ml_collections import ConfigDict
 from errors import Interrupted, UserError
 from input_pipeline import Dataset, Feed, load_dataset
 from models import Classifier
+from training import hosts
 from training.checkpoint import CheckpointError, Checkpoints, restore
 from training.cost import COMPILING, working_time
 from training.log import MetricsLog
@@ -118,7 +117,7 @@ class RunRecord:
     def put(self, tree):
         """Copies a tree of arrays to every device."""
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(jax.tree.map(jnp.asarray, tree), everywhere)
+        return hosts.put(tree, everywhere)
 
     def evaluate(self, feed: Feed, weights: dict, eval_step: Callable) -> tuple[dict, np.ndarray]:
         """Returns {"loss", "accuracy"} over every image of a feed once, and logits [N, K]."""
@@ -129,7 +128,7 @@ class RunRecord:
         count = int(total.accuracy.count)
         assert count == len(feed), f"counted {count} of {len(feed)} images"
         scores = {name: float(value) for name, value in total.compute().items()}
-        return scores, np.concatenate([np.asarray(part) for part in logits])[: len(feed)]
+        return scores, np.concatenate([hosts.whole(part) for part in logits])[: len(feed)]
 
     def keep_if_best(self, weights: dict, loss: float, score: list[float]) -> None:
         """Keeps a copy of the weights if their validation score is the highest so far."""
@@ -169,15 +168,25 @@ class RunRecord:
             getattr(self, name).close()
 
     def _resume(self) -> dict[str, np.ndarray] | None:
-        """Restores the newest state that can be read and returns its arrays."""
+        """Goes on from the newest state that the first host can read; returns its arrays."""
+        found = hosts.agreed(self._newest())
+        if found is None:
+            return None
+        arrays, weights, content = found
+        self.progress = Progress(**content)
+        self.best = self.put(weights) if self.progress.best_step >= 0 else {}
+        return arrays
+
+    def _newest(self) -> tuple[dict, dict, dict] | None:
+        """Returns the arrays, best weights and progress of the newest state that can be read."""
         for step in self.checkpoints.steps("latest"):
             damaged = ("latest", step)
             try:
                 arrays, content = restore(self.checkpoints.path("latest", step))
-                progress = Progress(**content)
+                best_step = Progress(**content).best_step
                 weights: dict = {"params": {}, "stats": {}}
-                if progress.best_step >= 0:
-                    damaged = ("best", progress.best_step)
+                if best_step >= 0:
+                    damaged = ("best", best_step)
                     best, _ = restore(self.checkpoints.path(*damaged))
                     for name, array in best.items():
                         kind, _, path = name.partition("/")
@@ -187,7 +196,5 @@ class RunRecord:
                 self.checkpoints.delete("latest", step)
                 self.checkpoints.delete(*damaged)
                 continue
-            self.progress = progress
-            self.best = self.put(weights) if progress.best_step >= 0 else {}
-            return arrays
+            return arrays, weights, content
         return None

@@ -3,6 +3,7 @@
 import numpy as np
 
 from experiment.fields import stored_config
+from training import hosts
 from training.cost import model_cost, step_memory
 from training.programs import Outline, shared
 from training.record import RunRecord
@@ -17,7 +18,8 @@ def complete(record: RunRecord, weights: dict, metrics: dict, spent: dict, summa
     end |= {"best_step": progress.best_step, "steps": progress.step, "phases": progress.phases}
     arrays = {path: np.asarray(a) for part in weights.values() for path, a in part.items()}
     config = stored_config(record.config)
-    save_weights(record.run_dir, arrays, config, dataset.class_names, summary | end)
+    if hosts.is_first():
+        save_weights(record.run_dir, arrays, config, dataset.class_names, summary | end)
     return end
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clu import metrics
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data.augmentation import augment
@@ -18,6 +19,7 @@ from errors import UserError
 from input_pipeline import Dataset
 from models import Classifier
 from models.classifier import in_mode, merge_model, split_model, stage_of
+from training import hosts
 from training.optimizer import l1_penalty, make_optimizer, make_plateau, make_schedule
 from training.programs import Outline, settings, shared
 
@@ -86,8 +88,14 @@ def augment_views(
 
 
 def make_train_step(*arguments, **options) -> Callable[[dict, dict, jax.Array], dict]:
-    """Returns the step of `train_step_of`, jitted; it donates the state."""
-    return jax.jit(train_step_of(*arguments, **options), donate_argnums=0)
+    """Returns the step of `train_step_of`, jitted; it donates the state.
+
+    Over several hosts the state stays whole on every device, so that the first can save it alone.
+    """
+    outputs = {}
+    if hosts.several():
+        outputs["out_shardings"] = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec())
+    return jax.jit(train_step_of(*arguments, **options), donate_argnums=0, **outputs)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ import data
 import models
 from data.augmentation import changes_nothing
 from data.cache import put_in_place, sweep, temporary_folder
-from input_pipeline import Feed, gather_program
+from input_pipeline import Feed, gather_program, to_devices
 from models import Classifier
 from models.classifier import merge_model, stage_of
+from training import hosts
 from training.programs import settings, shared
 from training.steps import augment_views
 
@@ -119,11 +120,11 @@ class FrozenStages:
         """
         entry = self.entry(feed, views)
         features = _read(entry)
-        if features is None:
+        if not hosts.all_have(features is not None):
             features = self._compute(feed, views, after_batch)
             _write(entry, features)
         everywhere = NamedSharding(feed.sharding.mesh, PartitionSpec())
-        return FeatureFeed(feed, jax.device_put(features, everywhere), max(views, 1))
+        return FeatureFeed(feed, to_devices(features, everywhere), max(views, 1))
 
     def entry(self, feed: Feed, views: int) -> Path:
         """Returns the folder where these features are kept."""
@@ -155,7 +156,7 @@ class FrozenStages:
         for view in range(max(views, 1)):
             left = len(feed)
             for batch in feed.evaluation(batch_size):
-                features = np.asarray(program(self.model, batch, view))[:left]
+                features = hosts.whole(program(self.model, batch, view))[:left]
                 if stored is None:  # in place, for a list and its concatenation are twice as large
                     stored = np.empty((total, *features.shape[1:]), features.dtype)
                 stored[filled : filled + len(features)] = features

@@ -10,6 +10,7 @@ from experiment.fields import first_trained_stage, phase_config, phase_names
 from input_pipeline import Dataset
 from models import Classifier
 from models.classifier import split_model
+from training import hosts
 from training.optimizer import make_optimizer, make_schedule
 from training.steps import initial_state, trained
 from training.stored_features import features_obstacle
@@ -34,6 +35,8 @@ def obstacle(config: ConfigDict, model: Classifier, dataset: Dataset) -> str:
     `model` may hold shapes in place of arrays.
     """
     names = phase_names(config)
+    if hosts.several():
+        return "the command runs on several hosts: run it on one"
     if not model.trained_by_gradient:
         return f"{model.name} is not trained by gradient"
     if len(names) > 1:

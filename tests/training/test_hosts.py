@@ -1,0 +1,253 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from errors import UserError
+from experiment.files import read_json, read_lines
+from experiment.grid import Run
+from experiment.runner import Signals, train_group
+from input_pipeline import places_here
+from tests.conftest import ROOT
+from train import train_and_evaluate
+from training import hosts
+from training.checkpoint import Checkpoints
+from training.place import Place, find_place
+
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:34911",
+}  # fmt: skip
+A_NODE_EACH = {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_LOCALID": "0"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets what a launcher tells its processes, and nothing else that speaks of hosts."""
+
+    def launched(variables):
+        told = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_COORD", "CUDA_VISIBLE")
+        for name in [name for name in os.environ if name.startswith(told)]:
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return launched
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, None),
+        (SLURM, Place(None, 4, 3, (1,))),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "1"}, Place(None, 4, 3)),  # bound to one by SLURM
+        (SLURM | A_NODE_EACH, Place(None, 4, 3)),  # with all devices of its node
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # srun -n1 in a job of 4 tasks
+        ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),  # the script of sbatch
+        (MPI, Place(None, 2, 1)),
+        (SLURM | MPI, Place(None, 2, 1)),  # mpirun in a job of SLURM
+        (SLURM | MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # any pod
+    ],
+)
+def test_a_launcher_with_several_tasks_makes_several_hosts(environment, variables, place):
+    environment(variables)
+    assert find_place(None, None, None) == place
+    assert find_place(None, 1, None) is None  # --hosts=1: runs of their own
+
+
+def test_options_name_the_place(environment):
+    environment({})
+    assert find_place("a:1", 2, 1) == Place("a:1", 2, 1)
+    assert find_place("a:1", 1, 0) is None
+    environment({k: v for k, v in MPI.items() if "orte" not in k})  # Open MPI 5
+    assert find_place("a:1", None, None) == Place("a:1", 2, 1)
+    with pytest.raises(UserError, match="add --coordinator=HOST:PORT"):
+        find_place(None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("a:1", None, None), "--coordinator alone: several hosts need"),
+        ((None, 2, None), "--hosts alone"),
+        ((None, 2, 0), "--hosts, --host alone"),
+        (("a", 2, 0), "write HOST:PORT"),
+        (("a:1", 2, 2), "the last one is 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(environment, options, text):
+    environment({})
+    with pytest.raises(UserError, match=text):
+        find_place(*options)
+
+
+class Sharding(SimpleNamespace):
+    """Of a batch over devices, of which this host has some."""
+
+    is_fully_addressable = False
+
+    def __hash__(self):
+        return id(self)
+
+    def addressable_devices_indices_map(self, shape):
+        size = shape[0] // self.devices
+        return {d: (slice(d * size, (d + 1) * size),) for d in self.own}
+
+
+def test_a_host_reads_the_images_of_its_own_devices():
+    assert places_here(Sharding(devices=4, own=(2, 3)), 8).tolist() == [4, 5, 6, 7]
+    assert places_here(Sharding(devices=4, own=(3, 0)), 8).tolist() == [0, 1, 6, 7]
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """Makes this process the second of two hosts, as far as it knows."""
+    monkeypatch.setattr(hosts, "_place", Place("a:1", 2, 1))
+
+
+def test_other_hosts_write_elsewhere_and_keep_no_checkpoints(second, tmp_path):
+    folder = hosts.own_folder(tmp_path)
+    assert folder != tmp_path and folder.is_dir()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save("latest", 3, {"a": np.zeros(2)}, {})
+    assert checkpoints.steps("latest") == [] and not list(folder.iterdir())
+
+
+def test_hosts_stop_where_none_has_been(second, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        hosts.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda number: asked.append(number) or number == 3,
+    )
+    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)
+    stop = hosts.signals()
+    assert [stop.requested for _ in range(5)] == [False, False, True, True, True]
+    assert asked == [1, 2, 3]
+
+
+class Barrier:
+    def __init__(self, all_come: bool):
+        self.all_come = all_come
+
+    def wait_at_barrier(self, name, milliseconds):
+        if not self.all_come:
+            raise RuntimeError("DEADLINE_EXCEEDED: Barrier timed out")
+
+
+def test_a_failure_ends_all_unless_all_failed(second, monkeypatch, tmp_path, digits_run):
+    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(hosts, "agreed", lambda value: value)
+    run, stop = Run("cnn/seed0", digits_run()), hosts.HostSignals()
+    stop.agreed = lambda value: value
+
+    def train(error):
+        def fail(*_):
+            raise error
+
+        train_group([run], tmp_path, {run.name: "[1/1]"}, fail, stop)
+        return read_json(tmp_path / run.name / "summary.json")
+
+    monkeypatch.setattr(hosts.distributed.global_state, "client", Barrier(True))
+    assert train(UserError("no room"))["status"] == "failed"
+    monkeypatch.setattr(hosts.distributed.global_state, "client", Barrier(False))
+    with pytest.raises(UserError, match="no space"):
+        train(UserError("no space"))
+    assert read_json(tmp_path / run.name / "summary.json")["error"] == "no space"
+    with pytest.raises(hosts.Lost):
+        train(ValueError("Gloo all-reduce failed: Connection reset by peer"))
+    assert read_json(tmp_path / run.name / "summary.json")["error"] == "no space"
+
+
+def test_the_first_host_says_which_runs_are_finished_or_held(tmp_path, digits_run, capsys):
+    runs = [Run(f"cnn/seed{seed}", digits_run(seed=seed)) for seed in (0, 1)]
+
+    class Told(Signals):
+        def agreed(self, value):
+            return ["complete", None] if isinstance(value, list) else False
+
+    titles = {run.name: run.name for run in runs}
+    assert train_group(runs, tmp_path, titles, None, Told()) == {"cnn/seed1"}
+    assert "cnn/seed0: complete already" in capsys.readouterr().out
+
+
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from configs import digits
+from errors import Interrupted
+from experiment.command import run_command
+from experiment.grid import expand
+from train import train_and_evaluate
+from training import hosts
+
+def main(argv):
+    folder, stop, asked = hosts.own_folder(Path(argv[1])), hosts.signals(), []
+
+    def should_stop():
+        asked.append(time.sleep(0.005))
+        if len(asked) == 20 and not hosts.is_first():
+            signal.raise_signal(signal.SIGTERM)
+        return stop.requested
+
+    for name, overrides in json.loads(argv[2]).items():
+        config = expand(digits.get_config("mlp"), overrides)[0].config
+        try:
+            train_and_evaluate(config, folder / "mlp" / name, should_stop)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            train_and_evaluate(config, folder / "mlp" / name)
+
+run_command(hosts.among_hosts(main))
+"""
+
+
+def test_two_hosts_train_as_one_process_does(tmp_path, few_digits, digits_run):
+    """Each reads its half; a signal to one stops both; they go on with the state of the first."""
+    few = {key.replace("__", "."): value for key, value in few_digits.items()}
+    common = digits_run("mlp", **few_digits).runtime.cache_dir
+    few |= {"seeds": [0], "batch_size": 32, "eval_batch_size": 26, "runtime.cache_dir": common}
+    few |= {"runtime.tensorboard": False, "runtime.log_every_steps": 5, "augment.rotation": 10.0}
+    runs = {
+        "streaming": few | {"runtime.feed": "streaming", "epochs": 160, "eval_every_epochs": 80},
+        "resident": few | {"runtime.feed": "resident", "epochs": 2},
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "two"), json.dumps(runs)]
+    command += [f"--coordinator=127.0.0.1:{port}", "--hosts=2"]
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    both = [
+        subprocess.Popen(
+            [*command, f"--host={i}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for i in (1, 0)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    stops = [[s for s in text.splitlines() if s.startswith("stopped at")] for text in errors]
+    assert stops[0] == stops[1] and len(stops[0]) == 1
+    for name, overrides in runs.items():
+        changes = {key.replace(".", "__"): value for key, value in overrides.items()}
+        del changes["seeds"]
+        alone = train_and_evaluate(digits_run("mlp", **changes), tmp_path / "one" / "mlp" / name)
+        together = read_json(tmp_path / "two" / "mlp" / name / "summary.json")
+        assert together["metrics"]["test"]["count"] == alone["metrics"]["test"]["count"] > 26
+        lines = [
+            [(line["step"], line["split"], line["loss"]) for line in read_lines(path)]
+            for path in sorted(tmp_path.glob(f"*/mlp/{name}/metrics.jsonl"))
+        ]
+        assert [line[:2] for line in lines[0]] == [line[:2] for line in lines[1]]
+        losses = [[line[2] for line in found] for found in lines]
+        np.testing.assert_allclose(*losses, rtol=1e-3)
