@@ -5,6 +5,7 @@ Imports no JAX, for a worker of Ray loads this too.
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -32,7 +33,7 @@ def start(command: list[str], log: Path, environ: Mapping[str, str]) -> subproce
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
         where = f"{socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        file.write(f"--- {where}: {' '.join(command)}\n".encode(errors="backslashreplace"))
+        file.write(f"--- {where}: {shlex.join(command)}\n".encode(errors="backslashreplace"))
         file.flush()
         return subprocess.Popen(
             command,
@@ -67,9 +68,14 @@ def outcome(run_dir: Path) -> str:
     for part in ("test", "validation"):
         accuracy = summary.get("metrics", {}).get(part, {}).get("accuracy")
         if accuracy is not None:
-            return f"{summary['status']} {accuracy:.1%} {part}".replace("%", " %")
+            return f"{summary['status']} {percent(accuracy)} {part}"
     error = summary.get("error", "").partition("\n")[0]
     return summary.get("status", "") + (f": {error}" if error else "")
+
+
+def percent(fraction: float) -> str:
+    """Returns 0.994 as "99.4 %"."""
+    return f"{100 * fraction:.1f} %"
 
 
 def last_validation(run_dir: Path) -> str:
@@ -83,7 +89,7 @@ def last_validation(run_dir: Path) -> str:
             continue
         if line.get("split") == "validation" and line.get("accuracy") is not None:
             trial = f"{files[-1].parent.name}, " if files[-1].parent != run_dir else ""
-            return f"{trial}epoch {line['epoch']:g}, validation {line['accuracy']:.1%}"
+            return f"{trial}epoch {line['epoch']:g}, validation {percent(line['accuracy'])}"
     return ""
 
 
@@ -107,7 +113,8 @@ class Table:
             self.ended[name] = time.monotonic()
         if not self.live:
             number = f" ({len(self.ended)} of {len(self.states)})" if ends else ""
-            print(f"{name}: {state}{self._seconds(name) if ends else ''}{number}", flush=True)
+            took = f", {self._time(name)}" if ends and name in self.began else ""
+            print(f"{name}: {state}{took}{number}", flush=True)
 
     def say(self, text: str) -> None:
         """Prints lines that stay, above the table."""
@@ -138,10 +145,10 @@ class Table:
         under_way = name in self.began and name not in self.ended
         seen = last_validation(self.workdir / name) if under_way else ""
         state = self.states[name] + (f": {seen}" if seen else "")
-        return f"{name:<{widest}}  {state}{self._seconds(name)}"
+        return f"{name:<{widest}}  {self._time(name):>7}  {state}"
 
-    def _seconds(self, name: str) -> str:
+    def _time(self, name: str) -> str:
         if name not in self.began:
             return ""
         seconds = int(self.ended.get(name, time.monotonic()) - self.began[name])
-        return f", {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

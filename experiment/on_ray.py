@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import re
+import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -88,11 +91,15 @@ def pool(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray starts its processes by fork and exec, about which JAX warns.
+    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
     try:
         if address:
+            if at := re.fullmatch(r"([\w.-]+):(\d+)", address):  # for which Ray waits minutes
+                socket.create_connection((at[1], int(at[2])), timeout=10).close()
             ray.init(address=address, **quiet)
         else:
             ray.init(
@@ -101,8 +108,10 @@ def pool(
                 object_store_memory=100 * 2**20,
                 **quiet,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--ray_address={address}: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--ray_address={address}: no cluster of Ray could be reached: {error}"
+        ) from error
     try:
         check_nodes(ray, workdir.absolute())
         yield RayPool(ray, command, workdir, min(workers or most, most), workers)
