@@ -125,7 +125,7 @@ def train_group(
             for run in runs:
                 run_dir, title = workdir / run.name, titles[run.name]
                 if run in left:
-                    how = "going on" if run_dir.exists() else "training"
+                    how = "going on" if (run_dir / "config.json").exists() else "training"
                     together = f", {len(runs)} seeds at once" if len(runs) > 1 else ""
                     print(f"{title}: {how}{together}", flush=True)
                 run_dir.mkdir(parents=True, exist_ok=True)

@@ -160,8 +160,10 @@ def test_shards_and_failures(tmp_path, cache_dir, make_folder):
     table = pd.read_csv(tmp_path / "report" / "table.csv").set_index("model")
     assert table["seeds"].to_dict() == {"linear": 2, "knn": 1}
     (blocked / "checkpoints").unlink()
-    third = run(tmp_path, cache_dir, *arguments)
+    third = run(tmp_path, cache_dir, *arguments, "--launch=local")
     assert third.returncode == 0 and "not complete" not in third.stdout
+    assert "linear/seed0: complete" in third.stdout and "running on cpu" in third.stdout
+    assert "[1/1] knn/seed1: going on" in (blocked / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(
