@@ -26,7 +26,8 @@ from experiment.fields import stored_config
 from experiment.files import read_json, write_json
 from experiment.grid import Run, check_run_dir, expand, shard
 from experiment.runner import STOPPED, Signals, divide, prepare_workdir, train_group
-from train import check_runs, train_runs
+from experiment.search import Search, search_cure
+from train import check_runs, train_and_evaluate, train_runs
 
 
 def main(argv: list[str]) -> int:
@@ -36,8 +37,13 @@ def main(argv: list[str]) -> int:
     config = CONFIG.value
     if config is None or not WORKDIR.value:
         raise UserError("--config=configs/... and --workdir=runs/... are both needed")
-    grid = expand(config, config_overrides(CONFIG))
+    overrides, workdir = config_overrides(CONFIG), Path(WORKDIR.value).expanduser()
+    grid = expand(config, overrides)
+    trials = config.search.trials if TUNE.value is None else TUNE.value
+    search = Search(config, overrides, workdir, trials) if trials else None
     runs = shard(grid, SHARD.value)
+    if search:
+        print(search.describe())
     if DRY_RUN.value:
         for run in runs:
             print(f"{run.name}\n{json.dumps(stored_config(run.config), indent=2)}")
@@ -45,20 +51,26 @@ def main(argv: list[str]) -> int:
     if not runs:
         print(f"--shard={SHARD.value}: the grid of {len(grid)} runs leaves this shard without any")
         return 0
-    workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
+    prepare_workdir(workdir)
     use_compilation_cache(config.runtime.cache_dir)
-    identities, at_once = check(runs, workdir)
+    identities, at_once = check(runs, workdir, search)
     plan = {"command": sys.argv, "runs": [run.name for run in grid], "identities": identities}
     write_json(workdir / "experiment.json", plan | {"compare": stored_config(config.compare)})
 
-    stop, held = Signals(), set()
+    stop, held, asked = Signals(), set(), len(runs)
+    if search:
+        try:
+            runs, at_once = tuned(runs, search, stop)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            return STOPPED
     titles = {run.name: f"[{i}/{len(runs)}] {run.name}" for i, run in enumerate(runs, start=1)}
     for group in divide(runs, workdir, at_once):
         held |= train_group(group, workdir, titles, train_runs, stop)
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
-    if len(held) == len(runs):
+    if runs and len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
         return 0
 
@@ -77,25 +89,42 @@ def main(argv: list[str]) -> int:
         return STOPPED
     print(f"\n{made.text}\n\nreport: {made.page}")
     ours = {run.name for run in runs} - held
-    return 1 if any(name in ours for name in made.not_complete) else 0
+    return 1 if len(runs) < asked or any(name in ours for name in made.not_complete) else 0
 
 
-def check(runs: list[Run], workdir: Path) -> tuple[list[str], dict[str, int]]:
+def check(
+    runs: list[Run], workdir: Path, search: Search | None = None
+) -> tuple[list[str], dict[str, int]]:
     """Finds every mistake that can be found before compute is spent; writes the audit.
 
     Returns the data's identities, and how many runs of a kin may be trained at once.
     """
-    for run in runs:
-        check_run_dir(run, workdir)
-    datasets, at_once = check_runs([run.config for run in runs], workdir)
+    configs = search.check() if search else [run.config for run in runs]
+    for run in runs if not search else ():
+        check_run_dir(run, workdir, search_cure(workdir))
+    datasets, at_once = check_runs(configs, workdir)
     print(audit.describe(audit.write_audit(datasets[0], workdir / "audit")), flush=True)
     known = set(read_json(workdir / "experiment.json").get("identities", []))
     return sorted(known | {dataset.identity for dataset in datasets}), at_once
+
+
+def tuned(runs: list[Run], search: Search, stop: Signals) -> tuple[list[Run], dict[str, int]]:
+    """Searches, and returns the runs with the winners' fields, and what `check` does.
+
+    A run whose search has no winner is left out.
+    """
+    chosen, names = search.run(train_and_evaluate, stop), {run.name for run in runs}
+    grid = expand(search.config, search.overrides, chosen)
+    runs = [run for run in grid if run.name in names and search.label(run) in chosen]
+    for run in runs:
+        check_run_dir(run, search.workdir, search.cure(run))
+    return runs, check_runs([run.config for run in runs], search.workdir)[1]
 
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/<name>.py")
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and their report")
     SHARD = flags.DEFINE_string("shard", "", "i/n: train every n-th run, from the i-th on")
+    TUNE = flags.DEFINE_integer("tune", None, "Trials of a search for each model's fields")
     DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the runs and their configs, and end")
     run_command(main)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from data.identity import check_identity, write_table
 from data.randomness import phase_key
-from errors import UserError
+from errors import Pruned, UserError
 from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
 from experiment.files import DamagedFile, read_json, read_status, write_json
 from experiment.runner import FINAL, GROUP, kin
@@ -29,7 +29,7 @@ from training.log import environment
 from training.phase import save_augmented_batch, train_phase
 from training.preflight import check_phases, inspect_pixels
 from training.record import Diverged, RunRecord
-from training.results import complete, cost, prediction_memory, write_predictions
+from training.results import complete, cost, predicted_parts, prediction_memory, write_predictions
 from training.steps import make_eval_step, trained
 from training.stored_features import FrozenStages
 from training.together import obstacle, seeds_at_once, tries_settings
@@ -37,7 +37,10 @@ from training.weights import find_weights
 
 
 def train_and_evaluate(
-    config: ConfigDict, run_dir: Path, should_stop: Callable[[], bool] = lambda: False
+    config: ConfigDict,
+    run_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[float, float], None] | None = None,
 ) -> dict:
     """Trains one model as `config` says, or goes on where an interrupted run stopped.
 
@@ -45,9 +48,10 @@ def train_and_evaluate(
       config: one run's config, as `experiment.grid.expand` returns it.
       run_dir: where everything is written.
       should_stop: asked after every step; when true the state is saved.
+      watch: called after every validation with the epoch and the loss; it may raise Pruned.
 
     Returns:
-      What `summary.json` holds; its `status` is "complete" or "diverged".
+      What `summary.json` holds; its `status` is "complete", "diverged" or "pruned".
 
     Raises:
       Interrupted: `should_stop` was true, and the state is saved.
@@ -59,11 +63,15 @@ def train_and_evaluate(
     dataset, model = prepare(config, [run_dir])
     summary = begin([config], [run_dir], dataset, model)
     record = RunRecord(config, run_dir, dataset, model, device_mesh(), should_stop)
+    record.watch = watch
     try:
         weights = train(record) if model.trained_by_gradient else fit(record)
         metrics, memory = predict(record, weights)
     except Diverged as error:
         summary |= {"status": "diverged", "error": str(error), "cost": cost(record, None)}
+    except Pruned as error:
+        record.count_time()
+        summary |= {"status": "pruned", "error": str(error), "cost": cost(record, None)}
     else:
         summary |= complete(record, weights, metrics, cost(record, memory), summary)
     finally:
@@ -120,7 +128,7 @@ def write_seeds(group: HeadGroup, seeds: list[int], summary: dict) -> None:
     fixed = model_cost(lead.model, lead.config.data.image_size)
     fixed["shared_by"] = {"seeds": len(group.records), "settings": len(group.settings)}
     memory = prediction_memory(lead, group.weights(0, 0))
-    predicted = {part: group.predictions(part) for part in ("validation", "test")}
+    predicted = {part: group.predictions(part) for part in predicted_parts(lead.config)}
     for seed in seeds:
         record, chosen = group.records[seed], group.chosen(seed)
         setting = chosen or 0
@@ -251,11 +259,11 @@ def fit(record: RunRecord) -> dict:
 def predict(record: RunRecord, weights: dict) -> tuple[dict, int | None]:
     """Writes the predictions on validation and test images, and the groups of `data.groups`.
 
-    Returns the metrics of both, and the bytes on each device that a batch of predictions takes.
+    Returns the metrics of each part, and the bytes on each device that a batch of it takes.
     """
     metrics, first = {}, frozen_in_all(record.progress.phases)
     memory = prediction_memory(record, weights)
-    feeds = {part: record.feed(part) for part in ("validation", "test")}
+    feeds = {part: record.feed(part) for part in predicted_parts(record.config)}
     if first:
         stages = FrozenStages(record.config, record.model, weights, first)
         feeds = {part: stages.features(feed) for part, feed in feeds.items()}
