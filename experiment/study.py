@@ -87,6 +87,8 @@ class Study:
         step, known = max(1, round(epoch)), self.storage.get_trial(key)
         if known.user_attrs.get("pruned_at") == step:  # and killed before it could be told
             return True
+        if step < (known.last_step or 0):  # a step that is trained again, and was decided
+            return False
         if step not in known.intermediate_values:
             self.storage.set_trial_intermediate_value(key, step, loss)
         worse = self.study.pruner.prune(self.study, self.storage.get_trial(key))
