@@ -15,6 +15,10 @@ class Interrupted(Exception):
     """The work was asked to stop; what is saved can go on."""
 
 
+class Pruned(Exception):
+    """A trial of a search is worse than others by now, and not worth the rest of its epochs."""
+
+
 def choose(what: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`.
 

@@ -183,22 +183,6 @@ def _smaller(config: ConfigDict, cache_dir: str, limit_mb: float) -> Dataset:
     return replace(data, rows=data.rows | {"train": kept})
 
 
-def check_fractions(configs: list[ConfigDict]) -> None:
-    """Raises a UserError if two values of `data.train_fraction` keep equally many images."""
-    fractions: dict[tuple, float] = {}
-    for config in configs:
-        data = dict(config.data)
-        fraction, seed = data.pop("train_fraction", 1.0), data.pop("train_seed", config.seed)
-        where, limit = config.runtime.cache_dir, config.runtime.resident_limit_mb
-        kept = len(load_dataset(config.data, where, limit).rows["train"])
-        key = json.dumps([config.model.name, ConfigDict(data).to_json(), seed, kept])
-        if (other := fractions.setdefault(key, fraction)) != fraction:
-            raise UserError(
-                f"config.data.train_fraction: {other:g} and {fraction:g} both keep {kept} training "
-                "images, in whole images or groups, at least one of each class: leave one out"
-            )
-
-
 def _check_readable(listing: Listing, decoded: Decoded, unreadable: str) -> dict[str, str]:
     """Returns why images are left out, by id; raises UserError under data.unreadable=error."""
     broken = [i for i, error in enumerate(decoded.errors) if error]

@@ -28,7 +28,9 @@ from experiment.files import read_json, read_status, write_json
 from experiment.grid import Run, check_run_dir, expand, shard
 from experiment.jobs import REPORT
 from experiment.runner import STOPPED, Signals, divide, prepare_workdir, train_group
-from train import check_runs, train_runs
+from experiment.search import Search, search_cure
+from train import check_runs, train_and_evaluate, train_runs
+from training import hosts
 
 
 def main(argv: list[str]) -> int:
@@ -38,44 +40,68 @@ def main(argv: list[str]) -> int:
     config = CONFIG.value
     if config is None or not WORKDIR.value:
         raise UserError("--config=configs/... and --workdir=runs/... are both needed")
-    options = launch.options(SHARD.value)
-    grid = expand(config, config_overrides(CONFIG))
-    runs = launch.chosen(shard(grid, SHARD.value), options.only)
-    stages = [[run.name for run in runs]]
+    options, overrides = launch.options(SHARD.value), config_overrides(CONFIG)
+    workdir = Path(WORKDIR.value).expanduser()
+    grid = expand(config, overrides)
+    trials = config.search.trials if TUNE.value is None else TUNE.value
+    search = Search(config, overrides, workdir, trials) if trials else None
+    searches = search.names() if search else []
+    runs = launch.chosen(shard(grid, SHARD.value), options.only, searches)
+    if hosts.several() and (search or options.launch):
+        raise UserError("--tune and --launch are for one host: others can train single runs only")
+    if search:
+        print(search.describe())
+    stages = [stage for stage in (searches, [run.name for run in runs]) if stage]
     if DRY_RUN.value:
         print(launch.shown(stages) if options.launch else shown(runs))
         return 0
     if not runs and SHARD.value:
         print(f"--shard={SHARD.value}: the grid of {len(grid)} runs leaves this shard without any")
         return 0
-    workdir = prepare_workdir(Path(WORKDIR.value).expanduser())
+    workdir = prepare_workdir(hosts.own_folder(workdir))
     launch.prepare(options, workdir)
     use_compilation_cache(config.runtime.cache_dir)
-    if options.only and (done := launch.result(runs, workdir)) is not None:
+    if options.only == REPORT:
+        return write_report(workdir, config, {run.name for run in grid}, Signals())
+    early = bool(options.only) and not search and not hosts.several()
+    if early and (done := launch.result(runs, workdir)) is not None:
         return done
-    if options.only != REPORT:
-        identities, at_once = check(runs, workdir, alone=bool(options.only))
-        if not options.only or not (workdir / "experiment.json").exists():
-            plan = {"command": sys.argv, "runs": [run.name for run in grid]}
-            plan |= {"identities": identities, "compare": stored_config(config.compare)}
-            write_json(workdir / "experiment.json", plan)
+    identities, at_once = check(runs, workdir, search, alone=bool(options.only))
+    if not options.only or not (workdir / "experiment.json").exists():
+        plan = {"command": sys.argv, "runs": [run.name for run in grid], "identities": identities}
+        write_json(workdir / "experiment.json", plan | {"compare": stored_config(config.compare)})
     if options.launch:
         return launch.launch(stages, options, workdir, at_once)
+    return train(runs, workdir, at_once, search, options.only)
 
-    stop, held = Signals(), set()
+
+def train(
+    runs: list[Run], workdir: Path, at_once: dict[str, int], search: Search | None, only: str
+) -> int:
+    """Searches, trains every run, and writes the report unless it is `only` for one job."""
+    stop, held, asked = hosts.signals(), set(), {run.name for run in runs}
+    if search:
+        try:
+            runs, at_once = tuned(runs, search, only, stop)
+        except Interrupted as interrupted:
+            print(interrupted, file=sys.stderr)
+            return STOPPED
+        if only and not asked:  # the job is the search
+            return 0 if search.has_winner(only) else 1
     titles = {run.name: f"[{i}/{len(runs)}] {run.name}" for i, run in enumerate(runs, start=1)}
-    for group in divide(runs, workdir, at_once) if runs else ():
+    for group in hosts.in_same_order(divide(runs, workdir, at_once)):
         held |= train_group(group, workdir, titles, train_runs, stop)
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
-    if runs and options.only:
-        return STOPPED if held else int(read_status(workdir / options.only) != "complete")
+    if (stop := hosts.leave(stop)) is None:
+        return 0  # of several hosts, the first one says how it ended
+    if only:
+        return STOPPED if held else int(read_status(workdir / only) != "complete")
     if runs and len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
         return 0
-    ours = {run.name for run in runs or grid} - held  # --only=report is of the grid
-    return write_report(workdir, config, ours, stop)
+    return write_report(workdir, CONFIG.value, asked - held, stop)
 
 
 def shown(runs: list[Run]) -> str:
@@ -105,25 +131,47 @@ def write_report(workdir: Path, config: ConfigDict, ours: set[str], stop: Signal
     return 1 if any(name in ours for name in made.not_complete) else 0
 
 
-def check(runs: list[Run], workdir: Path, alone: bool = False) -> tuple[list[str], dict[str, int]]:
+def check(
+    runs: list[Run], workdir: Path, search: Search | None = None, alone: bool = False
+) -> tuple[list[str], dict[str, int]]:
     """Finds every mistake that can be found before compute is spent; writes the audit.
 
     A run that is trained `alone` is one of an experiment that was audited, or will be.
     Returns the data's identities, and how many runs of a kin may be trained at once.
     """
-    for run in runs:
-        check_run_dir(run, workdir)
-    datasets, at_once = check_runs([run.config for run in runs], workdir)
+    configs = search.check() if search else [run.config for run in runs]
+    for run in runs if not search else ():
+        check_run_dir(run, workdir, search_cure(workdir))
+    datasets, at_once = check_runs(configs, workdir)
     if not alone:
-        print(audit.describe(audit.write_audit(datasets[0], workdir / "audit")), flush=True)
+        largest = max(datasets, key=lambda dataset: len(dataset.rows["train"]))
+        print(audit.describe(audit.write_audit(largest, workdir / "audit")), flush=True)
     known = set(read_json(workdir / "experiment.json").get("identities", []))
     return sorted(known | {dataset.identity for dataset in datasets}), at_once
+
+
+def tuned(
+    runs: list[Run], search: Search, only: str, stop: Signals
+) -> tuple[list[Run], dict[str, int]]:
+    """Searches, and returns the runs with the winners' fields, and what `check` does.
+
+    A run whose search has no winner is left out. Of `only` one job, its model is searched alone.
+    """
+    labels = [search.label(run) for run in runs] or [only.removeprefix("search/")]
+    chosen = search.run(train_and_evaluate, stop, list(dict.fromkeys(labels)) if only else None)
+    names = {run.name for run in runs}
+    grid = expand(search.config, search.overrides, chosen)
+    runs = [run for run in grid if run.name in names and search.label(run) in chosen]
+    for run in runs:
+        check_run_dir(run, search.workdir, search.cure(run))
+    return runs, check_runs([run.config for run in runs], search.workdir)[1]
 
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: configs/<name>.py")
     WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and their report")
     SHARD = flags.DEFINE_string("shard", "", "i/n: train every n-th run, from the i-th on")
+    TUNE = flags.DEFINE_integer("tune", None, "Trials of a search for each model's fields")
     launch.define_flags()
     DRY_RUN = flags.DEFINE_boolean("dry_run", False, "Print the runs and their configs, and end")
-    run_command(main)
+    run_command(hosts.among_hosts(main))

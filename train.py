@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 
 from data.identity import check_identity, write_table
 from data.randomness import phase_key
-from errors import UserError
+from errors import Pruned, UserError
 from experiment.fields import first_trained_stage, phase_config, phase_names, stored_config
 from experiment.files import DamagedFile, read_json, read_status, run_dirs, write_json
 from experiment.grid import AS_BEFORE
 from experiment.runner import FINAL, GROUP, kin
-from input_pipeline import Dataset, check_fractions, load_dataset
+from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, check_architecture, split_model
 from training.cost import model_cost
@@ -30,7 +30,7 @@ from training.log import environment
 from training.phase import save_augmented_batch, train_phase
 from training.preflight import check_phases, inspect_pixels
 from training.record import Diverged, RunRecord
-from training.results import complete, cost, prediction_memory, write_predictions
+from training.results import complete, cost, predicted_parts, prediction_memory, write_predictions
 from training.steps import make_eval_step, trained
 from training.stored_features import FrozenStages
 from training.together import obstacle, seeds_at_once, tries_settings
@@ -38,7 +38,10 @@ from training.weights import find_weights
 
 
 def train_and_evaluate(
-    config: ConfigDict, run_dir: Path, should_stop: Callable[[], bool] = lambda: False
+    config: ConfigDict,
+    run_dir: Path,
+    should_stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[float, float], None] | None = None,
 ) -> dict:
     """Trains one model as `config` says, or goes on where an interrupted run stopped.
 
@@ -46,9 +49,10 @@ def train_and_evaluate(
       config: one run's config, as `experiment.grid.expand` returns it.
       run_dir: where everything is written.
       should_stop: asked after every step; when true the state is saved.
+      watch: called after every validation with the epoch and the loss; it may raise Pruned.
 
     Returns:
-      What `summary.json` holds; its `status` is "complete" or "diverged".
+      What `summary.json` holds; its `status` is "complete", "diverged" or "pruned".
 
     Raises:
       Interrupted: `should_stop` was true, and the state is saved.
@@ -60,11 +64,15 @@ def train_and_evaluate(
     dataset, model = prepare(config, [run_dir])
     summary = begin([config], [run_dir], dataset, model)
     record = RunRecord(config, run_dir, dataset, model, device_mesh(), should_stop)
+    record.watch = watch
     try:
         weights = train(record) if model.trained_by_gradient else fit(record)
         metrics, memory = predict(record, weights)
     except Diverged as error:
         summary |= {"status": "diverged", "error": str(error), "cost": cost(record, None)}
+    except Pruned as error:
+        record.count_time()
+        summary |= {"status": "pruned", "error": str(error), "cost": cost(record, None)}
     else:
         summary |= complete(record, weights, metrics, cost(record, memory), summary)
     finally:
@@ -121,7 +129,7 @@ def write_seeds(group: HeadGroup, seeds: list[int], summary: dict) -> None:
     fixed = model_cost(lead.model, lead.config.data.image_size)
     fixed["shared_by"] = {"seeds": len(group.records), "settings": len(group.settings)}
     memory = prediction_memory(lead, group.weights(0, 0))
-    predicted = {part: group.predictions(part) for part in ("validation", "test")}
+    predicted = {part: group.predictions(part) for part in predicted_parts(lead.config)}
     for seed in seeds:
         record, chosen = group.records[seed], group.chosen(seed)
         setting = chosen or 0
@@ -252,11 +260,11 @@ def fit(record: RunRecord) -> dict:
 def predict(record: RunRecord, weights: dict) -> tuple[dict, int | None]:
     """Writes the predictions on validation and test images, and the groups of `data.groups`.
 
-    Returns the metrics of both, and the bytes on each device that a batch of predictions takes.
+    Returns the metrics of each part, and the bytes on each device that a batch of it takes.
     """
     metrics, first = {}, frozen_in_all(record.progress.phases)
     memory = prediction_memory(record, weights)
-    feeds = {part: record.feed(part) for part in ("validation", "test")}
+    feeds = {part: record.feed(part) for part in predicted_parts(record.config)}
     if first:
         stages = FrozenStages(record.config, record.model, weights, first)
         feeds = {part: stages.features(feed) for part, feed in feeds.items()}
@@ -362,6 +370,22 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
     for _, dataset in datasets:
         write_table(dataset.identity_table, workdir / "audit", dataset.identity)
     return [dataset for _, dataset in datasets], at_once
+
+
+def check_fractions(configs: list[ConfigDict]) -> None:
+    """Raises a UserError if two values of `data.train_fraction` keep equally many images."""
+    fractions: dict[tuple, float] = {}
+    for config in configs:
+        data = dict(config.data)
+        fraction, seed = data.pop("train_fraction", 1.0), data.pop("train_seed", config.seed)
+        where, limit = config.runtime.cache_dir, config.runtime.resident_limit_mb
+        kept = len(load_dataset(config.data, where, limit).rows["train"])
+        key = (config.model.name, ConfigDict(data).to_json(), seed, kept)
+        if (other := fractions.setdefault(key, fraction)) != fraction:
+            raise UserError(
+                f"config.data.train_fraction: {other:g} and {fraction:g} both keep {kept} training "
+                "images, in whole images or groups, at least one of each class: leave one out"
+            )
 
 
 def same_data(first: dict, second: dict) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from analysis import costs, ensembles, gradcam, inside, labels, robustness, sizes
+from analysis import costs, ensembles, gradcam, inside, labels, robustness, sizes, tuning
 from analysis.calibration import calibration_section
 from analysis.compare import Comparison, compare, write_tables
 from analysis.explain import packages
@@ -57,6 +57,7 @@ CHAPTERS = (  # in the order of the page
     Chapter("Accuracy and cost", costs.costs_section, "costs.json", ("measure_speed",)),
     Chapter("Learning curves", chapters.curves),
     Chapter("Data size", sizes.sizes_section),
+    Chapter("Tuning", tuning.tuning_section),
     Chapter("Pretrained weights", chapters.transfer),
     Chapter("Confusion", chapters.classes),
     Chapter("Pairs of models", chapters.pairs_of_models),
@@ -132,7 +133,7 @@ def write_report(
     lines = []
     if comparison.groups:
         printed = printed_table(comparison.table, comparison.baseline)
-        lines.append(printed.to_string(index=False) + "\n")
+        lines += [printed.to_string(index=False), tuning.note(comparison), ""]
     lines.append(str(comparison.recommendation))
     lines += [w for section in sections.values() if section for w in section.warnings]
     lines += [f"not complete: {name}: {reason}" for name, reason in comparison.reasons.items()]

@@ -195,6 +195,8 @@ def get_config(models: str = "") -> ConfigDict:
     config.select = "loss"
     config.early_stopping_patience = 0  # evaluations without a better one before the end; 0 is off
 
+    config.predict_test = True  # False in the trials of a search, which never see test images
+
     # --- augmentation: training images only, on the device --------------------------------------
     augment = config.augment = ConfigDict()
     augment.flip_horizontal = False
@@ -219,6 +221,22 @@ def get_config(models: str = "") -> ConfigDict:
         per_model[name] = ConfigDict({"model": fields})
         if name.startswith(("efficientnet", "mobilenet")):
             per_model[name].phase = ConfigDict({"tune": SHORT_STAGES})
+
+    # --- a search for fields, with --tune=N: see experiment/search.py ----------------------------
+    # Every model and variant gets the same number of trials, is judged by its validation loss, and
+    # is trained anew with the winner's fields and `seeds`.
+    search = config.search = ConfigDict()
+    # Fields, each with the values "0,0.2", a range "0..0.5", or a logarithmic one "log:1e-4..1e-1".
+    # "per_model.cnn.optimizer.learning_rate=log:1e-4..1e-2" takes the place of the field for one
+    # model, and "phase.tune.optimizer.learning_rate=..." is of one phase.
+    search.space = "optimizer.learning_rate=log:1e-4..1e-1; optimizer.weight_decay=log:1e-5..1e-1"
+    search.method = "random"  # grid: all pairs of values | random | tpe: after 5 random trials
+    search.trials = 0  # of each model and variant; --tune=N is the same; 0: no search
+    search.seed = 0  # of what is drawn; trials are trained with the seed 10000 + this
+    # Stops trials by their validation loss after each epoch: none | median: worse than the median
+    # of earlier trials, after a quarter of the epochs | halving: not in the best third after a
+    # ninth of them, nor after a third. Such a trial counts, but cannot win.
+    search.prune = "none"
 
     # --- how to run, never what to compute: may change between a run and its resumption ---------
     runtime = config.runtime = ConfigDict()

@@ -28,6 +28,7 @@ CHOICES = {
     "select": ("loss", "accuracy", "balanced_accuracy", "macro_f1"),
     "runtime.feed": ("auto", "resident", "streaming"),
 }
+TRIAL_SEED = 10_000  # plus config.search.seed, for the trials of a search
 TRIED = {"try_learning_rates": "learning_rate", "try_weight_decays": "weight_decay"}
 # Intervals; a round bracket leaves its end out.
 RANGES = {
@@ -149,6 +150,19 @@ def _check_data(data: ConfigDict) -> None:
         )
     if len(background) != 3 or any(not 0 <= value <= 255 for value in background):
         raise UserError(f"config.data.background={background}: give three numbers from 0 to 255")
+
+
+def check_search(search: ConfigDict, seeds: tuple[int, ...]) -> None:
+    """Checks `config.search` but for its space, for an experiment of these `seeds`."""
+    choose("config.search.method", search.method, ("grid", "random", "tpe"))
+    choose("config.search.prune", search.prune, ("none", "median", "halving"))
+    _check_range("search.trials", search.trials, "[0, 1e6]")
+    _check_range("search.seed", search.seed, "[0, 1e9]")
+    if TRIAL_SEED + search.seed in seeds:
+        raise UserError(
+            f"config.search.seed={search.seed}: its trials are trained with seed "
+            f"{TRIAL_SEED + search.seed}, which is in config.seeds: choose another"
+        )
 
 
 def check_compare(compare: ConfigDict, models: list[str]) -> None:

@@ -14,7 +14,7 @@ from errors import UserError, choose
 from models import fields_of
 
 # Of the whole experiment, not of a run.
-GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare")
+GRID_FIELDS = ("models", "seeds", "sweep", "variants", "per_model", "compare", "search")
 # What a section of config.phase may change.
 PHASE_FIELDS = (
     "train", "layer_decay", "batch_norm", "frozen_batch_norm", "augment_views", "epochs",

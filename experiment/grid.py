@@ -3,6 +3,7 @@
 import itertools
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from errors import UserError, choose
-from experiment.checks import check_compare, check_config
+from experiment.checks import check_compare, check_config, check_search
 from experiment.fields import (
     GRID_FIELDS,
     Text,
@@ -38,6 +39,7 @@ AS_BEFORE = {
     "data.fold": 0,
     "try_learning_rates": [],
     "try_weight_decays": [],
+    "predict_test": True,
 }
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
 FREE = ("eval_batch_size", "data.source", "data.path", "data.tfds_dir")
@@ -51,44 +53,71 @@ class Run:
     config: ConfigDict
 
 
-def expand(config: ConfigDict, overrides: dict[str, Any] | None = None) -> list[Run]:
+def expand(
+    config: ConfigDict,
+    overrides: dict[str, Any] | None = None,
+    chosen: dict[str, dict[str, Any]] | None = None,
+) -> list[Run]:
     """Returns the runs of models x variants x sweep x seeds x folds, each with its checked config.
 
     Args:
       config: an experiment as `configs/base.py` describes it.
       overrides: what the command line set, by dotted path, values or `Text`; it wins over the
         file's `per_model`.
+      chosen: what a search chose, fields by dotted path, by `label_of`; it wins over all of these.
 
     Raises:
       UserError: an unknown model or field, or a value out of range.
     """
-    models = [name.strip() for item in config.models for name in item.split(",")]
-    _check_grid(config, models)
     runs = []
-    pairs = [(model, variant) for model in models for variant in _variants(config, model)]
-    for model, variant in pairs:
-        settings = _run_config(config, model, variant, overrides or {})
+    for model, variant in pairs(config):
+        found = (chosen or {}).get(label_of(model, variant.name), {})
+        settings = run_config(config, model, variant, overrides or {}, found)
         check_config(settings)
-        if settings.data.fold:
-            raise UserError(
-                f"config.data.fold={settings.data.fold}: the grid makes a run of every fold: "
-                "say how many with config.data.folds alone"
-            )
-        suffix = re.sub(r"[^\w.=+-]+", "_", settings.variant)
+        _check_filled(settings)
+        suffix = suffix_of(settings.variant)
         for seed, fold in itertools.product(config.seeds, range(max(1, settings.data.folds))):
-            run_config = ConfigDict(settings.to_dict())
-            run_config.seed, run_config.data.fold = seed, fold
-            if run_config.data.train_fraction < 1:  # whose images depend on the seed
-                run_config.data.train_seed = seed
+            own = ConfigDict(settings.to_dict())
+            own.seed, own.data.fold = seed, fold
+            if own.data.train_fraction < 1:  # whose images depend on the seed
+                own.data.train_seed = seed
             name = f"fold{fold}_" * bool(settings.data.folds) + f"seed{seed}"
-            runs.append(Run(f"{model}/{name}" + (f"_{suffix}" if suffix else ""), run_config))
+            runs.append(Run(f"{model}/{name}{suffix}", own))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
     for path in overrides or {}:
         _check_use(path, config, runs, "command line")
-    for path in _axes(config.sweep):
+    for path in axes_of(config.sweep):
         _check_use(path, config, runs, "sweep")
     return runs
+
+
+def pairs(config: ConfigDict) -> list[tuple[str, "Variant"]]:
+    """Returns every model with each of its variants at each point of the sweep."""
+    models = [name.strip() for item in config.models for name in item.split(",")]
+    _check_grid(config, models)
+    return [(model, variant) for model in models for variant in _variants(config, model)]
+
+
+def suffix_of(variant: str) -> str:
+    """Returns what a variant adds to the name of a folder, "" for none."""
+    return "_" * bool(variant) + re.sub(r"[^\w.=+-]+", "_", variant)
+
+
+def label_of(model: str, variant: str) -> str:
+    """Returns the folder of what a model and variant's search tried: `cnn`, `cnn_<variant>`."""
+    return model + suffix_of(variant)
+
+
+def _check_filled(settings: ConfigDict) -> None:
+    """Refuses a value of the fields that only the grid and a search fill in."""
+    if settings.data.fold:
+        raise UserError(
+            f"config.data.fold={settings.data.fold}: the grid makes a run of every fold: "
+            "say how many with config.data.folds alone"
+        )
+    if not settings.predict_test:
+        raise UserError("config.predict_test=False is of a search's trials, which do not count")
 
 
 def _check_use(path: str, config: ConfigDict, runs: list[Run], where: str) -> None:
@@ -122,6 +151,7 @@ def _check_grid(config: ConfigDict, models: list[str]) -> None:
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
             raise UserError(f"config.seeds: {seed!r} is not a whole number from 0 to 2**31 - 1")
     check_compare(config.compare, models)
+    check_search(config.search, config.seeds)
 
 
 @dataclass(frozen=True)
@@ -133,16 +163,16 @@ class Variant:
     swept: dict[str, Text]  # likewise
 
 
-def _axes(sweep: str) -> dict[str, list[str]]:
-    """Returns the values of each field of a sweep "a.b=1,2; c=(1,2),(3,4); d='x,y',z"."""
+def axes_of(text: str, where: str = "config.sweep") -> dict[str, list[str]]:
+    """Returns the values of each field of a text "a.b=1,2; c=(1,2),(3,4); d='x,y',z"."""
     axes = {}
-    for part in split_values(sweep, ";"):
-        path, equals, text = part.partition("=")
-        path, values = path.strip(), split_values(text, ",")
+    for part in split_values(text, ";"):
+        path, equals, listed = part.partition("=")
+        path, values = path.strip(), split_values(listed, ",")
         if not equals or not values:
-            raise UserError(f"config.sweep: {part!r} is not of the form field=value,value")
+            raise UserError(f"{where}: {part!r} is not of the form field=value,value")
         if path in axes:
-            raise UserError(f"config.sweep names {path} twice: {sweep!r}")
+            raise UserError(f"{where} names {path} twice: {text!r}")
         axes[path] = values
     return axes
 
@@ -150,7 +180,7 @@ def _axes(sweep: str) -> dict[str, list[str]]:
 def _variants(config: ConfigDict, model: str) -> list[Variant]:
     """Returns every named variant at every point of the sweep, as far as it is of a model."""
     axes = []
-    for path, values in _axes(config.sweep).items():
+    for path, values in axes_of(config.sweep).items():
         if path.startswith("per_model."):
             _, name, path = f"{path}..".split(".", 2)
             choose("sweep: per_model", name, MODELS)
@@ -167,8 +197,12 @@ def _variants(config: ConfigDict, model: str) -> list[Variant]:
     return variants
 
 
-def _run_config(
-    config: ConfigDict, model: str, variant: Variant, overrides: dict[str, Any]
+def run_config(
+    config: ConfigDict,
+    model: str,
+    variant: Variant,
+    overrides: dict[str, Any],
+    chosen: dict[str, Any],
 ) -> ConfigDict:
     """Returns the config of one model and variant, without a seed; see configs/base.py."""
     settings = ConfigDict({k: v for k, v in config.to_dict().items() if k not in GRID_FIELDS})
@@ -200,6 +234,7 @@ def _run_config(
     apply(for_model, "command line")
     apply(variant.changes, f"variants.{variant.name}")
     apply(variant.swept, "sweep")
+    apply(chosen, "config.search.space")
 
     if settings.phases == "auto":
         settings.phases = "all" if settings.weights == "none" else "head,tune"
@@ -212,10 +247,11 @@ def _run_config(
     return settings
 
 
-def check_run_dir(run: Run, workdir: Path) -> None:
+def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] = ()) -> None:
     """Refuses a run directory that belongs to another config.
 
-    `runtime` may differ: it changes how a run is carried out, never its result.
+    `runtime` may differ: it changes how a run is carried out, never its result. So may the fields
+    that are `free`. `cure` takes the place of what is said to do.
 
     Raises:
       UserError: shows every field that differs.
@@ -236,15 +272,16 @@ def check_run_dir(run: Run, workdir: Path) -> None:
         f"  {key}: stored {stored.get(key, 'nothing')!r}, now {asked.get(key, 'nothing')!r}"
         for key in sorted(stored.keys() | asked.keys())
         if not key.startswith("runtime.")
-        and key not in FREE
+        and key not in (*FREE, *free)
         and stored.get(key, "nothing") != asked.get(key, "nothing")
     ]
     if lines:
-        raise UserError(
-            f"{path.parent} holds a run of another config:\n" + "\n".join(lines) + "\n"
+        cure = cure or (
             "Use another --workdir, delete that directory, or undo the change. To train on from "
             f"its weights, once complete: another --workdir, --config.weights=run:{path.parent}"
         )
+        differs = "\n".join([f"{path.parent} holds a run of another config:", *lines])
+        raise UserError(f"{differs}\n{cure}")
 
 
 def family(name: str) -> tuple[str, str]:

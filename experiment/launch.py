@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +49,7 @@ class Options:
 def define_flags() -> None:
     """Defines the flags of `Options`."""
     flags.DEFINE_string("launch", "", "local | slurm | ray: train each run in its own process")
-    flags.DEFINE_string("only", "", "Train one run, such as cnn/seed0; report: write the report")
+    flags.DEFINE_string("only", "", "One job: a run such as cnn/seed0, search/cnn, or report")
     flags.DEFINE_integer("workers", 0, "Runs at a time under --launch; 0: one a device", 0)
     flags.DEFINE_string("slurm", "", "Options of sbatch: partition=gpu,gres=gpu:1,time=04:00:00")
     flags.DEFINE_string("ray_address", "", "auto or an address: the cluster of --launch=ray")
@@ -74,16 +74,16 @@ def options(shard: str) -> Options:
     return given
 
 
-def chosen(runs: list[Run], only: str) -> list[Run]:
-    """Returns the run that --only names, none for the report, all for ""."""
-    if not only or only == REPORT:
+def chosen(runs: list[Run], only: str, searches: Collection[str] = ()) -> list[Run]:
+    """Returns the run that --only names, none for a search or the report, all for ""."""
+    if not only or only == REPORT or only in searches:
         return [] if only else runs
     found = [run for run in runs if run.name == only]
     if not found:
-        names = [run.name for run in runs]
+        names = [*searches, *(run.name for run in runs)]
         near = difflib.get_close_matches(only, names, n=3, cutoff=0.0)
         raise UserError(
-            f"--only={only}: no run of this grid of {len(names)}. The nearest: {', '.join(near)}"
+            f"--only={only}: none of the {len(names)} jobs here. The nearest: {', '.join(near)}"
         )
     return found
 

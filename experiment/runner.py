@@ -18,7 +18,7 @@ from experiment.grid import Run
 from experiment.machine import locked
 
 STOPPED = 75  # exit code, EX_TEMPFAIL: try again
-FINAL = ("complete", "diverged")  # statuses of runs that are not trained again
+FINAL = ("complete", "diverged", "pruned")  # statuses of runs that are not trained again
 GROUP = "group.json"  # names the runs that a run was trained together with
 
 
@@ -165,9 +165,11 @@ def _train(
         if run not in left:
             continue
         if summary["status"] == "complete":
-            accuracy, count = (summary["metrics"]["test"][key] for key in ("accuracy", "count"))
-            result = f"test accuracy {accuracy:.4f} on {count} images, {seconds:.1f} s"
-            print(f"{title}: {result}", flush=True)
+            part, scores = list(summary["metrics"].items())[-1]  # of trials, there is no test
+            result = f"{part} accuracy {scores['accuracy']:.4f} on {scores['count']} images"
+            print(f"{title}: {result}, {seconds:.1f} s", flush=True)
+        elif summary["status"] == "pruned":
+            print(f"{title}: pruned: {summary['error']}", flush=True)
         else:
             print(f"{title}: diverged: {summary['error']}", file=sys.stderr, flush=True)
 

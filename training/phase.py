@@ -218,6 +218,8 @@ def _validate(record: RunRecord, phase: Phase, state: dict, where: dict, bar: tq
         state["rate_scale"] = record.put(scale)
     score = selection_score(phase.config.select, scores["loss"], logits, labels)
     record.keep_if_best(weights, scores["loss"], score)
+    if record.watch:
+        record.watch(where["epoch"], scores["loss"])
     return state
 
 

@@ -70,6 +70,7 @@ class RunRecord:
     Attributes:
       best: the weights of the best validation score, {"params", "stats"}; {} before there are any.
       stored: arrays of the state to go on from, None for a new run.
+      watch: called after every validation with the epoch and the loss, if there is one.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class RunRecord:
         self.config, self.run_dir, self.dataset = config, run_dir, dataset
         self.model, self.mesh, self.should_stop = model, mesh, should_stop
         self.feeds: dict[tuple[str, int], Feed] = {}  # by part and size
+        self.watch: Callable[[float, float], None] | None = None
         self.progress, self.best = Progress(), {}
         self.stored = self._resume()
         self.went_on_from = self.progress.step

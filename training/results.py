@@ -1,6 +1,7 @@
 """What a run leaves: predictions, weights, and what it took."""
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiment.fields import stored_config
 from training import hosts
@@ -21,6 +22,11 @@ def complete(record: RunRecord, weights: dict, metrics: dict, spent: dict, summa
     if hosts.is_first():
         save_weights(record.run_dir, arrays, config, dataset.class_names, summary | end)
     return end
+
+
+def predicted_parts(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the parts that a run predicts once it is trained; a search's trials no test."""
+    return ("validation", "test") if config.predict_test else ("validation",)
 
 
 def prediction_memory(record: RunRecord, weights: dict) -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import tuning
 from analysis.compare import Comparison
 from analysis.criterion import TITLES
 from analysis.page.section import Section
@@ -59,11 +60,15 @@ class Row:
 
 @dataclass
 class Summary:
-    """The table of the first screen; `scale` are the ends of its drawn intervals, in percent."""
+    """The table of the first screen; `scale` are the ends of its drawn intervals, in percent.
+
+    `note` stands below it.
+    """
 
     columns: list[Column] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     scale: tuple[str, str] = ("", "")
+    note: str = ""
 
 
 def facts(comparison: Comparison) -> list[tuple[str, str]]:
@@ -151,7 +156,8 @@ def summary(comparison: Comparison, sections: list[Section]) -> Summary:
         blank = [Cell(NONE)] * (len(columns) - 1)
         score = Cell(percent(base.score), value=base.score)
         rows.append(Row(base.label, "", "majority class", "", None, [score, *blank]))
-    return Summary(columns, rows, tuple(decimal(100 * x, 3).rstrip("0").rstrip(".") for x in scale))
+    ends = tuple(decimal(100 * x, 3).rstrip("0").rstrip(".") for x in scale)
+    return Summary(columns, rows, ends, tuning.note(comparison))
 
 
 def _runs(row) -> str:

@@ -1,0 +1,342 @@
+"""What a search for fields found: budgets, winners, and who wins with how many trials.
+
+Expected best validation scores against the number of trials are those of Dodge et al. 2019
+(arXiv:1909.03004), by the unbiased estimator of Tang et al. 2020 (arXiv:2004.13705).
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+from scipy.special import gammaln
+
+from analysis.compare import Comparison, draws_nothing
+from analysis.page import figures
+from analysis.page.chapters import DRAWN
+from analysis.page.charts import plain_ticks
+from analysis.page.figures import literal, plt
+from analysis.page.section import Picture, Section, Table, as_table
+from analysis.page.tables import NONE, decimal, percent
+from analysis.runs import FinishedRun
+from analysis.verdict import listed, plural
+from experiment.fields import flatten
+from experiment.files import read_json
+from experiment.grid import label_of
+
+METHODS = {"grid": "grid search", "random": "random search", "tpe": "Bayesian search (tpe)"}
+EDGE = 0.05  # of a range: a winner so near its end may lie beyond it
+ENDED = ("complete", "pruned", "diverged", "failed")
+
+
+def expected_best(scores: np.ndarray) -> np.ndarray:
+    """Returns the expected highest of k of n scores, for k = 1 .. n: float [n].
+
+    The mean over all choices of k without replacement: unbiased for independent trials.
+    """
+    ordered, n = np.sort(scores), len(scores)
+    k, i = np.arange(1, n + 1)[:, None], np.arange(1, n + 1)[None]
+
+    def log_choose(of, number):
+        return gammaln(of + 1) - gammaln(number + 1) - gammaln(of - number + 1)
+
+    with np.errstate(invalid="ignore"):
+        log_weights = log_choose(i - 1.0, k - 1.0) - log_choose(float(n), k)
+    return np.where(i >= k, np.exp(log_weights), 0.0) @ ordered
+
+
+def read_search(comparison: Comparison) -> dict:
+    """Returns search.json with the labels of the report, {} where nothing was searched.
+
+    Trials are those that ended within the budget.
+    """
+    content = read_json(comparison.workdir / "search" / "search.json")
+    names = {_label(run): run.label for run in comparison.runs}
+    labels = {}
+    for label, of in content.get("labels", {}).items():
+        trials = [t for t in of["trials"][: of["budget"]] if t.get("status") in ENDED]
+        if trials:
+            labels[names.get(label, label)] = of | {"trials": trials}
+    order = [*comparison.groups, *labels]
+    return content and content | {"labels": {x: labels[x] for x in order if x in labels}}
+
+
+def _label(run: FinishedRun) -> str:
+    return label_of(run.model, run.variant)
+
+
+def note(comparison: Comparison) -> str:
+    """Returns whether the models were tuned, and with which budget, to stand below the table."""
+    labels, tuned, by_hand = read_search(comparison).get("labels", {}), [], []
+    for label, runs in comparison.groups.items():
+        if all("settings" in run.summary or draws_nothing(run) for run in runs):
+            continue  # each run chose among settings, or there is nothing to choose
+        winner = _winner(labels.get(label, {}))
+        same = winner and all(_holds(run.config, winner["parameters"]) for run in runs)
+        (tuned if same else by_hand).append(label)
+    if not tuned:
+        return "untuned: rates were chosen by hand" if by_hand else ""
+    budgets = sorted({labels[label]["budget"] for label in tuned})
+    trials = plural(budgets[-1], "trial")
+    if len(budgets) > 1:
+        trials = f"{budgets[0]} to {trials}"
+    text = f"tuned: {trials} of {METHODS[read_search(comparison)['method']]} for each model"
+    return text + (f"; untuned, with rates chosen by hand: {listed(by_hand)}" if by_hand else "")
+
+
+def _winner(of: dict) -> dict | None:
+    number = of.get("winner")
+    return next((t for t in of.get("trials", ()) if t["number"] == number), None)
+
+
+def _holds(config: dict, parameters: dict) -> bool:
+    """Returns whether a run's config has the fields of a trial."""
+    stored = flatten(config)
+    return all(stored.get(path, value) == value for path, value in parameters.items())
+
+
+def tuning_section(comparison: Comparison) -> Section | None:
+    """Budgets, winners, trials as pictures, and who wins with which budget."""
+    search = read_search(comparison)
+    labels = search.get("labels")
+    if not labels:
+        return None
+    leaders = _leaders(_curves(comparison, labels, "accuracy"))
+    method = METHODS[search["method"]]
+    pictures = [_draw_budget(comparison, search), _draw_trials(comparison, search)]
+    return Section(
+        text=[_about(comparison, labels, method), *_edges(labels)],
+        tables=[_table(labels)],
+        pictures=[picture for picture in pictures if picture],
+        finding=leaders,
+    )
+
+
+def _about(comparison: Comparison, labels: dict, method: str) -> str:
+    trials = list(itertools.chain(*(of["trials"] for of in labels.values())))
+    spent = sum(trial.get("seconds", 0) for trial in trials)
+    costs = [run.cost for run in comparison.runs if label_in(labels, run)]
+    final = sum(cost["seconds"] + cost.get("compile_seconds", 0) for cost in costs)
+    return (
+        f"Fields were chosen by {method} on validation images, by the lowest loss; no trial saw a "
+        "test image. Then each model was trained anew with the winner's fields and other seeds, "
+        f"and only those runs are compared. The {plural(len(trials), 'trial')} took "
+        f"{_time(spent)} of training and compiling, the {plural(len(costs), 'run')} that "
+        f"{'is' if len(costs) == 1 else 'are'} compared {_time(final)}."
+    )
+
+
+def label_in(labels: dict, run: FinishedRun) -> bool:
+    """Returns whether a run's model was searched."""
+    return run.label in labels
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _titles(labels: dict) -> dict[str, str]:
+    """Returns a short name for each searched field."""
+    paths = list(dict.fromkeys(itertools.chain(*(of["space"] for of in labels.values()))))
+    short = Counter(path.rpartition(".")[2] for path in paths)
+    last = {path: path.rpartition(".")[2] for path in paths}
+    return {path: last[path] if short[last[path]] == 1 else path for path in paths}
+
+
+def _table(labels: dict) -> Table:
+    """A row per model: its budget, what became of the trials, and the winner."""
+    rows, titles = [], _titles(labels)
+    for label, of in labels.items():
+        count, winner = Counter(trial["status"] for trial in of["trials"]), _winner(of) or {}
+        row = {"model": label, "trials": f"{len(of['trials'])}"}
+        if len(of["trials"]) < of["budget"]:
+            row["trials"] += f" of {of['budget']}"
+        row |= {status: str(count[status]) for status in ENDED}
+        row["winner"] = str(winner.get("number", NONE))
+        row["validation loss"] = decimal(winner.get("loss", math.nan), 4)
+        row["validation accuracy %"] = percent(winner.get("accuracy", math.nan))
+        for path, title in titles.items():
+            value = winner.get("parameters", {}).get(path, NONE)
+            row[title] = f"{value:.3g}" if isinstance(value, float) else str(value)
+        row["search"] = _time(sum(trial.get("seconds", 0) for trial in of["trials"]))
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    unused = [status for status in ENDED[1:] if (frame[status] == "0").all()]
+    caption = "Budget, winner and time of each model's search."
+    if all(not of["space"] for of in labels.values() if len(of["trials"]) == 1):
+        single = [label for label, of in labels.items() if not of["space"]]
+        caption += f" One trial suffices where no field matters: {listed(single)}." * bool(single)
+    return as_table(frame.drop(columns=unused), caption)
+
+
+def _edges(labels: dict) -> list[str]:
+    """Says which winners lie at an end of their range, beyond which may be better ones."""
+    found = []
+    for label, of in labels.items():
+        winner, titles = _winner(of), _titles(labels)
+        for path, text in of["space"].items() if winner else ():
+            log, _, ends = text.rpartition(":")
+            low, dots, high = ends.partition("..")
+            if not dots:
+                continue
+            scale = math.log if log else float
+            ends = [scale(float(end)) for end in (low, high)]
+            place = (scale(winner["parameters"][path]) - ends[0]) / (ends[1] - ends[0])
+            if not EDGE <= place <= 1 - EDGE:
+                end = "low" if place < EDGE else "high"
+                found.append(f"{label} ({titles[path]} at the {end} end)")
+    if not found:
+        return []
+    return [f"Near an end of their range, so that a wider one may be better: {listed(found)}."]
+
+
+def _scores(comparison: Comparison, of: dict, key: str) -> np.ndarray:
+    """Returns a score of each trial, the higher the better: accuracies, or losses below 0.
+
+    Where training broke off there is no model: it counts as always saying the most frequent class,
+    or for the loss as saying that all classes are equally likely.
+    """
+    counts = np.array([*comparison.runs[0].dataset["counts"]["validation"].values()])
+    worst = counts.max() / counts.sum() if key == "accuracy" else math.log(max(len(counts), 2))
+    scores = np.array([t.get(key, worst) for t in of["trials"]], float)
+    return scores if key == "accuracy" else -scores
+
+
+def _curves(comparison: Comparison, labels: dict, key: str) -> dict[str, np.ndarray]:
+    """Returns the expected best score of each model with 1, 2, ... trials; NaN where not known."""
+    longest, curves = max(of["budget"] for of in labels.values()), {}
+    for label, of in labels.items():
+        best = expected_best(_scores(comparison, of, key))
+        whole = len(best) == of["budget"] < longest  # all points of its space
+        rest = np.full(longest - len(best), best[-1] if whole else np.nan)
+        curves[label] = np.concatenate([best, rest])
+    return curves
+
+
+def _leaders(curves: dict[str, np.ndarray]) -> str:
+    """Says which model leads with how many trials, and so where the lines cross."""
+    table = pd.DataFrame(curves, index=range(1, len(next(iter(curves.values()))) + 1))
+    table = table.dropna()
+    if table.empty or len(curves) < 2:
+        (label, curve), *_ = curves.items()
+        values = curve[~np.isnan(curve)]
+        return (
+            f"The expected best validation accuracy of {label} is {percent(values[0], 1)} % with "
+            f"one trial and {percent(values[-1], 1)} % with {len(values)}."
+        )
+    leader, parts = table.idxmax(axis=1), []
+    for label, group in itertools.groupby(leader.items(), key=lambda item: item[1]):
+        numbers = [number for number, _ in group]
+        if numbers[-1] == table.index[-1]:
+            text = f"from {numbers[0]} on" if len(numbers) > 1 else f"with {numbers[0]}"
+        else:
+            text = f"with {numbers[0]}" + f" to {numbers[-1]}" * (len(numbers) > 1)
+        parts.append((text, label))
+    if len(parts) == 1:
+        return f"{parts[0][1]} has the best expected validation accuracy with any number of trials."
+    said = ", ".join(f"{text} {label}" for text, label in parts)
+    return f"Who has the best expected validation accuracy depends on the number of trials: {said}."
+
+
+def _draw_budget(comparison: Comparison, search: dict) -> Picture:
+    """Expected best validation accuracy and loss against the number of trials."""
+    labels = dict(itertools.islice(search["labels"].items(), DRAWN))
+    colours = figures.colours(dict.fromkeys([*comparison.groups, *labels]))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    in_order = search["method"] == "tpe"
+    for axis, key in zip(axes, ("accuracy", "loss"), strict=True):
+        sign = 100 if key == "accuracy" else -1
+        for label, curve in _curves(comparison, labels, key).items():
+            trials, style = np.arange(1, len(curve) + 1), {"color": colours[label]}
+            axis.plot(trials, sign * curve, "o-", ms=3, label=literal(label), **style)
+            if in_order and labels[label]["space"]:
+                best = np.maximum.accumulate(_scores(comparison, labels[label], key))
+                places = range(1, len(best) + 1)
+                axis.step(places, sign * best, where="post", lw=0.8, ls=":", **style)
+        axis.set(xlabel="trials", ylabel=f"best validation {key}" + ", %" * (key == "accuracy"))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid()
+    axes[1].set_yscale("log")
+    low, high = axes[1].get_ylim()
+    plain_ticks(axes[1].yaxis, high / low)
+    figures.legend_beside(figure, axes)
+    figure.tight_layout()
+    figures.save(figure, comparison.output / "tuning_budget.svg")
+    caption = (
+        "Expected best validation accuracy and loss after so many trials (Dodge et al. 2019): the "
+        "mean over all choices of that many trials. Where lines cross, the answer depends on the "
+        "budget. A trial that was pruned counts with its scores until then; one that diverged "
+        "or failed as always saying the most frequent class, and for the loss as a uniform guess."
+    )
+    if in_order:
+        caption += (
+            " Trials of tpe build on those before, so the lines, which take trials as independent, "
+            "are too high on the left; dots: best so far in the order in which they ran."
+        )
+    return Picture("tuning_budget.svg", caption, wide=True)
+
+
+def _draw_trials(comparison: Comparison, search: dict) -> Picture | None:
+    """Validation loss of each trial against each searched field: a panel a field."""
+    labels = dict(itertools.islice(search["labels"].items(), DRAWN))
+    titles = _titles(labels)
+    if not titles:
+        return None
+    colours = figures.colours(dict.fromkeys([*comparison.groups, *labels]))
+    figure, axes = figures.small_multiples(len(titles), 3, (3.9, 3.4))
+    losses = [t["loss"] for of in labels.values() for t in of["trials"] if "loss" in t]
+    top = max(losses, default=1.0) * 1.5
+    for axis, (path, title) in zip(axes, titles.items(), strict=True):
+        searched = {label: of for label, of in labels.items() if path in of["space"]}
+        texts = [of["space"][path] for of in searched.values()]
+        ranges = all(".." in text for text in texts)
+        values = list(dict.fromkeys(itertools.chain(*(text.split(",") for text in texts))))
+        for label, of in searched.items():
+            for trial in of["trials"]:
+                value = trial["parameters"][path]
+                x = value if ranges else _place(value, values)
+                _dot(axis, x, trial, trial["number"] == of["winner"], colours[label], top)
+            axis.plot([], [], "o", color=colours[label], label=literal(label))
+        axis.set_yscale("log")
+        plain_ticks(axis.yaxis, np.divide(*axis.get_ylim()[::-1]))
+        if ranges and any(text.startswith("log:") for text in texts):
+            axis.set_xscale("log")
+            plain_ticks(axis.xaxis, np.divide(*axis.get_xlim()[::-1]))
+        elif not ranges:
+            axis.set_xticks(range(len(values)), map(literal, values))
+        axis.set(xlabel=literal(title), ylabel="validation loss")
+        axis.grid()
+    figures.legend_beside(figure, axes)
+    figure.tight_layout()
+    figures.save(figure, comparison.output / "tuning_trials.svg")
+    kinds = {trial["status"] for of in labels.values() for trial in of["trials"]}
+    caption = "Validation loss of every trial against each searched field. Star: the winner."
+    caption += " Hollow: pruned, at its lowest loss until then." * ("pruned" in kinds)
+    caption += " Crosses at the top: diverged or failed." * bool(kinds & {"diverged", "failed"})
+    return Picture("tuning_trials.svg", caption, wide=True)
+
+
+def _dot(axis: plt.Axes, x: float, trial: dict, wins: bool, colour, top: float) -> None:
+    """Draws one trial; crosses of those without a loss stand at the `top`."""
+    marker, size = ("*", 14) if wins else ("o", 5)
+    if trial["status"] in ("diverged", "failed"):
+        marker = "x"
+    fill = "none" if trial["status"] == "pruned" else colour
+    style = {"color": colour, "mfc": fill, "ms": size, "alpha": 0.9}
+    axis.plot(x, trial.get("loss", top), marker, **style, mec="black" if wins else colour)
+
+
+def _place(value, texts: list[str]) -> int:
+    """Returns the place of a value among texts that were typed."""
+
+    def plain(of) -> str:
+        try:
+            return repr(float(of))
+        except (TypeError, ValueError):
+            return str(tuple(of) if isinstance(of, list) else of).replace(" ", "").lower()
+
+    return [plain(text) for text in texts].index(plain(value))
