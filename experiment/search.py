@@ -57,8 +57,8 @@ class Search:
     def _plan(self, model: str, variant: Variant, settings: ConfigDict) -> Plan:
         if settings.data.folds:
             raise UserError(
-                "--tune with config.data.folds would choose fields on images that other folds test: "
-                "search without folds, then give the winner's fields to a command with folds"
+                "--tune with config.data.folds would choose fields on images that other folds "
+                "test: search without folds, then give the winner's fields to a command with folds"
             )
         space = read_space(self.options.space, settings)
         check_space(space, settings, variant, self.overrides)
