@@ -23,8 +23,7 @@ def run_job(command: list[str], log: str, cwd: str, environ: dict[str, str], sha
     environ = {
         key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
     } | environ
-    if share > 1:
-        environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / share:.3f}")
+    jobs.share_memory(environ, share)
     process = jobs.start(command, Path(log), environ)
     try:
         while process.poll() is None:  # in steps, for Ray's cancelling ends no system call
