@@ -33,7 +33,8 @@ def start(command: list[str], log: Path, environ: Mapping[str, str]) -> subproce
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
         where = f"{socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        file.write(f"--- {where}: {shlex.join(command)}\n".encode(errors="backslashreplace"))
+        head = f"--- {where}: {shlex.join(command)}".replace("\n", " ")
+        file.write(f"{head}\n".encode(errors="backslashreplace"))
         file.flush()
         return subprocess.Popen(
             command,
@@ -53,8 +54,9 @@ def share_memory(environ: dict[str, str], share: int) -> None:
 
 
 def last_lines(log: Path, count: int = 8) -> str:
-    """Returns the end of a log, indented."""
-    return "\n".join(f"    {line}" for line in _tail(log).splitlines()[-count:])
+    """Returns the end of what a job's last try wrote, indented."""
+    lines = _tail(log).rpartition("\n--- ")[2].splitlines()[-count:]
+    return "\n".join(f"    {line}" for line in lines if not line.startswith("--- "))
 
 
 def _tail(path: Path, size: int = 8192) -> str:

@@ -145,6 +145,7 @@ class Pool(Protocol):
     """Where jobs run: some places, of which each takes one job at a time."""
 
     places: list[str]
+    verb: str  # "running on": what a job does there
 
     def start(self, name: str, place: int) -> Any:
         """Starts a job and returns its handle."""
@@ -228,7 +229,7 @@ class Watch:
                 return
             self.waiting.remove(name)
             self.tries[name] += 1
-            self.table.set(name, f"running on {self.pool.places[free[0]]}", begins=True)
+            self.table.set(name, f"{self.pool.verb} {self.pool.places[free[0]]}", begins=True)
 
     def ended(self, name: str, code: int) -> None:
         """Notes that a process ended; what can go on waits for its next try."""

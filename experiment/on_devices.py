@@ -15,6 +15,8 @@ from experiment import jobs
 class DevicePool:
     """Processes on this machine; `share` of them on each device."""
 
+    verb = "running on"
+
     def __init__(
         self,
         command: Callable[[str], list[str]],

@@ -49,6 +49,8 @@ def sees(workdir: str, plan: str) -> str:
 class RayPool:
     """Tasks of Ray, each with a GPU where the cluster has any."""
 
+    verb = "given to"  # which starts it when a node is free
+
     def __init__(self, ray, command: Callable[[str], list[str]], workdir: Path, places: int, share):
         self.ray, self.command, self.workdir = ray, command, workdir.absolute()
         resources = ray.cluster_resources()

@@ -94,7 +94,7 @@ def test_jobs_are_started_again_when_killed_or_stopped_and_no_failure_stops_the_
         "killed: waiting (killed by signal 9, try 2 of 4)",
         "killed: complete 50.0 % test",
         "mistaken: failed: exit code 2",
-        "    error: the disk is full",
+        "mistaken/log.txt ends with:\n    error: the disk is full\n",
         "diverged: diverged: at step 3",
         "hopeless: failed: exit code 75",
         "done: complete (1 of 7)",
@@ -446,6 +446,15 @@ def test_ray_that_is_not_installed_is_named_first(given, monkeypatch):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[ray\]'"):
         given("--launch=ray")
+
+
+def test_a_node_that_does_not_share_the_workdir_is_known(tmp_path):
+    assert on_ray.sees(str(tmp_path), "{}") == "does not see the workdir"
+    (tmp_path / "experiment.json").write_text("{}")
+    assert "sees no locks" in on_ray.sees(str(tmp_path), "{}")
+    with locked(tmp_path / ".lock-test"):
+        assert on_ray.sees(str(tmp_path), "{}") == ""
+        assert on_ray.sees(str(tmp_path), "{other}") == "does not see the workdir"
 
 
 def test_tasks_of_ray(workdir, monkeypatch, capfd):
