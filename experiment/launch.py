@@ -70,6 +70,7 @@ def options(shard: str) -> Options:
     for name, launcher in (("slurm", "slurm"), ("ray_address", "ray")):
         if getattr(given, name) and given.launch != launcher:
             raise UserError(f"--{name} is for --launch={launcher}")
+    slurm.sbatch_options(given.slurm)
     if given.workers and not given.launch:
         raise UserError("--workers is for --launch=local, slurm or ray")
     if given.only:

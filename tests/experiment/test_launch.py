@@ -280,6 +280,7 @@ def test_a_job_is_the_same_command_line_for_one_run(given, tmp_path):
         (["--launch=slum"], "", "Did you mean 'slurm'"),
         (["--workers=2"], "", "--workers is for --launch"),
         (["--launch=local", "--slurm=time=1"], "", "--slurm is for --launch=slurm"),
+        (["--launch=slurm", "--slurm=Time: 1"], "", "'Time:' is not of the form name=value"),
         (["--launch=local", "--ray_address=auto"], "", "--ray_address is for --launch=ray"),
     ],
 )
