@@ -9,7 +9,6 @@ import importlib.util
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -28,11 +27,13 @@ from experiment.files import read_status
 from experiment.grid import Run, check_run_dir
 from experiment.jobs import REPORT
 from experiment.machine import LAUNCHER, check_locks, end_with_launcher, held
+from experiment.on_devices import DevicePool
 from experiment.runner import FINAL, STOPPED, Signals
 
 TRIES = 4  # of a job that stops with 75 or is killed
 # What concerns the launcher, not its jobs.
 OWN = re.compile(r"--?(?:launch|workers|only|shard|slurm|ray_address)(=.*)?", re.DOTALL)
+DRY_RUN = re.compile(r"--?(?:no)?dry_run(=.*)?")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,12 @@ def options(shard: str) -> Options:
         )
     if given.launch:
         choose("--launch", given.launch, LAUNCHERS)
+    if given.launch == "ray" and not importlib.util.find_spec("ray"):
+        raise UserError("--launch=ray needs Ray: pip install -e '.[ray]'")
     for name, launcher in (("slurm", "slurm"), ("ray_address", "ray")):
         if getattr(given, name) and given.launch != launcher:
             raise UserError(f"--{name} is for --launch={launcher}")
+    slurm.sbatch_options(given.slurm)
     if given.workers and not given.launch:
         raise UserError("--workers is for --launch=local, slurm or ray")
     if given.only:
@@ -106,20 +110,14 @@ def command(name: str) -> list[str]:
         word = words.pop(0)
         match = OWN.fullmatch(word)
         if not match:
-            kept.append(word)
+            kept += [] if DRY_RUN.fullmatch(word) else [word]
         elif match[1] is None:
             words[:1] = []  # its value
     return [sys.executable, os.path.abspath(sys.argv[0]), *kept, f"--only={name}"]
 
 
 def prepare(options: Options, workdir: Path) -> None:
-    """Refuses what a launcher lacks here, and keeps this process off the devices of its jobs.
-
-    Raises:
-      UserError: Ray is not installed, or there are no locks between processes.
-    """
-    if options.launch == "ray" and not importlib.util.find_spec("ray"):
-        raise UserError("--launch=ray needs Ray: pip install -e '.[ray]'")
+    """Keeps a launcher off its jobs' devices; raises UserError where no locks protect a run."""
     if options.launch:
         check_locks(workdir, hosts=options.launch == "slurm" or bool(options.ray_address))
         jax.config.update("jax_platforms", "cpu")
@@ -148,6 +146,7 @@ class Pool(Protocol):
     """Where jobs run: some places, of which each takes one job at a time."""
 
     places: list[str]
+    verb: str  # "running on": what a job does there
 
     def start(self, name: str, place: int) -> Any:
         """Starts a job and returns its handle."""
@@ -159,87 +158,10 @@ class Pool(Protocol):
         """Asks a job to save and stop."""
 
 
-class Local:
-    """Processes on this machine; `share` of them on each device."""
-
-    def __init__(self, workdir: Path, workers: int, environ: Mapping[str, str] = os.environ):
-        self.workdir, self.environ, self.devices = workdir, environ, devices(environ)
-        if ("tpu", "") in self.devices and workers > 1:
-            raise UserError(
-                "--workers: the TPUs of a host belong to one process at a time, which uses all of "
-                "them: leave --workers out"
-            )
-        count = len(self.devices)
-        self.share = -(-workers // count) if workers else 1
-        self.places = [self.devices[i % count][0] for i in range(workers or count)]
-
-    def environment(self, place: int) -> dict[str, str]:
-        """Returns the environment of a job at a place: its device, its part of the memory."""
-        changed, (_, visible) = dict(self.environ), self.devices[place % len(self.devices)]
-        if visible:
-            changed["CUDA_VISIBLE_DEVICES"] = visible
-            if self.share > 1:  # JAX would take 0.75 for the first
-                changed.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / self.share:.3f}")
-        return changed
-
-    def start(self, name: str, place: int) -> subprocess.Popen:
-        """Starts a job."""
-        log = jobs.log_file(self.workdir, name)
-        return jobs.start(command(name), log, self.environment(place))
-
-    def poll(self, handle: subprocess.Popen) -> int | None:
-        """Returns a job's exit code or None."""
-        return handle.poll()
-
-    def stop(self, handle: subprocess.Popen) -> None:
-        """Passes SIGTERM on."""
-        handle.terminate()
-
-
-def devices(environ: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Returns the devices that jobs divide: (name, its CUDA_VISIBLE_DEVICES, "" for none).
-
-    Asks nvidia-smi, for JAX would take memory of every GPU that it looks at.
-    """
-    wanted = environ.get("JAX_PLATFORMS") or "any"
-    if wanted.startswith("cpu"):
-        return [("cpu", "")]
-    if any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        if "CUDA_VISIBLE_DEVICES" in environ:
-            ids = re.match(
-                r"[^,\-\s][^,\s]*(?:,[^,\-\s][^,\s]*)*|", environ["CUDA_VISIBLE_DEVICES"]
-            )
-            found = [(f"gpu {id_}", id_) for id_ in ids[0].split(",") if id_]
-        else:
-            found = _gpus()
-        if found:
-            return found
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    if chips and importlib.util.find_spec("libtpu"):
-        return [("tpu", "")]
-    return [("cpu", "")]
-
-
-def _gpus() -> list[tuple[str, str]]:
-    """Returns what nvidia-smi lists; of a GPU that is divided (MIG), the parts."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    found: dict[str, list[tuple[str, str]]] = {}
-    gpu = ""
-    for kind, number, uuid in re.findall(r"^\s*(GPU|MIG).*?(\d+):.*UUID: ([^)]+)\)", listed, re.M):
-        if kind == "GPU":
-            gpu = f"gpu {number}"
-            found[gpu] = [(gpu, uuid)]
-        else:
-            whole = [place for place in found[gpu] if place[0] != gpu]
-            found[gpu] = [*whole, (f"{gpu}.{number}", uuid)]
-    return [place for places in found.values() for place in places]
-
-
 def local(stages: list[list[str]], options: Options, workdir: Path) -> int:
     """Runs jobs on the devices of this machine."""
-    return watch(stages, Local(workdir, options.workers), workdir, Signals())
+    pool = DevicePool(command, workdir, options.workers)
+    return watch(stages, pool, workdir, Signals())
 
 
 def watch(stages: list[list[str]], pool: Pool, workdir: Path, stop: Signals) -> int:
@@ -271,7 +193,7 @@ class Watch:
 
     def run(self) -> dict[str, int]:
         """Returns the exit codes of all jobs by name, when all have ended."""
-        stopping = False
+        looked = stopping = False
         while self.waiting or self.running:
             if self.stop.requested and not stopping:
                 stopping = True
@@ -282,7 +204,10 @@ class Watch:
                     del self.running[place]
                     self.ended(name, code)
             for name in list(self.waiting):
+                if looked and len(self.running) == len(self.pool.places) and not stopping:
+                    break
                 self.look_at(name)
+            looked = True
             self.table.draw()
             time.sleep(0.2 if self.running else 0.0 if not self.waiting else 1.0)
         return self.codes
@@ -305,7 +230,7 @@ class Watch:
                 return
             self.waiting.remove(name)
             self.tries[name] += 1
-            self.table.set(name, f"running on {self.pool.places[free[0]]}", begins=True)
+            self.table.set(name, f"{self.pool.verb} {self.pool.places[free[0]]}", begins=True)
 
     def ended(self, name: str, code: int) -> None:
         """Notes that a process ended; what can go on waits for its next try."""

@@ -23,8 +23,7 @@ def run_job(command: list[str], log: str, cwd: str, environ: dict[str, str], sha
     environ = {
         key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
     } | environ
-    if share > 1:
-        environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / share:.3f}")
+    jobs.share_memory(environ, share)
     process = jobs.start(command, Path(log), environ)
     try:
         while process.poll() is None:  # in steps, for Ray's cancelling ends no system call
@@ -49,6 +48,8 @@ def sees(workdir: str, plan: str) -> str:
 
 class RayPool:
     """Tasks of Ray, each with a GPU where the cluster has any."""
+
+    verb = "given to"  # which starts it when a node is free
 
     def __init__(self, ray, command: Callable[[str], list[str]], workdir: Path, places: int, share):
         self.ray, self.command, self.workdir = ray, command, workdir.absolute()

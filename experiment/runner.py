@@ -23,16 +23,23 @@ GROUP = "group.json"  # names the runs that a run was trained together with
 
 
 class Signals:
-    """Turns the first SIGTERM or Ctrl-C into a request to save and stop; a second one kills."""
+    """Turns the first SIGTERM or Ctrl-C into a request to save and stop; a later one kills.
+
+    What follows within a second is the same request: SLURM signals a job's shell, which passes it
+    on, and may signal the job as well.
+    """
 
     def __init__(self):
-        self.requested = False
+        self.requested, self._since = False, 0.0
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._request)
 
     def _request(self, number: int, frame) -> None:
-        self.requested = True
-        signal.signal(number, signal.SIG_DFL)
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() > self._since + 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def agreed(self, value: Any) -> Any:
         """Returns `value`; of several hosts, that of the first: see `training/hosts.py`."""

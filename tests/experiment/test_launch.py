@@ -15,9 +15,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from errors import UserError
-from experiment import jobs, launch, on_ray, slurm
+from experiment import jobs, launch, on_devices, on_ray, slurm
 from experiment.grid import Run
 from experiment.machine import LAUNCHER, check_locks, locked
+from experiment.on_devices import DevicePool, devices
 from experiment.runner import STOPPED
 from tests.conftest import ROOT
 
@@ -66,7 +67,9 @@ class Asked:
 
 
 def watch(workdir, stages, workers=3, stop=None):
-    return launch.watch(stages, launch.Local(workdir, workers, CPU), workdir, stop or Asked())
+    return launch.watch(
+        stages, DevicePool(launch.command, workdir, workers, CPU), workdir, stop or Asked()
+    )
 
 
 def test_jobs_are_started_again_when_killed_or_stopped_and_no_failure_stops_the_others(
@@ -91,7 +94,7 @@ def test_jobs_are_started_again_when_killed_or_stopped_and_no_failure_stops_the_
         "killed: waiting (killed by signal 9, try 2 of 4)",
         "killed: complete 50.0 % test",
         "mistaken: failed: exit code 2",
-        "    error: the disk is full",
+        "mistaken/log.txt ends with:\n    error: the disk is full\n",
         "diverged: diverged: at step 3",
         "hopeless: failed: exit code 75",
         "done: complete (1 of 7)",
@@ -126,7 +129,7 @@ def test_a_run_of_another_process_is_left_to_it_and_taken_over_when_that_ends(wo
     held = (workdir / "a/.lock").open("w")
     fcntl.flock(held, fcntl.LOCK_EX)
     (workdir / "b/does").write_text("sleep 0.5")
-    pool = launch.Local(workdir, 2, CPU)
+    pool = DevicePool(launch.command, workdir, 2, CPU)
     poll = pool.poll
 
     def poll_and_release(handle):
@@ -145,18 +148,20 @@ def test_each_place_is_a_device_and_shares_its_memory(workdir, monkeypatch, tmp_
     def spec(name):
         return name == "jax_cuda12_plugin" or None
 
-    monkeypatch.setattr(launch.importlib.util, "find_spec", spec)
-    pool = launch.Local(workdir, 5, {"CUDA_VISIBLE_DEVICES": "3,GPU-ab"})
+    monkeypatch.setattr(on_devices.importlib.util, "find_spec", spec)
+    pool = DevicePool(launch.command, workdir, 5, {"CUDA_VISIBLE_DEVICES": "3,GPU-ab"})
     assert pool.places == ["gpu 3", "gpu GPU-ab", "gpu 3", "gpu GPU-ab", "gpu 3"]
     assert pool.environment(1) == {
         "CUDA_VISIBLE_DEVICES": "GPU-ab",
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.300",
+        "XLA_CLIENT_MEM_FRACTION": "0.300",
     }
-    alone = launch.Local(workdir, 0, {"CUDA_VISIBLE_DEVICES": "3,4"})
+    own = {"CUDA_VISIBLE_DEVICES": "0", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".2"}
+    assert DevicePool(launch.command, workdir, 4, own).environment(3) == own
+    alone = DevicePool(launch.command, workdir, 0, {"CUDA_VISIBLE_DEVICES": "3,4"})
     assert alone.environment(1) == {"CUDA_VISIBLE_DEVICES": "4"}
-    assert launch.devices({"CUDA_VISIBLE_DEVICES": ""}) == [("cpu", "")]
-    assert launch.devices({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == [("gpu 0", "0")]
-    assert launch.devices({"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu"}) == [("cpu", "")]
+    assert devices({"CUDA_VISIBLE_DEVICES": ""}) == [("cpu", "")]
+    assert devices({"CUDA_VISIBLE_DEVICES": "0,-1,1"}) == [("gpu 0", "0")]
+    assert devices({"CUDA_VISIBLE_DEVICES": "0", "JAX_PLATFORMS": "cpu"}) == [("cpu", "")]
     listed = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-11)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-22)
   MIG 3g.20gb     Device  0: (UUID: MIG-aa)
@@ -166,18 +171,18 @@ GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-22)
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = [("gpu 0", "GPU-11"), ("gpu 1.0", "MIG-aa"), ("gpu 1.1", "MIG-bb")]
-    assert launch.devices({}) == found
+    assert devices({}) == found
     give(workdir, a="")
-    pool = launch.Local(workdir, 0, {**CPU, "JAX_PLATFORMS": ""})
+    pool = DevicePool(launch.command, workdir, 0, {**CPU, "JAX_PLATFORMS": ""})
     assert pool.start("a", 2).wait() == 0
     assert (workdir / "a/devices").read_text() == "MIG-bb\n"
 
 
 def test_a_tpu_takes_one_process(workdir, monkeypatch):
-    monkeypatch.setattr(launch, "devices", lambda environ: [("tpu", "")])
-    assert launch.Local(workdir, 0, {}).places == ["tpu"]
+    monkeypatch.setattr(on_devices, "devices", lambda environ: [("tpu", "")])
+    assert DevicePool(launch.command, workdir, 0, {}).places == ["tpu"]
     with pytest.raises(UserError, match="leave --workers out"):
-        launch.Local(workdir, 2, {})
+        DevicePool(launch.command, workdir, 2, {})
 
 
 def test_the_table_on_a_terminal(workdir, monkeypatch, capsys):
@@ -238,6 +243,7 @@ def given(monkeypatch):
         for name in ("launch", "only", "slurm", "ray_address"):
             launch.flags.DEFINE_string(name, "", "", flag_values=values)
         launch.flags.DEFINE_integer("workers", 0, "", flag_values=values)
+        launch.flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
         values([sys.argv[0], *(word for word in words if not word.startswith("--config"))])
         monkeypatch.setattr(launch.flags, "FLAGS", values)
         monkeypatch.setattr(sys, "argv", ["main.py", *words])
@@ -248,7 +254,14 @@ def given(monkeypatch):
 
 def test_a_job_is_the_same_command_line_for_one_run(given, tmp_path):
     (tmp_path / "flags").write_text("--launch=local\n--workers=3\n")
-    given(f"--flagfile={tmp_path / 'flags'}", "--config=a b.py", "-workers", "2", "--config.only=1")
+    given(
+        f"--flagfile={tmp_path / 'flags'}",
+        "--config=a b.py",
+        "-workers",
+        "2",
+        "--config.only=1",
+        "--nodry_run",
+    )
     words = [sys.executable, str(ROOT / "main.py"), "--config=a b.py", "--config.only=1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -267,6 +280,7 @@ def test_a_job_is_the_same_command_line_for_one_run(given, tmp_path):
         (["--launch=slum"], "", "Did you mean 'slurm'"),
         (["--workers=2"], "", "--workers is for --launch"),
         (["--launch=local", "--slurm=time=1"], "", "--slurm is for --launch=slurm"),
+        (["--launch=slurm", "--slurm=Time: 1"], "", "'Time:' is not of the form name=value"),
         (["--launch=local", "--ray_address=auto"], "", "--ray_address is for --launch=ray"),
     ],
 )
@@ -429,10 +443,19 @@ def test_without_sbatch_the_script_is_printed_and_its_refusal_is_told(
 # --- Ray ----------------------------------------------------------------------------------------
 
 
-def test_ray_that_is_not_installed_is_named_first(given, tmp_path, monkeypatch):
+def test_ray_that_is_not_installed_is_named_first(given, monkeypatch):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '.\[ray\]'"):
-        launch.prepare(given("--launch=ray"), tmp_path / "absent")
+        given("--launch=ray")
+
+
+def test_a_node_that_does_not_share_the_workdir_is_known(tmp_path):
+    assert on_ray.sees(str(tmp_path), "{}") == "does not see the workdir"
+    (tmp_path / "experiment.json").write_text("{}")
+    assert "sees no locks" in on_ray.sees(str(tmp_path), "{}")
+    with locked(tmp_path / ".lock-test"):
+        assert on_ray.sees(str(tmp_path), "{}") == ""
+        assert on_ray.sees(str(tmp_path), "{other}") == "does not see the workdir"
 
 
 def test_tasks_of_ray(workdir, monkeypatch, capfd):

@@ -1,12 +1,14 @@
 import json
+import signal
 
 import pytest
 from ml_collections import ConfigDict
 
 from errors import Interrupted, UserError
+from experiment import runner
 from experiment.grid import Run
 from experiment.machine import locked
-from experiment.runner import GROUP, divide, kin, train_group
+from experiment.runner import GROUP, Signals, divide, kin, train_group
 
 RUN = Run("cnn/seed0", ConfigDict())
 SEEDS = [Run(f"cnn/seed{seed}", ConfigDict({"seed": seed, "epochs": 1})) for seed in range(5)]
@@ -106,3 +108,20 @@ def test_runs_are_divided_by_kin_and_interrupted_groups_come_together(tmp_path):
     note("02", summary=DONE | {"status": "diverged"})
     note("34", summary={"status": "failed"})
     assert names(divide(SEEDS, tmp_path, at_once)) == ["0", "1", "2", "34"]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
+    now, sent, handlers = [0.0], [], {}
+    monkeypatch.setattr(
+        runner.signal, "signal", lambda number, handler: handlers.update({number: handler})
+    )
+    monkeypatch.setattr(runner.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runner.os, "kill", lambda pid, number: sent.append(number))
+    stop = Signals()
+    assert not stop.requested
+    for now[0] in (10.0, 10.5):
+        handlers[signal.SIGTERM](signal.SIGTERM, None)
+        assert stop.requested and not sent
+    now[0] = 12.0
+    handlers[signal.SIGTERM](signal.SIGTERM, None)
+    assert sent == [signal.SIGTERM] and handlers[signal.SIGTERM] == signal.SIG_DFL
