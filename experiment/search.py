@@ -329,10 +329,9 @@ class Search:
 
 def search_cure(workdir: Path) -> str:
     """Returns what to do where the runs of a workdir, of which some were tuned, are others now."""
-    budget = read_json(workdir / "search" / "search.json").get("budget")
-    return budget and (
-        f"This workdir's runs were tuned: give --tune={budget} as then, or use another --workdir"
-    )
+    if not (budget := read_json(workdir / "search" / "search.json").get("budget")):
+        return ""
+    return f"This workdir's runs were tuned: give --tune={budget} as then, or use another --workdir"
 
 
 def shown(value: Any) -> str:
