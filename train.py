@@ -355,7 +355,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
         dataset = load_dataset(config.data, config.runtime.cache_dir)
         if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
             datasets.append((config, dataset))
-    for run_dir in sorted(workdir.glob("*/seed*")):
+    for run_dir in sorted([*workdir.glob("*/seed*"), *workdir.glob("search/*/trial*")]):
         try:
             stored = read_json(run_dir / "config.json").get("data")
         except DamagedFile:  # of a run outside this grid; the report lists it

@@ -75,9 +75,7 @@ def expand(
             raise UserError("config.predict_test=False is of a search's trials, which do not count")
         suffix = suffix_of(settings.variant)
         for seed in config.seeds:
-            of_seed = ConfigDict(settings.to_dict())
-            of_seed.seed = seed
-            runs.append(Run(f"{model}/seed{seed}{suffix}", of_seed))
+            runs.append(Run(f"{model}/seed{seed}{suffix}", with_seed(settings, seed)))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
     for path in overrides or {}:
@@ -229,6 +227,13 @@ def run_config(
         choose("config.phases", name, phases)
     settings.phase = ConfigDict({name: unflatten(phases[name]) for name in names})
     return settings
+
+
+def with_seed(settings: ConfigDict, seed: int) -> ConfigDict:
+    """Returns the config of a run of that seed."""
+    config = ConfigDict(settings.to_dict())
+    config.seed = seed
+    return config
 
 
 def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] = ()) -> None:

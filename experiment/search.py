@@ -20,7 +20,16 @@ from errors import Interrupted, Pruned, UserError
 from experiment.checks import TRIAL_SEED, check_config
 from experiment.fields import phase_config, phase_names
 from experiment.files import read_json, read_lines, read_status, write_json
-from experiment.grid import Run, Variant, check_run_dir, expand, label_of, pairs, run_config
+from experiment.grid import (
+    Run,
+    Variant,
+    check_run_dir,
+    expand,
+    label_of,
+    pairs,
+    run_config,
+    with_seed,
+)
 from experiment.machine import locked
 from experiment.runner import FINAL, Signals, train_group
 from experiment.space import check_space, corners, points, read_space, size
@@ -51,7 +60,8 @@ class Search:
             self.plans[plan.label] = plan
         if not any(plan.space for plan in self.plans.values()):
             raise UserError(
-                f"config.search.space={self.options.space!r} names no field of {[*self.plans]}"
+                f"config.search.space={self.options.space!r} names no field that matters to "
+                f"{', '.join(self.plans)}: name one, or leave --tune out"
             )
 
     def _plan(self, model: str, variant: Variant, settings: ConfigDict) -> Plan:
@@ -137,9 +147,9 @@ class Search:
         """Returns the config of a trial."""
         values = {path: tuple(v) if isinstance(v, list) else v for path, v in values.items()}
         config = run_config(self.config, plan.model, plan.variant, self.overrides, values)
-        config.predict_test, config.seed = False, TRIAL_SEED + self.options.seed
+        config.predict_test = False
         check_config(config)
-        return config
+        return with_seed(config, TRIAL_SEED + self.options.seed)
 
     # --- the trials -------------------------------------------------------------------------------
 
@@ -318,10 +328,10 @@ class Search:
             else:
                 found = trials[number]
                 winners[plan.label] = found["parameters"]
-                fields = (f"{p}={shown(value)}" for p, value in found["parameters"].items())
+                fields = [f", {p}={shown(value)}" for p, value in found["parameters"].items()]
                 print(
                     f"{name}: trial {number} of {plan.trials} wins with validation loss "
-                    f"{found['loss']:.4f}, accuracy {found['accuracy']:.4f}: {', '.join(fields)}",
+                    f"{found['loss']:.4f}, accuracy {found['accuracy']:.4f}{''.join(fields)}",
                     flush=True,
                 )
         return winners
