@@ -123,7 +123,8 @@ def _about(comparison: Comparison, labels: dict, method: str) -> str:
         "test image. Then each model was trained anew with the winner's fields and other seeds, "
         f"and only those runs are compared. The {plural(len(trials), 'trial')} took "
         f"{_time(spent)} of training and compiling, the {plural(len(costs), 'run')} that "
-        f"{'is' if len(costs) == 1 else 'are'} compared {_time(final)}."
+        f"{'is' if len(costs) == 1 else 'are'} compared {_time(final)}. Intervals of this page are "
+        "for the chosen fields: what another search would choose is not in them."
     )
 
 
@@ -259,6 +260,7 @@ def _draw_budget(comparison: Comparison, search: dict) -> Picture:
         axis.set(xlabel="trials", ylabel=f"best validation {key}" + ", %" * (key == "accuracy"))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid()
+    _widen_the_top(axes[0])
     axes[1].set_yscale("log")
     low, high = axes[1].get_ylim()
     plain_ticks(axes[1].yaxis, high / low)
@@ -267,16 +269,36 @@ def _draw_budget(comparison: Comparison, search: dict) -> Picture:
     figures.save(figure, comparison.output / "tuning_budget.svg")
     caption = (
         "Expected best validation accuracy and loss after so many trials (Dodge et al. 2019): the "
-        "mean over all choices of that many trials. Where lines cross, the answer depends on the "
-        "budget. A trial that was pruned counts with its scores until then; one that diverged "
-        "or failed as always saying the most frequent class, and for the loss as a uniform guess."
+        "mean over all choices of that many trials; the right end rests on few of them. Where "
+        "lines cross, the answer depends on the budget."
     )
+    states = {trial["status"] for of in labels.values() for trial in of["trials"]}
+    if "pruned" in states:
+        caption += (
+            " A trial that was pruned counts with its scores until then, though it would have gone "
+            "on without the others."
+        )
+    if states & {"diverged", "failed"}:
+        caption += (
+            " One that diverged or failed counts as always saying the most frequent class, and for "
+            "the loss as a uniform guess."
+        )
     if in_order:
         caption += (
-            " Trials of tpe build on those before, so the lines, which take trials as independent, "
-            "are too high on the left; dots: best so far in the order in which they ran."
+            " Trials of tpe build on those before: the lines, which take them as independent, are "
+            "too good on the left; dots show the best so far in the order in which they ran."
         )
     return Picture("tuning_budget.svg", caption, wide=True)
+
+
+def _widen_the_top(axis: plt.Axes) -> None:
+    """Gives an axis of accuracies in percent more room, the nearer they are to 100."""
+    low, high = axis.get_ylim()
+    axis.set_yscale("function", functions=(lambda y: -np.log(102 - y), lambda z: 102 - np.exp(-z)))
+    axis.set_ylim(max(low, 0), min(high, 100))
+    ticks = [x for x in (0, 20, 40, 60, 80, 90, 95, 98, 100) if low <= x <= min(high, 100)]
+    if len(ticks) > 2:
+        axis.set_yticks(ticks)
 
 
 def _draw_trials(comparison: Comparison, search: dict) -> Picture | None:
@@ -294,10 +316,11 @@ def _draw_trials(comparison: Comparison, search: dict) -> Picture | None:
         ranges = [ends for of in searched.values() if (ends := _range(of["space"][path]))]
         tried = [t["parameters"][path] for of in searched.values() for t in of["trials"]]
         names = list(dict.fromkeys(map(str, sorted(tried, key=_order))))
-        for label, of in searched.items():
+        for i, (label, of) in enumerate(searched.items()):
+            aside = 0.5 * ((i + 0.5) / len(searched) - 0.5)  # models side by side
             for trial in of["trials"]:
                 value = trial["parameters"][path]
-                x = value if ranges else names.index(str(value))
+                x = value if ranges else names.index(str(value)) + aside
                 _dot(axis, x, trial, trial["number"] == of["winner"], colours[label], top)
             axis.plot([], [], "o", color=colours[label], label=literal(label))
         axis.set_yscale("log")
@@ -330,7 +353,8 @@ def _dot(axis: plt.Axes, x: float, trial: dict, wins: bool, colour, top: float) 
         marker = "x"
     fill = "none" if trial["status"] == "pruned" else colour
     style = {"color": colour, "mfc": fill, "ms": size, "alpha": 0.9}
-    axis.plot(x, trial.get("loss", top), marker, **style, mec="black" if wins else colour)
+    edge = {"mec": "black" if wins else colour, "clip_on": False}
+    axis.plot(x, trial.get("loss", top), marker, **style, **edge)
 
 
 def _order(value) -> tuple:

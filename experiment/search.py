@@ -70,9 +70,8 @@ class Search:
         whole = self.options.method == "grid" or size(space) <= self.budget  # each point once
         every = points(space) if whole else None
         trials = len(every) if whole else self.budget
-        epochs = sum(phase_config(settings, name).epochs for name in phase_names(settings))
         label = label_of(model, variant.name)
-        return Plan(label, model, variant, space, trials, every, epochs)
+        return Plan(label, model, variant, space, trials, every, epochs_of(settings))
 
     # --- before training --------------------------------------------------------------------------
 
@@ -273,10 +272,12 @@ class Search:
             print(f"{title}: failed: {error}", file=sys.stderr, flush=True)
             return
 
+        last = epochs_of(run.config)
+
         def watch(epoch: float, loss: float) -> None:
             with self._exclusive():
                 worse = study.is_worse(number, epoch, loss)
-            if worse:
+            if worse and epoch < last:
                 raise Pruned(f"validation loss {loss:.4g} after epoch {epoch:g}")
 
         watching = watch if self.options.prune != "none" else None
@@ -342,6 +343,11 @@ def search_cure(workdir: Path) -> str:
     if not (budget := read_json(workdir / "search" / "search.json").get("budget")):
         return ""
     return f"This workdir's runs were tuned: give --tune={budget} as then, or use another --workdir"
+
+
+def epochs_of(config: ConfigDict) -> int:
+    """Returns the epochs of all phases of a run."""
+    return sum(phase_config(config, name).epochs for name in phase_names(config))
 
 
 def shown(value: Any) -> str:

@@ -144,7 +144,10 @@ def test_trials_that_came_to_nothing_count(models):
     assert [row[status] for status in ("complete", "pruned", "diverged", "failed")] == ["1"] * 4  # fmt: skip
     assert np.isnan(tuning._curves(comparison, {"cnn": found}, "accuracy")["cnn"][4])
     caption = section.pictures[0].caption
-    assert "Trials of tpe build on those before" in caption
+    assert (
+        "Trials of tpe build on those before" in caption
+        and "A trial that was pruned counts" in caption
+    )
     assert "Hollow: pruned" in section.pictures[1].caption
     assert "Crosses at the top" in section.pictures[1].caption
 
