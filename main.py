@@ -2,7 +2,8 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-The same command again skips finished runs, goes on with interrupted ones, and writes the report
+With --tune=N, each model's fields are searched with N trials first: see experiment/search.py. The
+same command again skips finished runs, goes on with interrupted ones, and writes the report
 anew. Exit codes: 0 all complete; 1 a run failed or diverged; 2 a mistake in config, data or
 command; 75 stopped by a signal with the state saved, so run the same command again.
 """

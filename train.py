@@ -359,7 +359,7 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
         )
         if not any(same_data(config.data.to_dict(), other.data.to_dict()) for other, _ in datasets):
             datasets.append((config, dataset))
-    for run_dir in run_dirs(workdir):
+    for run_dir in [*run_dirs(workdir), *sorted(workdir.glob("search/*/trial*"))]:
         try:
             stored = read_json(run_dir / "config.json").get("data")
         except DamagedFile:  # of a run outside this grid; the report lists it

@@ -116,20 +116,16 @@ def tuning_section(comparison: Comparison) -> Section | None:
 def _about(comparison: Comparison, labels: dict, method: str) -> str:
     trials = list(itertools.chain(*(of["trials"] for of in labels.values())))
     spent = sum(trial.get("seconds", 0) for trial in trials)
-    costs = [run.cost for run in comparison.runs if label_in(labels, run)]
+    costs = [run.cost for run in comparison.runs if run.label in labels]
     final = sum(cost["seconds"] + cost.get("compile_seconds", 0) for cost in costs)
     return (
         f"Fields were chosen by {method} on validation images, by the lowest loss; no trial saw a "
         "test image. Then each model was trained anew with the winner's fields and other seeds, "
         f"and only those runs are compared. The {plural(len(trials), 'trial')} took "
         f"{_time(spent)} of training and compiling, the {plural(len(costs), 'run')} that "
-        f"{'is' if len(costs) == 1 else 'are'} compared {_time(final)}."
+        f"{'is' if len(costs) == 1 else 'are'} compared {_time(final)}. Intervals of this page are "
+        "for the chosen fields: what another search would choose is not in them."
     )
-
-
-def label_in(labels: dict, run: FinishedRun) -> bool:
-    """Returns whether a run's model was searched."""
-    return run.label in labels
 
 
 def _time(seconds: float) -> str:
@@ -160,17 +156,23 @@ def _table(labels: dict) -> Table:
         row["validation loss"] = decimal(winner.get("loss", math.nan), 4)
         row["validation accuracy %"] = percent(winner.get("accuracy", math.nan))
         for path, title in titles.items():
-            value = winner.get("parameters", {}).get(path, NONE)
+            value = winner["parameters"][path] if winner and path in of["space"] else NONE
             row[title] = f"{value:.3g}" if isinstance(value, float) else str(value)
         row["search"] = _time(sum(trial.get("seconds", 0) for trial in of["trials"]))
         rows.append(row)
     frame = pd.DataFrame(rows)
     unused = [status for status in ENDED[1:] if (frame[status] == "0").all()]
     caption = "Budget, winner and time of each model's search."
-    if all(not of["space"] for of in labels.values() if len(of["trials"]) == 1):
-        single = [label for label, of in labels.items() if not of["space"]]
-        caption += f" One trial suffices where no field matters: {listed(single)}." * bool(single)
+    if single := [label for label, of in labels.items() if not of["space"]]:
+        caption += f" One trial suffices where no field matters: {listed(single)}."
     return as_table(frame.drop(columns=unused), caption)
+
+
+def _range(text: str) -> tuple[bool, float, float] | None:
+    """Returns whether a range is logarithmic, and its ends; None of values."""
+    log, _, ends = text.rpartition(":")
+    low, dots, high = ends.partition("..")
+    return (log == "log", float(low), float(high)) if dots else None
 
 
 def _edges(labels: dict) -> list[str]:
@@ -179,13 +181,11 @@ def _edges(labels: dict) -> list[str]:
     for label, of in labels.items():
         winner, titles = _winner(of), _titles(labels)
         for path, text in of["space"].items() if winner else ():
-            log, _, ends = text.rpartition(":")
-            low, dots, high = ends.partition("..")
-            if not dots:
+            if not (ends := _range(text)):
                 continue
-            scale = math.log if log else float
-            ends = [scale(float(end)) for end in (low, high)]
-            place = (scale(winner["parameters"][path]) - ends[0]) / (ends[1] - ends[0])
+            scale = math.log if ends[0] else float
+            low, high, value = map(scale, (*ends[1:], winner["parameters"][path]))
+            place = (value - low) / (high - low)
             if not EDGE <= place <= 1 - EDGE:
                 end = "low" if place < EDGE else "high"
                 found.append(f"{label} ({titles[path]} at the {end} end)")
@@ -260,6 +260,7 @@ def _draw_budget(comparison: Comparison, search: dict) -> Picture:
         axis.set(xlabel="trials", ylabel=f"best validation {key}" + ", %" * (key == "accuracy"))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid()
+    _widen_the_top(axes[0])
     axes[1].set_yscale("log")
     low, high = axes[1].get_ylim()
     plain_ticks(axes[1].yaxis, high / low)
@@ -268,16 +269,36 @@ def _draw_budget(comparison: Comparison, search: dict) -> Picture:
     figures.save(figure, comparison.output / "tuning_budget.svg")
     caption = (
         "Expected best validation accuracy and loss after so many trials (Dodge et al. 2019): the "
-        "mean over all choices of that many trials. Where lines cross, the answer depends on the "
-        "budget. A trial that was pruned counts with its scores until then; one that diverged "
-        "or failed as always saying the most frequent class, and for the loss as a uniform guess."
+        "mean over all choices of that many trials; the right end rests on few of them. Where "
+        "lines cross, the answer depends on the budget."
     )
+    states = {trial["status"] for of in labels.values() for trial in of["trials"]}
+    if "pruned" in states:
+        caption += (
+            " A trial that was pruned counts with its scores until then, though it would have gone "
+            "on without the others."
+        )
+    if states & {"diverged", "failed"}:
+        caption += (
+            " One that diverged or failed counts as always saying the most frequent class, and for "
+            "the loss as a uniform guess."
+        )
     if in_order:
         caption += (
-            " Trials of tpe build on those before, so the lines, which take trials as independent, "
-            "are too high on the left; dots: best so far in the order in which they ran."
+            " Trials of tpe build on those before: the lines, which take them as independent, are "
+            "too good on the left; dots show the best so far in the order in which they ran."
         )
     return Picture("tuning_budget.svg", caption, wide=True)
+
+
+def _widen_the_top(axis: plt.Axes) -> None:
+    """Gives an axis of accuracies in percent more room, the nearer they are to 100."""
+    low, high = axis.get_ylim()
+    axis.set_yscale("function", functions=(lambda y: -np.log(102 - y), lambda z: 102 - np.exp(-z)))
+    axis.set_ylim(max(low, 0), min(high, 100))
+    ticks = [x for x in (0, 20, 40, 60, 80, 90, 95, 98, 100) if low <= x <= min(high, 100)]
+    if len(ticks) > 2:
+        axis.set_yticks(ticks)
 
 
 def _draw_trials(comparison: Comparison, search: dict) -> Picture | None:
@@ -292,22 +313,27 @@ def _draw_trials(comparison: Comparison, search: dict) -> Picture | None:
     top = max(losses, default=1.0) * 1.5
     for axis, (path, title) in zip(axes, titles.items(), strict=True):
         searched = {label: of for label, of in labels.items() if path in of["space"]}
-        texts = [of["space"][path] for of in searched.values()]
-        ranges = all(".." in text for text in texts)
-        values = list(dict.fromkeys(itertools.chain(*(text.split(",") for text in texts))))
-        for label, of in searched.items():
+        ranges = [ends for of in searched.values() if (ends := _range(of["space"][path]))]
+        tried = [t["parameters"][path] for of in searched.values() for t in of["trials"]]
+        names = list(dict.fromkeys(map(str, sorted(tried, key=_order))))
+        for i, (label, of) in enumerate(searched.items()):
+            aside = 0.5 * ((i + 0.5) / len(searched) - 0.5)  # models side by side
             for trial in of["trials"]:
                 value = trial["parameters"][path]
-                x = value if ranges else _place(value, values)
+                x = value if ranges else names.index(str(value)) + aside
                 _dot(axis, x, trial, trial["number"] == of["winner"], colours[label], top)
             axis.plot([], [], "o", color=colours[label], label=literal(label))
         axis.set_yscale("log")
         plain_ticks(axis.yaxis, np.divide(*axis.get_ylim()[::-1]))
-        if ranges and any(text.startswith("log:") for text in texts):
-            axis.set_xscale("log")
-            plain_ticks(axis.xaxis, np.divide(*axis.get_xlim()[::-1]))
-        elif not ranges:
-            axis.set_xticks(range(len(values)), map(literal, values))
+        if ranges:
+            ends = [pick(*tried, *(end for _, *of in ranges for end in of)) for pick in (min, max)]
+            axis.set_xlim(*ends)
+            if all(log for log, *_ in ranges) and min(tried) > 0:
+                axis.set_xscale("log")
+                plain_ticks(axis.xaxis, ends[1] / ends[0])
+        else:
+            axis.set_xticks(range(len(names)), map(literal, names))
+            axis.set_xlim(-0.5, len(names) - 0.5)
         axis.set(xlabel=literal(title), ylabel="validation loss")
         axis.grid()
     figures.legend_beside(figure, axes)
@@ -327,16 +353,10 @@ def _dot(axis: plt.Axes, x: float, trial: dict, wins: bool, colour, top: float) 
         marker = "x"
     fill = "none" if trial["status"] == "pruned" else colour
     style = {"color": colour, "mfc": fill, "ms": size, "alpha": 0.9}
-    axis.plot(x, trial.get("loss", top), marker, **style, mec="black" if wins else colour)
+    edge = {"mec": "black" if wins else colour, "clip_on": False}
+    axis.plot(x, trial.get("loss", top), marker, **style, **edge)
 
 
-def _place(value, texts: list[str]) -> int:
-    """Returns the place of a value among texts that were typed."""
-
-    def plain(of) -> str:
-        try:
-            return repr(float(of))
-        except (TypeError, ValueError):
-            return str(tuple(of) if isinstance(of, list) else of).replace(" ", "").lower()
-
-    return [plain(text) for text in texts].index(plain(value))
+def _order(value) -> tuple:
+    """Sorts numbers by size, and whatever else by its name."""
+    return (0, value, "") if isinstance(value, (int, float)) else (1, 0, str(value))

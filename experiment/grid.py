@@ -77,12 +77,8 @@ def expand(
         _check_filled(settings)
         suffix = suffix_of(settings.variant)
         for seed, fold in itertools.product(config.seeds, range(max(1, settings.data.folds))):
-            own = ConfigDict(settings.to_dict())
-            own.seed, own.data.fold = seed, fold
-            if own.data.train_fraction < 1:  # whose images depend on the seed
-                own.data.train_seed = seed
             name = f"fold{fold}_" * bool(settings.data.folds) + f"seed{seed}"
-            runs.append(Run(f"{model}/{name}{suffix}", own))
+            runs.append(Run(f"{model}/{name}{suffix}", with_seed(settings, seed, fold)))
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
     for path in overrides or {}:
@@ -245,6 +241,15 @@ def run_config(
         choose("config.phases", name, phases)
     settings.phase = ConfigDict({name: unflatten(phases[name]) for name in names})
     return settings
+
+
+def with_seed(settings: ConfigDict, seed: int, fold: int = 0) -> ConfigDict:
+    """Returns the config of a run of that seed and fold."""
+    config = ConfigDict(settings.to_dict())
+    config.seed, config.data.fold = seed, fold
+    if config.data.train_fraction < 1:  # whose images depend on the seed
+        config.data.train_seed = seed
+    return config
 
 
 def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] = ()) -> None:

@@ -20,7 +20,16 @@ from errors import Interrupted, Pruned, UserError
 from experiment.checks import TRIAL_SEED, check_config
 from experiment.fields import phase_config, phase_names
 from experiment.files import read_json, read_lines, read_status, write_json
-from experiment.grid import Run, Variant, check_run_dir, expand, label_of, pairs, run_config
+from experiment.grid import (
+    Run,
+    Variant,
+    check_run_dir,
+    expand,
+    label_of,
+    pairs,
+    run_config,
+    with_seed,
+)
 from experiment.machine import locked
 from experiment.runner import FINAL, Signals, train_group
 from experiment.space import check_space, corners, points, read_space, size
@@ -51,7 +60,8 @@ class Search:
             self.plans[plan.label] = plan
         if not any(plan.space for plan in self.plans.values()):
             raise UserError(
-                f"config.search.space={self.options.space!r} names no field of {[*self.plans]}"
+                f"config.search.space={self.options.space!r} names no field that matters to "
+                f"{', '.join(self.plans)}: name one, or leave --tune out"
             )
 
     def _plan(self, model: str, variant: Variant, settings: ConfigDict) -> Plan:
@@ -65,9 +75,8 @@ class Search:
         whole = self.options.method == "grid" or size(space) <= self.budget  # each point once
         every = points(space) if whole else None
         trials = len(every) if whole else self.budget
-        epochs = sum(phase_config(settings, name).epochs for name in phase_names(settings))
         label = label_of(model, variant.name)
-        return Plan(label, model, variant, space, trials, every, epochs)
+        return Plan(label, model, variant, space, trials, every, epochs_of(settings))
 
     def names(self) -> list[str]:
         """Returns the folders of all searches in the workdir: the names of their jobs."""
@@ -151,9 +160,9 @@ class Search:
         """Returns the config of a trial."""
         values = {path: tuple(v) if isinstance(v, list) else v for path, v in values.items()}
         config = run_config(self.config, plan.model, plan.variant, self.overrides, values)
-        config.predict_test, config.seed = False, TRIAL_SEED + self.options.seed
+        config.predict_test = False
         check_config(config)
-        return config
+        return with_seed(config, TRIAL_SEED + self.options.seed)
 
     # --- the trials -------------------------------------------------------------------------------
 
@@ -277,10 +286,12 @@ class Search:
             print(f"{title}: failed: {error}", file=sys.stderr, flush=True)
             return
 
+        last = epochs_of(run.config)
+
         def watch(epoch: float, loss: float) -> None:
             with self._exclusive():
                 worse = study.is_worse(number, epoch, loss)
-            if worse:
+            if worse and epoch < last:
                 raise Pruned(f"validation loss {loss:.4g} after epoch {epoch:g}")
 
         watching = watch if self.options.prune != "none" else None
@@ -332,10 +343,10 @@ class Search:
             else:
                 found = trials[number]
                 winners[plan.label] = found["parameters"]
-                fields = (f"{p}={shown(value)}" for p, value in found["parameters"].items())
+                fields = [f", {p}={shown(value)}" for p, value in found["parameters"].items()]
                 print(
                     f"{name}: trial {number} of {plan.trials} wins with validation loss "
-                    f"{found['loss']:.4f}, accuracy {found['accuracy']:.4f}: {', '.join(fields)}",
+                    f"{found['loss']:.4f}, accuracy {found['accuracy']:.4f}{''.join(fields)}",
                     flush=True,
                 )
         return winners
@@ -343,10 +354,14 @@ class Search:
 
 def search_cure(workdir: Path) -> str:
     """Returns what to do where the runs of a workdir, of which some were tuned, are others now."""
-    budget = read_json(workdir / "search" / "search.json").get("budget")
-    return budget and (
-        f"This workdir's runs were tuned: give --tune={budget} as then, or use another --workdir"
-    )
+    if not (budget := read_json(workdir / "search" / "search.json").get("budget")):
+        return ""
+    return f"This workdir's runs were tuned: give --tune={budget} as then, or use another --workdir"
+
+
+def epochs_of(config: ConfigDict) -> int:
+    """Returns the epochs of all phases of a run."""
+    return sum(phase_config(config, name).epochs for name in phase_names(config))
 
 
 def shown(value: Any) -> str:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss
 
-from errors import Interrupted, UserError
-from experiment.files import read_lines
+from errors import Interrupted, Pruned, UserError
+from experiment.files import read_json, read_lines
+from experiment.runner import FINAL
 from input_pipeline import load_dataset
 from models.classifier import merge_model
 from models.weights.own import WEIGHTS, read_own
@@ -344,3 +345,21 @@ def test_a_streamed_run_never_copies_more_images_than_a_batch(
     monkeypatch.setattr(Watched, "copied", [])
     train_and_evaluate(config, tmp_path / "run")
     assert max(Watched.copied) == most  # of the training part, where it is resident
+
+
+def test_a_pruned_run_says_when_and_is_final(digits_run, few_digits, tmp_path):
+    seen = []
+
+    def watch(epoch, loss):
+        seen.append((epoch, loss))
+        if len(seen) == 2:
+            raise Pruned("worse than others")
+
+    summary = train_and_evaluate(
+        digits_run("linear", epochs=5, **few_digits), tmp_path, watch=watch
+    )
+    assert summary["status"] == read_json(tmp_path / "summary.json")["status"] == "pruned"
+    assert summary["error"] == "worse than others" and summary["cost"]["seconds"] > 0
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert [(x["epoch"], x["loss"]) for x in lines if x["split"] == "validation"] == seen
+    assert [epoch for epoch, _ in seen] == [1.0, 2.0] and "pruned" in FINAL

@@ -357,8 +357,8 @@ def test_another_winner_says_which_runs_to_delete(optuna, tmp_path):
         ({"space": "augment.mixup=-1..1"}, "augment.mixup=-1.0 is out of range"),
         ({"space": "optimizer.learning_rate=0.1,0"}, "optimizer.learning_rate=0.0 is out of range"),
         ({"space": "loss.name=cross_entropy,hinge; augment.mixup=0,1"}, "hinge needs hard labels"),
-        ({"space": ""}, "names no field of"),
-        ({"space": "per_model.mlp.epochs=1,2"}, "names no field of"),
+        ({"space": ""}, "names no field that matters to cnn"),
+        ({"space": "per_model.mlp.epochs=1,2"}, "names no field that matters to cnn"),
         ({"method": "grid"}, "a range, of which a grid has no points"),
     ],
 )
