@@ -164,7 +164,7 @@ def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -
 
 
 def draw_sizes(curves: Sequence, criterion: str) -> plt.Figure:
-    """Scores, and errors on a logarithmic axis, against training images, and the laws of `sizes.Curve`s."""
+    """Scores and errors of `sizes.Curve`s against training images; laws up to twice the largest."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     colours, seen = figures.colours({curve.kind: None for curve in curves}), [100.0]
     for curve in curves:
