@@ -320,6 +320,14 @@ def _said(curves: list[Curve], fits: pd.DataFrame) -> list[str]:
     ]
     if text:
         text.append("What more than twice the images would bring is a guess.")
+    checked = fits[fits.predicted.notna()] if "predicted" in fits else fits[:0]
+    if len(checked):
+        missed = [
+            f"{points(r.measured - r.predicted, 1)} points for {r.model} "
+            f"({'within' if r.held else 'outside'} its interval)"
+            for r in checked.itertuples()
+        ]
+        text.append(f"Fitted without the largest size, the law missed it by {listed(missed)}.")
     missing = [curve.kind for curve in curves if curve.law is None]
     if missing:
         text.append(

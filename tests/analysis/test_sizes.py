@@ -67,7 +67,9 @@ def test_only_runs_on_the_most_images_are_compared(workdir):
 
 
 def test_the_sentence_of_the_project_leader(section, workdir):
-    steep, flat, guess = section.text
+    steep, flat, guess, check = section.text
+    assert check.startswith("Fitted without the largest size, the law missed it by ")
+    assert check.count("(within its interval)") == 2
     assert steep.startswith(
         "Twice the training images, 8,000 instead of 4,000, would bring steep 1"
     )
