@@ -185,7 +185,6 @@ def printed_fits(fits: pd.DataFrame) -> pd.DataFrame:
         "exponent, 95 %": ["{:.2f} to {:.2f}".format(*pair) for pair in limits],
         "floor probable, %": fits.p_floor.map(lambda x: percent(x, 0)),
         "measured %": fits.measured.map(percent),
-        "by the law %": fits.now.map(percent),
         "at twice %": _with_interval(fits, "twice", 1),
         "twice brings, points": _with_interval(fits, "gain", 1),
     }
