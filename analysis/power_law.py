@@ -21,8 +21,9 @@ from analysis.uncertainty import LEVEL, Interval
 
 SCATTERS = 0.6 * np.linspace(0, 1, 13) ** 2  # of runs, as a share of the error
 CHOICE = (0.0, 0.5, 1.0)  # how much of it comes from the choice of training images
-EXPONENTS = np.geomspace(0.03, 3.0, 48)
-FLOORS = 40  # of the grid, beside none
+NOISES = list(product(SCATTERS, CHOICE))
+EXPONENTS = (0.03, 3.0)  # the least and the highest, equally probable on a logarithmic scale
+GRID = 40  # exponents, and floors beside none
 LEAST = 3  # sizes that a law can be fitted to
 DRAWS = 4000
 
@@ -72,6 +73,7 @@ class Points:
         of_unit = np.concatenate([sums(by_image), made_up], axis=1)
         # Covariance of the errors over test images [J, J], what seeds answer by chance included.
         self.images = of_unit @ of_unit.T / count**2 * (units + 2) / (units + 1)
+        self.images += np.eye(len(self.images)) * 0.1 / count**2  # all may answer alike
         own = values - values.mean(axis=1, keepdims=True)
         own = sums(own - own.mean(axis=2, keepdims=True))
         self.chance = (own**2).sum(axis=(1, 2)) / max(1, self.seeds - 1) / count**2  # of one seed
@@ -133,34 +135,51 @@ class Law:
 
 def fit(points: Points, draws: int = DRAWS) -> Law:
     """Returns the power law of points."""
+    highest = points.error.min() + 3 * np.sqrt(points.images.diagonal().max())
+    exponents, ends = np.geomspace(*EXPONENTS, GRID), (0.0, highest)
+    for again in (True, False):  # a second, finer grid covers what is probable
+        middle = (np.arange(GRID) + 0.5) / GRID * (ends[1] - ends[0]) + ends[0]
+        floors = np.append(0.0, middle)
+        prior = np.append(0.5, np.full(GRID, 0.5 / GRID * (ends[1] - ends[0]) / highest))
+        log, mean, spread = _posterior(points, floors, exponents)
+        chance = np.exp(log - log.max()) * prior
+        if again:
+            low, high = _probable(chance.sum(axis=(0, 2)), np.geomspace(*EXPONENTS, GRID + 1))
+            exponents = np.geomspace(low, high, GRID)
+            ends = _probable(chance[..., 1:].sum(axis=(0, 1)), np.linspace(*ends, GRID + 1))
+    random = np.random.default_rng(0)
+    chance = chance.ravel()
+    cells = random.choice(chance.size, draws, p=chance / chance.sum())
+    which, exponent, floor = np.unravel_index(cells, log.shape)
+    mean, spread = mean.ravel()[cells], spread.ravel()[cells]
+    tail = random.random(draws) * stats.norm.sf(-mean / spread)  # of rest >= 0
+    rest = np.maximum(0.0, mean + spread * stats.norm.isf(tail))
+    noise = [NOISES[i] for i in which]
+    return Law(points.sizes[-1], floors[floor], rest, exponents[exponent], noise)
+
+
+def _probable(chance: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
+    """Returns the edges, of [cells + 1], between which probable cells and their neighbours lie."""
+    cells = np.flatnonzero(chance > 1e-4 * chance.max())
+    return edges[max(cells[0] - 1, 0)], edges[min(cells[-1] + 2, len(edges) - 1)]
+
+
+def _posterior(points: Points, floors: np.ndarray, exponents: np.ndarray) -> tuple:
+    """Returns log-likelihood, and mean and spread of rest, by noise, exponent, floor [T, C, A]."""
     n, error = points.sizes / points.sizes[-1], points.error
-    noises = list(product(SCATTERS, CHOICE))
-    highest = error.min() + 3 * np.sqrt(points.images.diagonal().max())
-    floors = np.append(0.0, (np.arange(FLOORS) + 0.5) / FLOORS * highest)
-    prior = np.log(np.append(0.5, np.full(FLOORS, 0.5 / FLOORS)))
-    basis, above = n ** -EXPONENTS[:, None], error - floors[:, None]  # [C, J], [A, J]
-    plausible, means, errors = [], [], []
-    for noise in noises:
+    basis, above = n ** -exponents[:, None], error - floors[:, None]  # [C, J], [A, J]
+    logs, means, spreads = [], [], []
+    for noise in NOISES:
         weight = np.linalg.inv(points.covariance(*noise))
         xx = np.einsum("cj,jk,ck->c", basis, weight, basis)[:, None]
         xy = basis @ weight @ above.T
         yy = np.einsum("aj,jk,ak->a", above, weight, above)
-        mean, spread = xy / xx, np.sqrt(1 / xx)
+        mean, spread = xy / xx, np.broadcast_to(np.sqrt(1 / xx), xy.shape)
         log = 0.5 * np.linalg.slogdet(weight)[1] - 0.5 * (yy - xy * mean) + np.log(spread)
-        log = log + stats.norm.logcdf(mean / spread) + prior + points.seeds_likelihood(*noise)
-        plausible.append(log)
+        logs.append(log + stats.norm.logcdf(mean / spread) + points.seeds_likelihood(*noise))
         means.append(mean)
-        errors.append(np.broadcast_to(spread, mean.shape))
-    plausible, means, errors = map(np.stack, (plausible, means, errors))  # [noises, C, A]
-    chance = np.exp(plausible - plausible.max()).ravel()
-    random = np.random.default_rng(0)
-    cells = random.choice(chance.size, draws, p=chance / chance.sum())
-    which, exponent, floor = np.unravel_index(cells, plausible.shape)
-    mean, spread = means.ravel()[cells], errors.ravel()[cells]
-    tail = random.random(draws) * stats.norm.sf(-mean / spread)  # of rest >= 0
-    rest = np.maximum(0.0, mean + spread * stats.norm.isf(tail))
-    used = [noises[i] for i in which]
-    return Law(points.sizes[-1], floors[floor], rest, EXPONENTS[exponent], used)
+        spreads.append(spread)
+    return np.stack(logs), np.stack(means), np.stack(spreads)
 
 
 def predict_last(points: Points, draws: int = DRAWS) -> np.ndarray:

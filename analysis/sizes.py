@@ -185,7 +185,6 @@ def printed_fits(fits: pd.DataFrame) -> pd.DataFrame:
         "exponent, 95 %": ["{:.2f} to {:.2f}".format(*pair) for pair in limits],
         "floor probable, %": fits.p_floor.map(lambda x: percent(x, 0)),
         "measured %": fits.measured.map(percent),
-        "by the law %": fits.now.map(percent),
         "at twice %": _with_interval(fits, "twice", 1),
         "twice brings, points": _with_interval(fits, "gain", 1),
     }
@@ -193,9 +192,7 @@ def printed_fits(fits: pd.DataFrame) -> pd.DataFrame:
         columns["predicted from smaller %"] = _with_interval(fits, "predicted", 1)
         place = fits.held.map({True: "within", False: "outside"})
         missed = (fits.measured - fits.predicted).map(lambda gap: points(gap, 1))
-        columns["missed by"] = [
-            NONE if pd.isna(p) else f"{m}, {p}" for m, p in zip(missed, place, strict=True)
-        ]
+        columns["missed by"] = (missed + ", " + place).fillna(NONE)
     return pd.DataFrame(columns)
 
 
@@ -236,8 +233,8 @@ def _changes(curves: list[Curve], of: dict[float, tuple[dict, Family]]) -> Itera
             shared = [fraction for fraction in first.runs if fraction in second.runs]
             if len(shared) < 2:
                 continue
-            pairs = [of[fraction][1].pair(first.kind, second.kind) for fraction in shared]
-            gaps = np.array([pair.difference for pair in pairs])
+            of_both = [of[fraction][1] for fraction in shared]
+            gaps = np.array([f.mean[first.kind] - f.mean[second.kind] for f in of_both])
             if not gaps[0] * gaps[-1] < 0:
                 continue
             sizes = first.table.set_index("train_fraction").images[shared].to_numpy()
@@ -246,8 +243,8 @@ def _changes(curves: list[Curve], of: dict[float, tuple[dict, Family]]) -> Itera
             side = np.sign(gaps[0]) * np.array([gaps[low], gaps[high]])  # of one sign, then another
             near = np.exp(np.interp(0, -side, np.log(sizes[[low, high]])))
             names = (first.kind, second.kind)[:: 1 if gaps[0] > 0 else -1]
-            sure = bool(pairs[0].established and pairs[-1].established)
-            yield Change(*names, (int(sizes[low]), int(sizes[high])), float(near), sure)
+            sure = [of_both[i].pair(*names).established for i in (0, -1)]
+            yield Change(*names, (int(sizes[low]), int(sizes[high])), float(near), all(sure))
 
 
 # --- the chapter --------------------------------------------------------------------------------
@@ -322,6 +319,14 @@ def _said(curves: list[Curve], fits: pd.DataFrame) -> list[str]:
     ]
     if text:
         text.append("What more than twice the images would bring is a guess.")
+    checked = fits[fits.predicted.notna()] if "predicted" in fits else fits[:0]
+    if len(checked):
+        missed = [
+            f"{points(r.measured - r.predicted, 1)} points for {r.model} "
+            f"({'within' if r.held else 'outside'} its interval)"
+            for r in checked.itertuples()
+        ]
+        text.append(f"Fitted without the largest size, the law missed it by {listed(missed)}.")
     missing = [curve.kind for curve in curves if curve.law is None]
     if missing:
         text.append(

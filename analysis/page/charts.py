@@ -164,7 +164,7 @@ def draw_pareto(comparison: Comparison, milliseconds: pd.Series | None = None) -
 
 
 def draw_sizes(curves: Sequence, criterion: str) -> plt.Figure:
-    """Scores, and errors on a logarithmic axis, against training images, with their laws."""
+    """Scores and errors of `sizes.Curve`s against training images; laws up to twice the largest."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
     colours, seen = figures.colours({curve.kind: None for curve in curves}), [100.0]
     for curve in curves:
@@ -198,7 +198,10 @@ def draw_sizes(curves: Sequence, criterion: str) -> plt.Figure:
         plain_ticks(axis.xaxis, 2 * sizes.max() / sizes.min())
         axis.grid()
     axes[0].set_ylabel(f"test {TITLES[criterion]}, %")
-    axes[1].set(yscale="log", ylabel="error, %", ylim=(0.6 * min(seen), None))
-    plain_ticks(axes[1].yaxis, np.divide(*axes[1].get_ylim()[::-1]))
+    axes[1].set(yscale="log", ylabel="error, %", ylim=(max(0.75 * min(seen), 1e-3), None))
+    low, high = axes[1].get_ylim()
+    plain_ticks(axes[1].yaxis, high / low)
+    if high < 8 * low:
+        axes[1].yaxis.set_minor_formatter(lambda value, _: scaled(value))
     figures.legend_beside(figure, axes[:1])
     return figure
