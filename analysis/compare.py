@@ -99,7 +99,9 @@ def compare(
     groups = group_runs(merge_folds([run for run in runs if run.name not in reasons]))
     if not groups:
         nothing = pd.DataFrame()
-        said = Recommendation(None, ("No run is complete yet.",))
+        some = any(run.name not in reasons for run in runs)  # of the folds of a seed
+        text = "No seed is complete in all folds yet." if some else "No run is complete yet."
+        said = Recommendation(None, (text,))
         return Comparison(
             workdir, groups, options, audit, "accuracy", nothing, None, nothing, said, reasons
         )
