@@ -104,7 +104,9 @@ def compare(
     smaller = tuple(run for run in complete if run.train_fraction < most)
     if not groups:
         nothing = pd.DataFrame()
-        said = Recommendation(None, ("No run is complete yet.",))
+        some = any(run.name not in reasons for run in runs)  # of the folds of a seed
+        text = "No seed is complete in all folds yet." if some else "No run is complete yet."
+        said = Recommendation(None, (text,))
         return Comparison(
             workdir, groups, options, audit, "accuracy", nothing, None, nothing, said, reasons
         )

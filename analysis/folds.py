@@ -5,7 +5,8 @@ the folds share most of their training images, so their mean varies more than it
 says: Nadeau and Bengio (2003) put (1/J + n_test/n_train) s^2 in place of s^2/J, with J - 1 degrees
 of freedom (the corrected resampled t interval). J is the number of folds: seeds are averaged within
 a fold, for they share its images, and counting them as J times as many scores would promise more
-than these images can tell. n_train counts training images alone, without the validation part.
+than these images can tell. n_train counts training images alone, without the validation part. Luck
+that a seed has in every fold, by its initial weights, is not seen: it takes several seeds.
 
 An interval is never narrower than that over the images alone, for a few folds may agree by chance.
 Differences of all pairs hold at once: Tukey's quantile with J - 1 degrees of freedom.
