@@ -56,10 +56,12 @@ class LazyImages:
         rows = places if self.rows is None else self.rows[places]
         images = np.empty((rows.size, *self.shape[1:]), np.uint8)
 
-        def fill(place: int, row: int) -> None:
-            images[place] = self.decode(row)
+        def fill(some: np.ndarray) -> None:
+            for place in some.tolist():
+                images[place] = self.decode(int(rows.flat[place]))
 
-        list(_workers().map(fill, range(rows.size), rows.ravel().tolist()))
+        # A few images at once, for handing them over one by one costs as much as a small one.
+        list(_workers().map(fill, np.array_split(np.arange(rows.size), 1 + rows.size // 8)))
         return images.reshape(*rows.shape, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
