@@ -44,7 +44,12 @@ class LazyImages:
         return LazyImages(self.decode, (len(rows), *self.shape[1:]), rows)
 
     def __getitem__(self, index) -> np.ndarray:
-        """Decodes the images at a number, a slice, a mask, or an array of numbers."""
+        """Decodes the images at a number, a slice, a mask, or an array of numbers.
+
+        What indexes further axes, as `images[:, :, ::-1]` does, needs all of them.
+        """
+        if isinstance(index, tuple) or index is Ellipsis or index is None:
+            return np.asarray(self)[index]
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
         places = np.asarray(index)
