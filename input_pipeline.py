@@ -246,7 +246,7 @@ def rows_at(seed: int, places: np.ndarray, count: int) -> np.ndarray:
     are seen equally often.
     """
     epochs, within = np.divmod(places, count)
-    rows = np.empty(len(places), int)
+    rows = np.empty(places.shape, int)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         here = epochs == epoch
         rows[here] = _order(seed, epoch, count)[within[here]]

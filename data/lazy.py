@@ -44,7 +44,12 @@ class LazyImages:
         return LazyImages(self.decode, (len(rows), *self.shape[1:]), rows)
 
     def __getitem__(self, index) -> np.ndarray:
-        """Decodes the images at a number, a slice, a mask, or an array of numbers."""
+        """Decodes the images at a number, a slice, a mask, or an array of numbers.
+
+        What indexes further axes, as `images[:, :, ::-1]` does, needs all of them.
+        """
+        if isinstance(index, tuple) or index is Ellipsis or index is None:
+            return np.asarray(self)[index]
         if isinstance(index, slice):
             index = np.arange(*index.indices(len(self)))
         places = np.asarray(index)
@@ -56,10 +61,12 @@ class LazyImages:
         rows = places if self.rows is None else self.rows[places]
         images = np.empty((rows.size, *self.shape[1:]), np.uint8)
 
-        def fill(place: int, row: int) -> None:
-            images[place] = self.decode(row)
+        def fill(some: np.ndarray) -> None:
+            for place in some.tolist():
+                images[place] = self.decode(int(rows.flat[place]))
 
-        list(_workers().map(fill, range(rows.size), rows.ravel().tolist()))
+        # A few images at once, for handing them over one by one costs as much as a small one.
+        list(_workers().map(fill, np.array_split(np.arange(rows.size), 1 + rows.size // 8)))
         return images.reshape(*rows.shape, *self.shape[1:])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:

@@ -57,6 +57,7 @@ def write_records(
     count = len(listing.ids)
     per_shard = per_shard or max(SHARD, -(-count // SHARDS))
     if (folder / INDEX).exists():
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # killed at the very end
         _compare(listing, open_records(folder), folder, progress)
         return False
     starts = range(0, count, per_shard)

@@ -85,6 +85,8 @@ def test_lazy_images_are_indexed_as_an_array():
     for index in (4, -1, np.int64(2), some, some[:, None], slice(1, 7, 2), array[:, 0, 0, 0] > 99, []):  # fmt: skip
         wanted = array[index] if len(np.shape(index)) or not isinstance(index, list) else array[:0]
         assert np.array_equal(lazy[index], wanted) and lazy[index].shape == wanted.shape
+    for index in ((slice(None), slice(None), slice(None, None, -1)), (some, 1), Ellipsis):
+        assert np.array_equal(lazy[index], array[index])
     assert np.array_equal(np.asarray(lazy), array) and np.array_equal(list(lazy), array)
     assert (lazy.shape, lazy.dtype, lazy.ndim, lazy.nbytes) == (array.shape, array.dtype, 4, 108)
     chosen = lazy.select(some).select(np.array([1, 2]))
