@@ -165,7 +165,7 @@ def agreed(value: Any) -> Any:
 
 def all_have(found: bool) -> bool:
     """Returns whether `found` is true on every host."""
-    return not several() or bool(multihost_utils.process_allgather(np.array(found)).all())
+    return bool(multihost_utils.process_allgather(np.array(found)).all()) if several() else found
 
 
 def in_same_order(groups: list[list]) -> list[list]:
