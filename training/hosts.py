@@ -165,7 +165,7 @@ def agreed(value: Any) -> Any:
 
 def all_have(found: bool) -> bool:
     """Returns whether `found` is true on every host."""
-    return not several() or bool(multihost_utils.process_allgather(np.array(found)).all())
+    return bool(multihost_utils.process_allgather(np.array(found)).all()) if several() else found
 
 
 def in_same_order(groups: list[list]) -> list[list]:
@@ -231,7 +231,7 @@ class HostSignals(Signals):
           Lost: it failed for want of another host.
         """
         if not isinstance(error, UserError) and BROKEN.search(f"{type(error)} {error}"):
-            raise Lost(str(error).split("\n")[0]) from error
+            raise Lost(str(error).split("\n")[0].split("dispatching computation: ")[-1]) from error
         self._failed += 1
         try:
             name = f"archcompare/failed-{self._failed}"
@@ -297,10 +297,10 @@ def end_all(error: BaseException) -> NoReturn:
     """Ends this process for an error, and all others with a message that names it."""
     index, code = distributed.global_state.process_id, 1
     if isinstance(error, Lost):
-        time.sleep(1)  # the one that ended may have said why
-        if told := said():
-            _exit(f"error: {told['text']}", told["code"])
         text, code = f"another host is gone ({error}); start again to go on", STOPPED
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        if told := said():  # why the other one ended; or there is no first host any more
+            _exit(f"error: {told['text']}", told["code"])
     elif isinstance(error, UserError):
         text, code = str(error), 2
     elif isinstance(error, KeyboardInterrupt):

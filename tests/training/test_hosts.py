@@ -182,7 +182,7 @@ def test_the_first_host_says_which_runs_are_finished_or_held(tmp_path, digits_ru
 
 
 WORKER = """
-import json, os, signal, sys, time
+import json, signal, sys, time
 from pathlib import Path
 from configs import digits
 from errors import Interrupted
@@ -195,18 +195,19 @@ def main(argv):
     folder, stop, asked = hosts.own_folder(Path(argv[1])), hosts.signals(), []
 
     def should_stop():
-        asked.append(time.sleep(0.005))
-        if len(asked) == 20 and not hosts.is_first():
+        asked.append(time.sleep(0.05))
+        if len(asked) == 10 and not hosts.is_first():
             signal.raise_signal(signal.SIGTERM)
         return stop.requested
 
-    for name, overrides in json.loads(argv[2]).items():
-        config = expand(digits.get_config("mlp"), overrides)[0].config
-        try:
-            train_and_evaluate(config, folder / "mlp" / name, should_stop)
-        except Interrupted as interrupted:
-            print(interrupted, file=sys.stderr)
-            train_and_evaluate(config, folder / "mlp" / name)
+    config = expand(digits.get_config("mlp"), json.loads(argv[2]))[0].config
+    config.runtime.feed = "streaming"
+    try:
+        train_and_evaluate(config, folder, should_stop)
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+    config.runtime.feed = "resident"
+    train_and_evaluate(config, folder)
 
 run_command(hosts.among_hosts(main))
 """
@@ -214,40 +215,33 @@ run_command(hosts.among_hosts(main))
 
 def test_two_hosts_train_as_one_process_does(tmp_path, few_digits, digits_run):
     """Each reads its half; a signal to one stops both; they go on with the state of the first."""
-    few = {key.replace("__", "."): value for key, value in few_digits.items()}
-    common = digits_run("mlp", **few_digits).runtime.cache_dir
-    few |= {"seeds": [0], "batch_size": 32, "eval_batch_size": 26, "runtime.cache_dir": common}
-    few |= {"runtime.tensorboard": False, "runtime.log_every_steps": 5, "augment.rotation": 10.0}
-    runs = {
-        "streaming": few | {"runtime.feed": "streaming", "epochs": 160, "eval_every_epochs": 80},
-        "resident": few | {"runtime.feed": "resident", "epochs": 2},
+    changes = few_digits | {
+        "augment__rotation": 10.0,
+        "model__hidden": (16,),
+        "eval_batch_size": 26,
     }
+    changes |= {"epochs": 24, "eval_every_epochs": 12, "runtime__log_every_steps": 5}
+    config = digits_run("mlp", **changes)
+    overrides = {key.replace("__", "."): value for key, value in changes.items()}
+    overrides |= {"seeds": [0], "runtime.tensorboard": False}
+    overrides |= {"runtime.cache_dir": config.runtime.cache_dir}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "two"), json.dumps(runs)]
-    command += [f"--coordinator=127.0.0.1:{port}", "--hosts=2"]
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", WORKER, str(tmp_path / "two"), json.dumps(overrides)]
+    command += [f"--coordinator={address}", "--hosts=2"]
     environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
-    both = [
-        subprocess.Popen(
-            [*command, f"--host={i}"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for i in (1, 0)
-    ]
+    options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen([*command, f"--host={i}"], **options) for i in (1, 0)]
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
-    stops = [[s for s in text.splitlines() if s.startswith("stopped at")] for text in errors]
+    stops = [[line for line in text.splitlines() if "stopped at" in line] for text in errors]
     assert stops[0] == stops[1] and len(stops[0]) == 1
-    for name, overrides in runs.items():
-        changes = {key.replace(".", "__"): value for key, value in overrides.items()}
-        del changes["seeds"]
-        alone = train_and_evaluate(digits_run("mlp", **changes), tmp_path / "one" / "mlp" / name)
-        together = read_json(tmp_path / "two" / "mlp" / name / "summary.json")
-        assert together["metrics"]["test"]["count"] == alone["metrics"]["test"]["count"] > 26
-        lines = [
-            [(line["step"], line["split"], line["loss"]) for line in read_lines(path)]
-            for path in sorted(tmp_path.glob(f"*/mlp/{name}/metrics.jsonl"))
-        ]
-        assert [line[:2] for line in lines[0]] == [line[:2] for line in lines[1]]
-        losses = [[line[2] for line in found] for found in lines]
-        np.testing.assert_allclose(*losses, rtol=1e-3)
+
+    alone = train_and_evaluate(config, tmp_path / "one")
+    together = read_json(tmp_path / "two" / "summary.json")
+    assert together["metrics"]["test"]["count"] == alone["metrics"]["test"]["count"] > 26
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [(x["step"], x["split"]) for x in one] == [(x["step"], x["split"]) for x in two]
+    losses = [[line["loss"] for line in lines] for lines in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
