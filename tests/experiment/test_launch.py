@@ -290,9 +290,11 @@ def test_options_that_contradict_each_other_are_refused(given, words, shard, mes
 
 
 def test_one_run_is_chosen_by_its_name(tmp_path):
-    runs = [Run(f"cnn/seed{seed}", ConfigDict({"seed": seed})) for seed in range(3)]
+    of_seeds = [ConfigDict({"seed": seed, "data": {"folds": 0}}) for seed in range(3)]
+    runs = [Run(f"cnn/seed{config.seed}", config) for config in of_seeds]
     assert launch.chosen(runs, "") == runs
     assert launch.chosen(runs, "report") == []
+    assert launch.chosen(runs, "search/cnn", ["search/cnn"]) == []
     assert launch.chosen(runs, "cnn/seed1") == [runs[1]]
     with pytest.raises(UserError, match="The nearest: cnn/seed2"):
         launch.chosen(runs, "cn/seed2")
