@@ -95,6 +95,8 @@ def stored_rows(groups: Groups) -> tuple[list[Row], list[str]]:
     counts = [(run.name, sum(run is other for other in bag)) for run in chosen]
     names = [f"{name} × {count}" if count > 1 else name for name, count in counts]
     notes.append(f"Greedy selection on validation chose {listed(names)}.")
+    if pool[0].folds:
+        notes[-1] += " One choice for all folds, though one validates on images that others test."
     if len(chosen) > 1:
         text = f"{len(chosen)} of {len(pool)}"
         rows.append(measure("greedy selection", "", bag, [mean_probability(bag)], text=text))

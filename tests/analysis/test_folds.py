@@ -53,6 +53,11 @@ def workdir(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def comparison(workdir):
+    return compare_workdir(str(workdir))
+
+
 def test_folds_of_a_seed_are_one_run_in_the_order_of_ids(workdir):
     runs = load_runs(workdir)
     merged = {run.name: run for run in merge_folds(runs)}
@@ -76,8 +81,8 @@ def test_folds_of_a_seed_are_one_run_in_the_order_of_ids(workdir):
         load_classifier(run)
 
 
-def test_a_seed_without_all_folds_does_not_count(workdir):
-    found = compare_workdir(str(workdir))
+def test_a_seed_without_all_folds_does_not_count(comparison):
+    found = comparison
     rows = found.table.set_index("label")
     assert rows.seeds.to_dict() == {"cnn": 2, "linear": 2, "mlp": 1} and found.folds == FOLDS
     assert rows.state["mlp"] == "1 of 2 seeds completed; 1 with 4 of 5 folds (1 not started)"
@@ -85,8 +90,8 @@ def test_a_seed_without_all_folds_does_not_count(workdir):
     assert rows.test_images["cnn"] == FOLDS * COUNT
 
 
-def test_intervals_are_those_of_nadeau_and_bengio(workdir):
-    found = compare_workdir(str(workdir))
+def test_intervals_are_those_of_nadeau_and_bengio(comparison):
+    found = comparison
     of_fold = {
         label: np.mean([[part.correct.mean() for part in run.parts] for run in runs], axis=0)
         for label, runs in found.groups.items()
@@ -141,7 +146,7 @@ def test_other_folds_are_other_test_images(tmp_path):
     assert comparison.pairs.empty and "not compared" in str(comparison.recommendation)
 
 
-def test_the_report_says_what_intervals_are_over_and_runs_fold_0_alone(workdir):
+def test_the_report_says_what_intervals_are_over_and_runs_fold_0_alone(workdir, comparison):
     report = write_report(workdir, models=False)
     page = report.page.read_text()
     assert page.count("over folds (corrected resampled t, Nadeau &amp; Bengio 2003)") >= 3
@@ -152,7 +157,6 @@ def test_the_report_says_what_intervals_are_over_and_runs_fold_0_alone(workdir):
     assert "1 with 4 of 5 folds (1 not started)" in page and "over 5 runs" not in page
     folds = pd.read_csv(report.page.parent / "folds.csv")
     assert len(folds) == 5 * FOLDS and folds.images.unique().tolist() == [COUNT]
-    comparison = compare_workdir(str(workdir))
     votes = labels_section(comparison).tables[0].rows
     assert [row[:2] for row in votes] == [["test", str(FOLDS * COUNT)]]
     seen = []
@@ -170,7 +174,7 @@ def test_the_report_says_what_intervals_are_over_and_runs_fold_0_alone(workdir):
 @pytest.mark.parametrize("folds", [5, 10])
 def test_intervals_hold_and_equal_models_are_rarely_told_apart(folds):
     """Cross-validation of nearest centroids on fresh draws; the truth is known from many images."""
-    rng, draws, images, angle = np.random.default_rng(0), 60, 100, 2 * np.pi / 3
+    rng, draws, images, angle = np.random.default_rng(0), 40, 100, 2 * np.pi / 3
 
     def draw(count):
         labels = rng.integers(0, 3, count)
