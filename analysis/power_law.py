@@ -10,6 +10,7 @@ seed's are nested, so that a lucky seed is lucky at neighbouring sizes too; thos
 overlap, and are the same at the full size, where agreement says nothing of other images.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -59,7 +60,7 @@ class Points:
         groups = np.arange(count) if clusters is None else clusters
         member = np.unique(groups, return_inverse=True)[1]
         units, self._count = int(member.max()) + 1, count
-        self.error = 1 - values.mean(axis=(1, 2))
+        self.error = self.scale = 1 - values.mean(axis=(1, 2))
 
         def sums(by_image: np.ndarray) -> np.ndarray:
             flat = by_image.reshape(-1, count)
@@ -88,7 +89,7 @@ class Points:
         share = np.sqrt(self.sizes / self.pool)
         alike = same * ((1 - choice) * np.eye(len(ratio)) + choice * np.sqrt(ratio))
         alike += other * choice * np.outer(share, share)
-        error = scatter * np.maximum(self.error, 1 / self._count)
+        error = scatter * np.maximum(self.scale, 1 / self._count)
         return error[:, None] * alike * error
 
     def covariance(self, scatter: float, choice: float) -> np.ndarray:
@@ -103,11 +104,16 @@ class Points:
         squares = np.einsum("js,js->", self.by_seed, np.linalg.solve(covariance, self.by_seed))
         return -0.5 * ((self.seeds - 1) * np.linalg.slogdet(covariance)[1] + squares)
 
+    def scaled(self, law: "Law") -> "Points":
+        """Returns points whose runs scatter in proportion to a law, not to their own luck."""
+        points = copy(self)
+        points.scale = np.array([np.median(law.error(size)) for size in self.sizes])
+        return points
+
     def first(self, count: int) -> "Points":
         """Returns the smallest sizes alone."""
-        part = object.__new__(Points)
-        part.__dict__ |= self.__dict__
-        for name in ("sizes", "error", "chance", "by_seed"):
+        part = copy(self)
+        for name in ("sizes", "error", "scale", "chance", "by_seed"):
             setattr(part, name, getattr(self, name)[:count])
         part.images = self.images[:count, :count]
         return part
@@ -145,12 +151,25 @@ def fit(points: Points, draws: int = DRAWS) -> Law:
         chance = np.exp(log - log.max()) * prior
         if again:
             low, high = _probable(chance.sum(axis=(0, 2)), np.geomspace(*EXPONENTS, GRID + 1))
-            exponents = np.geomspace(low, high, GRID)
+            law = _draw(points, chance, mean, spread, (floors, exponents), DRAWS // 10)
+            points, exponents = points.scaled(law), np.geomspace(low, high, GRID)
             ends = _probable(chance[..., 1:].sum(axis=(0, 1)), np.linspace(*ends, GRID + 1))
-    random = np.random.default_rng(0)
-    chance = chance.ravel()
+    return _draw(points, chance, mean, spread, (floors, exponents), draws)
+
+
+def _draw(
+    points: Points,
+    chance: np.ndarray,
+    mean: np.ndarray,
+    spread: np.ndarray,
+    grid: tuple[np.ndarray, np.ndarray],
+    draws: int,
+) -> Law:
+    """Draws cells [T, C, A] of a grid (floors, exponents), and rest within them."""
+    random, shape, chance = np.random.default_rng(0), chance.shape, chance.ravel()
+    floors, exponents = grid
     cells = random.choice(chance.size, draws, p=chance / chance.sum())
-    which, exponent, floor = np.unravel_index(cells, log.shape)
+    which, exponent, floor = np.unravel_index(cells, shape)
     mean, spread = mean.ravel()[cells], spread.ravel()[cells]
     tail = random.random(draws) * stats.norm.sf(-mean / spread)  # of rest >= 0
     rest = np.maximum(0.0, mean + spread * stats.norm.isf(tail))
@@ -189,6 +208,7 @@ def predict_last(points: Points, draws: int = DRAWS) -> np.ndarray:
     """
     known = points.first(len(points.sizes) - 1)
     law = fit(known, draws)
+    points = points.scaled(law)
     missed = known.error - np.stack([law.error(size) for size in known.sizes], axis=1)  # [D, J-1]
     predicted = law.error(points.sizes[-1])
     left = np.zeros(len(predicted))
