@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before JAX is imported: XLA's own notices
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from analysis import audit
 from analysis.forward import use_compilation_cache
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> int:
     if search:
         print(search.describe())
     if DRY_RUN.value:
-        for run in runs:
-            print(f"{run.name}\n{json.dumps(stored_config(run.config), indent=2)}")
+        print(shown(runs))
         return 0
     if not runs:
         print(f"--shard={SHARD.value}: the grid of {len(grid)} runs leaves this shard without any")
@@ -65,15 +64,30 @@ def main(argv: list[str]) -> int:
         except Interrupted as interrupted:
             print(interrupted, file=sys.stderr)
             return STOPPED
+        if not runs:
+            return 1
     titles = {run.name: f"[{i}/{len(runs)}] {run.name}" for i, run in enumerate(runs, start=1)}
     for group in divide(runs, workdir, at_once):
         held |= train_group(group, workdir, titles, train_runs, stop)
         if stop.requested:
             print("stopped by a signal; the same command goes on from here", file=sys.stderr)
             return STOPPED
-    if runs and len(held) == len(runs):
+    if len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
         return 0
+    code = write_report(workdir, config, {run.name for run in runs} - held, stop)
+    return 1 if not code and len(runs) < asked else code
+
+
+def shown(runs: list[Run]) -> str:
+    """Returns the names of runs with their configs."""
+    return "\n".join(
+        f"{run.name}\n{json.dumps(stored_config(run.config), indent=2)}" for run in runs
+    )
+
+
+def write_report(workdir: Path, config: ConfigDict, ours: set[str], stop: Signals) -> int:
+    """Writes the report; returns the exit code, 1 if one of our runs is not complete."""
 
     def progress(text: str) -> None:
         print(text, flush=True)
@@ -89,8 +103,7 @@ def main(argv: list[str]) -> int:
         print(interrupted, file=sys.stderr)
         return STOPPED
     print(f"\n{made.text}\n\nreport: {made.page}")
-    ours = {run.name for run in runs} - held
-    return 1 if len(runs) < asked or any(name in ours for name in made.not_complete) else 0
+    return 1 if any(name in ours for name in made.not_complete) else 0
 
 
 def check(
