@@ -89,6 +89,8 @@ def train(
             return STOPPED
         if only and not asked:  # the job is the search
             return 0 if search.has_winner(only) else 1
+        if not runs:
+            return 1
     titles = {run.name: f"[{i}/{len(runs)}] {run.name}" for i, run in enumerate(runs, start=1)}
     for group in hosts.in_same_order(divide(runs, workdir, at_once)):
         held |= train_group(group, workdir, titles, train_runs, stop)
@@ -99,7 +101,7 @@ def train(
         return 0  # of several hosts, the first one says how it ended
     if only:
         return STOPPED if held else int(read_status(workdir / only) != "complete")
-    if runs and len(held) == len(runs):
+    if len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
         return 0
     return write_report(workdir, CONFIG.value, asked - held, stop)
