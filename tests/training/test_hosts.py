@@ -11,9 +11,10 @@ import pytest
 from errors import UserError
 from experiment.files import read_json, read_lines
 from experiment.grid import Run
-from experiment.runner import Signals, train_group
+from experiment.runner import train_group
 from input_pipeline import places_here
 from tests.conftest import ROOT
+from tests.experiment.test_runner import Never
 from train import train_and_evaluate
 from training import hosts
 from training.checkpoint import Checkpoints
@@ -172,7 +173,7 @@ def test_a_failure_ends_all_unless_all_failed(second, monkeypatch, tmp_path, dig
 def test_the_first_host_says_which_runs_are_finished_or_held(tmp_path, digits_run, capsys):
     runs = [Run(f"cnn/seed{seed}", digits_run(seed=seed)) for seed in (0, 1)]
 
-    class Told(Signals):
+    class Told(Never):
         def agreed(self, value):
             return ["complete", None] if isinstance(value, list) else False
 
