@@ -49,7 +49,7 @@ def test_a_law_without_noise_is_found(law):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Seeds and images as in use; with a fixed seed. 400 repetitions: see the module's figures."""
+    """A small part of what the module's figures come from, with a fixed seed."""
     rng, hits, widths = np.random.default_rng(3), [], []
     laws = [(a, b, c) for a in (0, 0.03) for b in (0.02, 0.08) for c in (0.2, 0.35, 0.6)]
     for law in laws * 2:

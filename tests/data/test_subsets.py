@@ -12,7 +12,7 @@ from errors import UserError
 from experiment.grid import check_run_dir, expand
 from experiment.runner import divide, kin
 from input_pipeline import load_dataset
-from train import check_runs, train_and_evaluate
+from train import begin, check_runs, prepare
 
 FRACTIONS = (0.001, 0.03, 0.05, 0.1, 0.25, 0.33, 0.5, 0.75, 0.99)
 
@@ -87,6 +87,12 @@ def experiment(cache_dir, sweep, models="linear,cnn_deep"):
     return expand(config)
 
 
+def begin_run(config, run_dir):
+    """Writes what a run writes before it trains."""
+    dataset, model = prepare(config, [run_dir])
+    begin([config], [run_dir], dataset, model)
+
+
 def test_only_the_training_images_depend_on_fraction_and_seed(cache_dir):
     runs = {
         run.name: run.config for run in experiment(cache_dir, "data.train_fraction=0.1,0.5,1.0")
@@ -135,9 +141,9 @@ def test_a_workdir_holds_several_fractions_and_refuses_other_images(cache_dir, t
     runs = runs_of(images)
     work = tmp_path / "work"
     for run in runs[:3]:
-        train_and_evaluate(run.config, work / run.name)
+        begin_run(run.config, work / run.name)
     old = work / "linear/seed0"  # before there were fractions
-    train_and_evaluate(runs[-1].config, old)
+    begin_run(runs[-1].config, old)
     config = json.loads((old / "config.json").read_text())
     assert config["data"].pop("train_fraction") == 1
     (old / "config.json").write_text(json.dumps(config | {"variant": "", "seed": 1}))
