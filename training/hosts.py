@@ -6,6 +6,7 @@ shared; what the others write goes to a folder of their own, which is deleted.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import pickle
@@ -48,6 +49,13 @@ _own_folders: list[str] = []  # see `own_folder`
 class Lost(Exception):
     """Another host ended, so this one cannot go on."""
 
+    @classmethod
+    def says(cls, error: BaseException) -> str:
+        """Returns what broke, if an error tells of a broken connection, else ""."""
+        text = f"{error}".split("\n")[0].split("dispatching computation: ")[-1]
+        known = isinstance(error, (UserError, OSError)) or not BROKEN.search(f"{error}")
+        return "" if known else text
+
 
 # --- joining ------------------------------------------------------------------------------------
 
@@ -65,13 +73,13 @@ def among_hosts(main: Callable[[list[str]], int | None]) -> Callable[[list[str]]
         place = find_place(coordinator.value, count.value, index.value)
         if place is None:
             return main(argv)
-        join(place)
         try:
+            join(place)
             check_command()
             code = main(argv)
             leave()
         except BaseException as error:
-            if not _connected():  # the others have left
+            if not _connected():  # not yet, or no more
                 raise
             _watch.over.set()
             end_all(error)
@@ -108,6 +116,7 @@ def join(place: Place) -> None:
             initialization_timeout=2 * JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
+        _place = place
         total, own = jax.device_count(), jax.local_device_count()
         if total != place.count * own:
             raise UserError(
@@ -120,7 +129,6 @@ def join(place: Place) -> None:
         raise UserError(f"the hosts cannot be connected: {error}") from error
     finally:
         timer.cancel()
-    _place = place
     _watch.start()
 
 
@@ -230,8 +238,8 @@ class HostSignals(Signals):
         Raises:
           Lost: it failed for want of another host.
         """
-        if not isinstance(error, UserError) and BROKEN.search(f"{type(error)} {error}"):
-            raise Lost(str(error).split("\n")[0].split("dispatching computation: ")[-1]) from error
+        if broken := Lost.says(error):
+            raise Lost(broken) from error
         self._failed += 1
         try:
             name = f"archcompare/failed-{self._failed}"
@@ -277,7 +285,7 @@ class Watch(threading.Thread):
         """Looks until `over` is set."""
         while not self.over.wait(1.0):
             if told := said():
-                _exit(f"error: {told['text']}", told["code"])
+                _exit(told["text"], told["code"])
 
 
 _watch = Watch()
@@ -295,35 +303,33 @@ def said() -> dict | None:
 
 def end_all(error: BaseException) -> NoReturn:
     """Ends this process for an error, and all others with a message that names it."""
-    index, code = distributed.global_state.process_id, 1
-    if isinstance(error, Lost):
-        text, code = f"another host is gone ({error}); start again to go on", STOPPED
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        if told := said():  # why the other one ended; or there is no first host any more
-            _exit(f"error: {told['text']}", told["code"])
+    code, lost = 1, str(error) if isinstance(error, Lost) else Lost.says(error)
+    if lost:
+        text, code = f"another host is gone ({lost}); start again to go on", STOPPED
     elif isinstance(error, UserError):
         text, code = str(error), 2
     elif isinstance(error, KeyboardInterrupt):
         text, code = "stopped by Ctrl-C", 130
-    elif isinstance(error, SystemExit):
-        text, code = f"ended with {error.code}", error.code if isinstance(error.code, int) else 1
     else:
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {error}"
-    try:
-        told = {"text": f"host {index} ended: {text}", "code": code}
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if lost and (told := said()):  # why the other one ended
+        _exit(told["text"], told["code"])
+    told = {"text": f"host {distributed.global_state.process_id} ended: {text}", "code": code}
+    with contextlib.suppress(RuntimeError):  # the first host is gone, or another said it before
         distributed.global_state.client.key_value_set(END, json.dumps(told))
-        time.sleep(3)  # the others read it in the first host's memory
-    except Exception:  # noqa: BLE001 - the first host is gone, or another said it before
-        pass
-    _exit(f"error: {text}", code)
+    _exit("", code)
 
 
 def _exit(text: str, code: int) -> NoReturn:
-    """Ends this process without waiting for other hosts."""
-    print(text, file=sys.stderr)
+    """Ends this process, which may hang in a program, without waiting for other hosts."""
+    if text:
+        print(f"error: {text}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    if is_first():  # the others read in its memory why all end
+        time.sleep(3)
     for folder in _own_folders:  # functions at exit do not run, for one of JAX waits for all hosts
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)

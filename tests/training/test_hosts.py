@@ -189,6 +189,7 @@ from configs import digits
 from errors import Interrupted
 from experiment.command import run_command
 from experiment.grid import expand
+from analysis.forward import use_compilation_cache
 from train import train_and_evaluate
 from training import hosts
 
@@ -203,6 +204,7 @@ def main(argv):
 
     config = expand(digits.get_config("mlp"), json.loads(argv[2]))[0].config
     config.runtime.feed = "streaming"
+    use_compilation_cache(config.runtime.cache_dir)
     try:
         train_and_evaluate(config, folder, should_stop)
     except Interrupted as interrupted:
