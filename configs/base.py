@@ -5,10 +5,11 @@ This file trains nothing by itself. To see a config as it resolves, without trai
     python main.py --config=configs/digits.py --workdir=runs/digits --dry_run
 
 An experiment is the grid models x variants x sweep x seeds. The config of one run is everything
-below except those and `per_model`, changed in this order: the file's `per_model.<model>`, then
-fields given on the command line, then `--config.per_model.<model>...`, then the variant, then the
-sweep. A run's phases change it further, one after the other; a field given on the command line wins
-over the file's phases too, but for `--config.phase.<name>...`, which sets one phase.
+below except those, `per_model` and `search`, changed in this order: the file's `per_model.<model>`,
+then fields given on the command line, then `--config.per_model.<model>...`, then the variant, then
+the sweep, then what a search chose. A run's phases change it further, one after the other; a field
+given on the command line wins over the file's phases too, but for `--config.phase.<name>...`, which
+sets one phase.
 
 On the command line, `--config.per_model.<model>.` takes any field of a run, whether this file names
 it there or not, and so does `--config.phase.<name>.`, of a phase that `config.phases` names; and
@@ -228,9 +229,9 @@ def get_config(models: str = "") -> ConfigDict:
     search = config.search = ConfigDict()
     # Fields, each with the values "0,0.2", a range "0..0.5", or a logarithmic one "log:1e-4..1e-1".
     # "per_model.cnn.optimizer.learning_rate=log:1e-4..1e-2" takes the place of the field for one
-    # model, and "phase.tune.optimizer.learning_rate=..." is of one phase.
+    # model, and "phase.tune.optimizer.learning_rate=..." is of one phase, others are of all phases.
     search.space = "optimizer.learning_rate=log:1e-4..1e-1; optimizer.weight_decay=log:1e-5..1e-1"
-    search.method = "random"  # grid: all pairs of values | random | tpe: after 5 random trials
+    search.method = "random"  # grid: every combination | random | tpe: after 5 random trials
     search.trials = 0  # of each model and variant; --tune=N is the same; 0: no search
     search.seed = 0  # of what is drawn; trials are trained with the seed 10000 + this
     # Stops trials by their validation loss after each epoch: none | median: worse than the median

@@ -98,7 +98,7 @@ class Search:
             if not plan.space:
                 what = "no searched field matters to it"
             elif plan.trials != self.budget:
-                what += f", which has {plan.trials} points: --tune={self.budget} is not its number"
+                what += f": each of its points once, in place of --tune={self.budget}"
             trials = f"{plan.trials} trial" + "s" * (plan.trials > 1)
             lines.append(f"search/{plan.label}: {trials}: {what}")
         return "\n".join(lines)
