@@ -286,7 +286,7 @@ def _draw_budget(comparison: Comparison, search: dict) -> Picture:
     if in_order:
         caption += (
             " Trials of tpe build on those before: the lines, which take them as independent, are "
-            "too good on the left; dots show the best so far in the order in which they ran."
+            "too good on the left; dotted is the best so far, in the order in which they ran."
         )
     return Picture("tuning_budget.svg", caption, wide=True)
 

@@ -82,9 +82,10 @@ def draw_curves(comparison: Comparison) -> plt.Figure:
 
 def plain_ticks(axis, ratio: float) -> None:
     """Labels a logarithmic axis with 20 k rather than powers; between powers if it is short."""
+    digits = "123456789" if ratio < 8 else "25"
 
     def between(value: float, _: int) -> str:
-        return scaled(value) if f"{value:e}"[0] in "25" else ""
+        return scaled(value) if f"{value:e}"[0] in digits else ""
 
     axis.set_major_formatter(lambda value, _: scaled(value))
     axis.set_minor_formatter(between if ratio < 60 else NullFormatter())
@@ -201,7 +202,5 @@ def draw_sizes(curves: Sequence, criterion: str) -> plt.Figure:
     axes[1].set(yscale="log", ylabel="error, %", ylim=(max(0.75 * min(seen), 1e-3), None))
     low, high = axes[1].get_ylim()
     plain_ticks(axes[1].yaxis, high / low)
-    if high < 8 * low:
-        axes[1].yaxis.set_minor_formatter(lambda value, _: scaled(value))
     figures.legend_beside(figure, axes[:1])
     return figure
