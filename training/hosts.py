@@ -109,7 +109,6 @@ def join(place: Place) -> None:
     timer = threading.Timer(JOIN_SECONDS, give_up)
     timer.daemon = True
     timer.start()
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             *(place.coordinator, place.count, place.index, list(place.devices)),

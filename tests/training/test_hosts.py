@@ -3,19 +3,21 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import input_pipeline
 from errors import UserError
 from experiment.files import read_json, read_lines
 from experiment.grid import Run
 from experiment.runner import train_group
-from input_pipeline import places_here
+from input_pipeline import Feed, batch_rows, load_dataset, places_here
 from tests.conftest import ROOT
 from tests.experiment.test_runner import Never
-from train import train_and_evaluate
+from train import device_mesh, train_and_evaluate
 from training import hosts
 from training.checkpoint import Checkpoints
 from training.place import Place, find_place
@@ -108,6 +110,30 @@ class Sharding(SimpleNamespace):
 def test_a_host_reads_the_images_of_its_own_devices():
     assert places_here(Sharding(devices=4, own=(2, 3)), 8).tolist() == [4, 5, 6, 7]
     assert places_here(Sharding(devices=4, own=(3, 0)), 8).tolist() == [0, 1, 6, 7]
+
+
+@pytest.mark.parametrize("feed", ["streaming", "resident"])
+def test_a_host_has_no_image_of_another_in_its_batches(feed, digits_run, monkeypatch):
+    config = digits_run(runtime__feed=feed)
+    dataset, read = load_dataset(config.data, config.runtime.cache_dir), []
+    images = dataset.decoded.images
+
+    class Images:
+        nbytes = images.nbytes
+
+        def __getitem__(self, rows):
+            read.append(rows)
+            return images[rows]
+
+    dataset = replace(dataset, decoded=replace(dataset.decoded, images=Images()))
+    monkeypatch.setattr(input_pipeline, "places_here", lambda _, size: np.arange(size // 2, size))
+    fed = Feed(dataset, "train", device_mesh(), config.runtime)
+    (batch,) = fed.training(0, 32, 5, 6)
+    mine = batch_rows(0, 5, len(fed), 32)[16:]
+    assert batch["row"].tolist() == mine.tolist()
+    assert np.array_equal(batch["image"], images[fed.rows[mine]])
+    assert np.array_equal(batch["label"], fed.labels[mine])
+    assert read[0].tolist() == (fed.rows[mine] if feed == "streaming" else fed.rows).tolist()
 
 
 @pytest.fixture
@@ -233,7 +259,10 @@ def test_two_hosts_train_as_one_process_does(tmp_path, few_digits, digits_run):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, "-c", WORKER, str(tmp_path / "two"), json.dumps(overrides)]
     command += [f"--coordinator={address}", "--hosts=2"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_NUM_CPU_DEVICES": "1"}
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
     options = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen([*command, f"--host={i}"], **options) for i in (1, 0)]
     errors = [process.communicate(timeout=300)[1] for process in both]
