@@ -8,7 +8,7 @@ per_class into WORKDIR/report and prints the answer. `analysis.report` makes a p
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from analysis.runs import (
     without_seeds,
 )
 from analysis.uncertainty import LEVEL, Family
-from analysis.verdict import Recommendation, recommend
+from analysis.verdict import Recommendation, listed, recommend
 from configs import base
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
@@ -120,6 +120,9 @@ def compare(
     margin = options.margin / 100
     absent = without_seeds(groups | group_runs(list(smaller)), runs, lost)
     said = recommend(table, pairs, families[0], baseline, groups, criterion, margin, absent)
+    if few := sorted({run.kind for run in smaller} - {of[0].kind for of in groups.values()}):
+        text = f"Not compared, for trained on fewer training images only: {listed(few)}."
+        said = replace(said, warnings=(*said.warnings, text))
     return Comparison(
         workdir,
         groups,

@@ -82,12 +82,12 @@ def _reviewed(run: FinishedRun, review: pd.DataFrame) -> FinishedRun:
     other, number = replace(run), {name: i for i, name in enumerate(run.class_names)}
     lost = (review.verdict == "unclear") | (review.new_label == NO_CLASS)
     wrong = review[(review.verdict == "wrong") & ~lost]
-    correct = wrong.new_label.map(number).to_numpy(np.int32)
+    correct = dict(zip(wrong["id"], wrong.new_label.map(number), strict=True))
     left_out = review["id"][lost].tolist()
     for part in ("test", "validation"):
         data = getattr(run, part)
-        place, labels = pd.Index(data["ids"]).get_indexer(wrong["id"]), data["labels"].copy()
-        labels[place[place >= 0]] = correct[place >= 0]
+        pairs = zip(data["ids"].tolist(), data["labels"].tolist(), strict=True)
+        labels = np.array([correct.get(name, label) for name, label in pairs], np.int32)
         kept = ~np.isin(data["ids"], left_out)
         # Takes the place of what the cached property would read.
         other.__dict__[part] = {k: v[kept] for k, v in (data | {"labels": labels}).items()}

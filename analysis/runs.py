@@ -194,8 +194,11 @@ def group_runs(runs: list[FinishedRun]) -> Groups:
     """
     groups: Groups = {}
     for run in runs:
-        if run.status == "complete" and not run.fold:
+        if run.status == "complete":
             groups.setdefault(run.label, []).append(run)
+    for label, group in groups.items():
+        first = min(run.fold or 0 for run in group)
+        groups[label] = [run for run in group if (run.fold or 0) == first]
     criterion = common_criterion(groups)
     mean = {
         label: np.mean([run.validation_score(criterion) for run in group])

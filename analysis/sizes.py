@@ -102,7 +102,10 @@ def make_curves(comparison: Comparison, of: dict[float, tuple[dict, Family]]) ->
         rows = []
         for fraction, runs in own.items():
             family = of[fraction][1]
-            counts = [sum(run.dataset["counts"]["train"].values()) for run in runs]
+            counts = [
+                sum(run.dataset["counts"]["train"].values()) / max(1, len(run.folds))
+                for run in runs
+            ]
             limits = ends("", family.interval(kind))
             rows.append(
                 {"model": kind, "train_fraction": fraction, "images": round(np.mean(counts))}
@@ -259,7 +262,11 @@ def sizes_section(comparison: Comparison) -> Section | None:
     fits, changes = fits_table(curves), rank_changes(curves, of)
     table = pd.concat([curve.table for curve in curves])
     table.to_csv(comparison.output / "sizes.csv", index=False)
-    section = Section(text=_said(curves, fits), pictures_first=True, details=_details(table))
+    section = Section(
+        text=_said(curves, fits),
+        pictures_first=True,
+        details=_details(table, bool(comparison.folds)),
+    )
     section.finding = _finding(curves, fits, changes)
     if len(fits):
         fits.to_csv(comparison.output / "sizes_fits.csv", index=False)
@@ -291,7 +298,7 @@ def sizes_section(comparison: Comparison) -> Section | None:
     return section
 
 
-def _details(table: pd.DataFrame) -> list[Details]:
+def _details(table: pd.DataFrame, folds: bool) -> list[Details]:
     columns = {
         "model": table.model,
         "part": table.train_fraction.map("{:g}".format),
@@ -303,9 +310,16 @@ def _details(table: pd.DataFrame) -> list[Details]:
         ],
         "in the fit": table.fitted.map({True: "yes", False: "no"}),
     }
+    how = HOW
+    if folds:
+        how = [
+            *HOW,
+            "Under cross-validation, intervals of the points are over folds instead, and "
+            "those of the law, which knows of seeds and test images alone, are narrower.",
+        ]
     return [
         Details("Scores at every size", table=as_table(columns)),
-        Details("How it is fitted and checked", HOW),
+        Details("How it is fitted and checked", how),
     ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import gammaln
 
-from analysis.compare import Comparison, draws_nothing
+from analysis.compare import Comparison
 from analysis.page import figures
 from analysis.page.chapters import DRAWN
 from analysis.page.charts import plain_ticks
@@ -21,9 +21,10 @@ from analysis.page.section import Picture, Section, Table, as_table
 from analysis.page.tables import NONE, decimal, percent
 from analysis.runs import FinishedRun
 from analysis.verdict import listed, plural
-from experiment.fields import flatten
+from experiment.fields import flatten, split_values
 from experiment.files import read_json
 from experiment.grid import label_of
+from models import MODELS
 
 METHODS = {"grid": "grid search", "random": "random search", "tpe": "Bayesian search (tpe)"}
 EDGE = 0.05  # of a range: a winner so near its end may lie beyond it
@@ -70,8 +71,10 @@ def note(comparison: Comparison) -> str:
     """Returns whether the models were tuned, and with which budget, to stand below the table."""
     labels, tuned, by_hand = read_search(comparison).get("labels", {}), [], []
     for label, runs in comparison.groups.items():
-        if all("settings" in run.summary or draws_nothing(run) for run in runs):
-            continue  # each run chose among settings, or there is nothing to choose
+        if runs[0].model in MODELS and not MODELS[runs[0].model].trained_by_gradient:
+            continue  # it has no rate
+        if all("settings" in run.summary for run in runs):
+            continue  # each run chose among settings
         winner = _winner(labels.get(label, {}))
         same = winner and all(_holds(run.config, winner["parameters"]) for run in runs)
         (tuned if same else by_hand).append(label)
@@ -118,10 +121,11 @@ def _about(comparison: Comparison, labels: dict, method: str) -> str:
     spent = sum(trial.get("seconds", 0) for trial in trials)
     costs = [run.cost for run in comparison.runs if run.label in labels]
     final = sum(cost["seconds"] + cost.get("compile_seconds", 0) for cost in costs)
+    alone = ", and only those runs are compared" * ("untuned" not in note(comparison))
     return (
         f"Fields were chosen by {method} on validation images, by the lowest loss; no trial saw a "
-        "test image. Then each model was trained anew with the winner's fields and other seeds, "
-        f"and only those runs are compared. The {plural(len(trials), 'trial')} took "
+        "test image. Each model with a winner was then trained anew with its fields and other "
+        f"seeds{alone}. The {plural(len(trials), 'trial')} took "
         f"{_time(spent)} of training and compiling, the {plural(len(costs), 'run')} that "
         f"{'is' if len(costs) == 1 else 'are'} compared {_time(final)}. Intervals of this page are "
         "for the chosen fields: what another search would choose is not in them."
@@ -172,7 +176,10 @@ def _range(text: str) -> tuple[bool, float, float] | None:
     """Returns whether a range is logarithmic, and its ends; None of values."""
     log, _, ends = text.rpartition(":")
     low, dots, high = ends.partition("..")
-    return (log == "log", float(low), float(high)) if dots else None
+    try:
+        return (log == "log", float(low), float(high)) if dots else None
+    except ValueError:  # a text, such as a path
+        return None
 
 
 def _edges(labels: dict) -> list[str]:
@@ -211,7 +218,10 @@ def _curves(comparison: Comparison, labels: dict, key: str) -> dict[str, np.ndar
     longest, curves = max(of["budget"] for of in labels.values()), {}
     for label, of in labels.items():
         best = expected_best(_scores(comparison, of, key))
-        whole = len(best) == of["budget"] < longest  # all points of its space
+        points = math.prod(
+            math.inf if _range(t) else len(split_values(t, ",")) for t in of["space"].values()
+        )
+        whole = len(best) == of["budget"] == points < longest  # all points of its space
         rest = np.full(longest - len(best), best[-1] if whole else np.nan)
         curves[label] = np.concatenate([best, rest])
     return curves
@@ -229,6 +239,9 @@ def _leaders(curves: dict[str, np.ndarray]) -> str:
             f"one trial and {percent(values[-1], 1)} % with {len(values)}."
         )
     leader, parts = table.idxmax(axis=1), []
+    for above, row in itertools.pairwise(table.index):  # who is caught up with still leads
+        if table[leader[above]][row] >= table.loc[row].max() - 1e-9:
+            leader[row] = leader[above]
     for label, group in itertools.groupby(leader.items(), key=lambda item: item[1]):
         numbers = [number for number, _ in group]
         if numbers[-1] == table.index[-1]:
@@ -237,7 +250,8 @@ def _leaders(curves: dict[str, np.ndarray]) -> str:
             text = f"with {numbers[0]}" + f" to {numbers[-1]}" * (len(numbers) > 1)
         parts.append((text, label))
     if len(parts) == 1:
-        return f"{parts[0][1]} has the best expected validation accuracy with any number of trials."
+        up_to = f"with any number of trials up to {len(table)}"
+        return f"{parts[0][1]} has the best expected validation accuracy {up_to}."
     said = ", ".join(f"{text} {label}" for text, label in parts)
     return f"Who has the best expected validation accuracy depends on the number of trials: {said}."
 

@@ -248,6 +248,9 @@ class _Judgement:
             if ways:
                 ways = " or ".join(ways)
                 return f"It would take {ways} to settle this, if the true difference is this one."
+            if self.family.over:
+                folds = self.family.freedom + 1
+                return f"{folds} folds cannot settle this: it takes more folds, or more images."
             return "So small a difference would take over 100 times the seeds and images to settle."
         cheaper = [x for x in self.worse if self.costs[x] * CHEAPER < self.costs[self.use]]
         if cheaper:

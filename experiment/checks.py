@@ -37,7 +37,7 @@ RANGES = {
     "data.store_size": "[0, 4096]",
     "data.split_seed": "[0, 2147483648)",
     "data.train_fraction": "(0, 1]",
-    "data.folds": "[0, 1e6]",
+    "data.folds": "[0, 1000]",
     "layer_decay": "(0, 1]",
     "augment_views": "[0, 1e6]",
     "epochs": "[1, 1e6]",

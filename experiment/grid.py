@@ -79,6 +79,11 @@ def expand(
         for seed, fold in itertools.product(config.seeds, range(max(1, settings.data.folds))):
             name = f"fold{fold}_" * bool(settings.data.folds) + f"seed{seed}"
             runs.append(Run(f"{model}/{name}{suffix}", with_seed(settings, seed, fold)))
+    if len({run.config.data.folds for run in runs}) > 1:
+        raise UserError(
+            "config.data.folds differs between runs, which would be tested on other images: give "
+            "all models and variants the same"
+        )
     if len({run.name for run in runs}) < len(runs):
         raise UserError(f"config.sweep: two points share a name: {config.sweep!r}")
     for path in overrides or {}:
@@ -262,9 +267,8 @@ def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] =
       UserError: shows every field that differs.
     """
     path, folds = workdir / run.name / "config.json", run.config.data.folds
-    for other in path.parent.parent.glob("*seed*/config.json"):  # of the same model
-        name, whole = other.parent.name, other.parent.name.startswith("seed")
-        if family(f"{run.config.model.name}/{name}") == family(run.name) and whole == bool(folds):
+    for other in workdir.glob("*/*seed*/config.json"):
+        if (whole := other.parent.name.startswith("seed")) == bool(folds):
             raise UserError(
                 f"{other.parent} is {'not ' * whole}a run of cross-validation, but config.data."
                 f"folds={folds}: use another --workdir, or delete that run"

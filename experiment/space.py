@@ -17,8 +17,8 @@ WHERE = "config.search.space"
 # With other images in the parts, validation losses could not be compared.
 FIXED = (
     "data.source", "data.path", "data.tfds_dir", "data.layout", "data.split", "data.split_seed",
-    "data.groups", "data.folds", "data.fold", "data.unreadable", "data.exclude_leaks",
-    "predict_test",
+    "data.groups", "data.folds", "data.fold", "data.train_fraction", "data.unreadable",
+    "data.exclude_leaks", "predict_test",
 )  # fmt: skip
 # What matters to a model that is not trained by gradient: fields that begin so.
 WITHOUT_GRADIENT = ("model.", "data.", "preprocessing", "compute_dtype")

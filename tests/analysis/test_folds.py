@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.model_selection import PredefinedSplit, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from analysis import audit, evaluate
+from analysis import audit, evaluate, labels
 from analysis.compare import compare, compare_workdir
 from analysis.confidence import fit_temperature, softmax
 from analysis.folds import FoldFamily, first_folds, merge_folds
@@ -79,6 +79,23 @@ def test_folds_of_a_seed_are_one_run_in_the_order_of_ids(workdir):
     assert [run.name for run in group_runs(runs)["mlp"]] == ["mlp/fold0_seed0", "mlp/fold0_seed1"]
     with pytest.raises(ValueError, match="several models"):
         load_classifier(run)
+
+
+def test_a_review_reaches_an_image_in_the_validation_parts_of_several_folds(workdir):
+    run = merge_folds(load_runs(workdir))[0]
+    image, other = run.validation["ids"][3], (int(run.validation["labels"][3]) + 1) % 2
+    twice = {key: np.concatenate([values] * 2) for key, values in run.validation.items()}
+    run.__dict__["validation"] = twice
+    row = {"id": image, "verdict": "wrong", "new_label": run.class_names[other]}
+    reviewed = labels._reviewed(run, pd.DataFrame([row]))
+    changed = reviewed.validation["labels"] != twice["labels"]
+    assert reviewed.validation["ids"][changed].tolist() == [image, image]
+    assert (reviewed.validation["labels"][changed] == other).all()
+
+
+def test_a_run_of_a_later_fold_can_be_looked_at_alone(workdir):
+    (run,) = [r for r in load_runs(workdir) if r.name == "cnn/fold3_seed1"]
+    assert group_runs([run]) == {"cnn": [run]}
 
 
 def test_a_seed_without_all_folds_does_not_count(comparison):

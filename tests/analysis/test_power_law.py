@@ -84,7 +84,7 @@ def test_what_is_known_less_well_has_wider_intervals():
     sizes = PARTS * POOL
     plain = Points(sizes, values, POOL)
     assert width(plain.first(3)) > 1.3 * width(plain)  # fewer sizes
-    assert width(plain) < width(plain, 8 * POOL) + 0.05
+    assert width(plain) < width(plain, 8 * POOL)
     few = Points(sizes, values[:, :, :250], POOL)  # fewer test images
     assert width(few) > 1.3 * width(plain)
     copies = np.repeat(values[:, :, :250], 4, axis=2)  # and as many, but in groups of four

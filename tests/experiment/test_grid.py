@@ -352,6 +352,8 @@ def test_folds_are_an_axis_beside_seeds():
     assert (chosen.data.fold, chosen.data.folds, chosen.seed, chosen.epochs) == (2, 3, 1, 3)
     with pytest.raises(UserError, match=r"data.folds=1: cross-validation needs 2 folds"):
         expand(config, {"data.folds": 1})
+    with pytest.raises(UserError, match="data.folds differs between runs"):
+        expand(digits.get_config("cnn,linear"), {"per_model.cnn.data.folds": 2})
     for changes in ({"data.fold": 1}, {"data.folds": 0, "data.fold": 1}):
         with pytest.raises(UserError, match=r"data.fold=1: the grid makes a run of every fold"):
             expand(config, changes)
