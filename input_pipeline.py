@@ -124,7 +124,7 @@ def _list_source(config_json: str) -> Listing:
     return list_source(ConfigDict(json.loads(config_json)))
 
 
-@functools.lru_cache(maxsize=32)  # of one listing, in all sizes of a grid; images are mapped
+@functools.lru_cache(maxsize=256)  # of one listing, in all sizes of a grid; images are mapped
 def _load_dataset(config_json: str, cache_dir: str, limit_mb: float) -> Dataset:
     config = ConfigDict(json.loads(config_json))
     if config.get("train_fraction", 1.0) < 1:

@@ -26,7 +26,7 @@ from experiment import launch
 from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
 from experiment.files import read_json, read_status, write_json
-from experiment.grid import Run, check_run_dir, expand, shard
+from experiment.grid import Run, check_folds, check_run_dir, expand, shard
 from experiment.jobs import REPORT
 from experiment.runner import STOPPED, Signals, divide, prepare_workdir, train_group
 from experiment.search import Search, search_cure
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     search = Search(config, overrides, workdir, trials) if trials else None
     searches = search.names() if search else []
     runs = launch.chosen(shard(grid, SHARD.value), options.only, searches)
-    if hosts.several() and (search or options.launch):
-        raise UserError("--tune and --launch are for one host: others can train single runs only")
+    if hosts.several() and (search or options.launch or options.only == REPORT):
+        raise UserError("--tune, --launch and --only=report are for one host: several train runs")
     if search:
         print(search.describe())
     stages = [stage for stage in (searches, [run.name for run in runs]) if stage]
@@ -103,7 +103,7 @@ def train(
         return STOPPED if held else int(read_status(workdir / only) != "complete")
     if len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
-        return 0
+        return int(len(runs) < len(asked))  # some have no winner
     return write_report(workdir, CONFIG.value, asked - held, stop)
 
 
@@ -143,6 +143,7 @@ def check(
     Returns the data's identities, and how many runs of a kin may be trained at once.
     """
     configs = search.check() if search else [run.config for run in runs]
+    check_folds(workdir, configs[0].data.folds)
     for run in runs if not search else ():
         check_run_dir(run, workdir, search_cure(workdir))
     datasets, at_once = check_runs(configs, workdir)
@@ -164,9 +165,10 @@ def tuned(
     chosen = search.run(train_and_evaluate, stop, list(dict.fromkeys(labels)) if only else None)
     names = {run.name for run in runs}
     grid = expand(search.config, search.overrides, chosen)
-    runs = [run for run in grid if run.name in names and search.label(run) in chosen]
-    for run in runs:
+    grid = [run for run in grid if search.label(run) in chosen]
+    for run in grid:  # of other jobs too: none may be left with the fields of an earlier winner
         check_run_dir(run, search.workdir, search.cure(run))
+    runs = [run for run in grid if run.name in names]
     return runs, check_runs([run.config for run in runs], search.workdir)[1]
 
 

@@ -257,6 +257,16 @@ def with_seed(settings: ConfigDict, seed: int, fold: int = 0) -> ConfigDict:
     return config
 
 
+def check_folds(workdir: Path, folds: int) -> None:
+    """Raises a UserError if a workdir holds runs with folds where these have none, or without."""
+    for path in workdir.glob("*/*seed*/config.json"):
+        if (whole := path.parent.name.startswith("seed")) == bool(folds):
+            raise UserError(
+                f"{path.parent} is {'not ' * whole}a run of cross-validation, but config.data."
+                f"folds={folds}: use another --workdir, or delete that run"
+            )
+
+
 def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] = ()) -> None:
     """Refuses a run directory that belongs to another config.
 
@@ -266,13 +276,7 @@ def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] =
     Raises:
       UserError: shows every field that differs.
     """
-    path, folds = workdir / run.name / "config.json", run.config.data.folds
-    for other in workdir.glob("*/*seed*/config.json"):
-        if (whole := other.parent.name.startswith("seed")) == bool(folds):
-            raise UserError(
-                f"{other.parent} is {'not ' * whole}a run of cross-validation, but config.data."
-                f"folds={folds}: use another --workdir, or delete that run"
-            )
+    path = workdir / run.name / "config.json"
     if not path.exists():
         return
     stored = AS_BEFORE | flatten(read_json(path))

@@ -86,6 +86,8 @@ def chosen(runs: list[Run], only: str, searches: Collection[str] = ()) -> list[R
     if not found:
         names = [*searches, *(run.name for run in runs)]
         near = difflib.get_close_matches(only, names, n=3, cutoff=0.0)
+        if only.startswith("search/") and not searches:
+            raise UserError(f"--only={only}: a search needs --tune=N, or config.search.trials")
         raise UserError(
             f"--only={only}: none of the {len(names)} jobs here. The nearest: {', '.join(near)}"
         )

@@ -56,7 +56,7 @@ def prepare_workdir(workdir: Path) -> Path:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # of a process elsewhere, with the same number
     except OSError as error:
         raise UserError(
             f"--workdir={workdir} cannot be written ({error.strerror}): choose another folder, or "

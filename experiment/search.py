@@ -85,7 +85,10 @@ class Search:
     def has_winner(self, name: str) -> bool:
         """Returns whether one of them ended with a winner."""
         labels = read_json(self.folder / "search.json").get("labels", {})
-        return labels.get(name.removeprefix("search/"), {}).get("winner") is not None
+        of = labels.get(name.removeprefix("search/"), {"trials": [], "budget": 0})
+        running = [t for t in of["trials"][: of["budget"]] if t.get("status") == "running"]
+        whole = len(of["trials"]) >= of["budget"] and not running
+        return whole and of.get("winner") is not None
 
     # --- before training --------------------------------------------------------------------------
 
@@ -152,8 +155,10 @@ class Search:
         for label in labels.keys() & self.plans.keys():
             plan = self.plans[label]
             for trial in labels[label]["trials"]:
-                config = self._config(plan, trial["parameters"])
-                check_run_dir(Run(self._name(plan, trial["number"]), config), self.workdir, cure)
+                name = self._name(plan, trial["number"])
+                if (self.workdir / name / "config.json").exists():  # or its fields do not fit
+                    config = self._config(plan, trial["parameters"])
+                    check_run_dir(Run(name, config), self.workdir, cure)
         return labels
 
     def _config(self, plan: Plan, values: dict[str, Any]) -> ConfigDict:

@@ -31,8 +31,7 @@ mkdir -p -- "$folder" || exit 2
 echo "--- job $SLURM_JOB_ID on $(hostname), $(date)" >>"$folder/log.txt"
 
 # SLURM signals this shell two minutes before the end of its time: Python saves and exits with 75.
-child=
-trap 'again=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
+trap 'again=1; [ -z "$!" ] || kill -TERM "$!" 2>/dev/null' TERM
 {command} "--only=$name" >>"$folder/log.txt" 2>&1 &
 child=$!
 again=1

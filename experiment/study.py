@@ -84,6 +84,8 @@ class Study:
     def is_worse(self, number: int, epoch: float, loss: float) -> bool:
         """Notes a validation loss; returns whether the trial is to be pruned."""
         key = self.storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+        if self.storage.get_trial(key).state.is_finished():
+            return  # by another process, where there are no locks
         step, known = max(1, round(epoch)), self.storage.get_trial(key)
         if known.user_attrs.get("pruned_at") == step:  # and killed before it could be told
             return True

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 import main
+from configs import digits
 from errors import UserError
-from experiment.grid import Run
+from experiment.fields import stored_config
+from experiment.grid import Run, expand
 from experiment.machine import locked
 from experiment.runner import prepare_workdir
 from tests.conftest import ROOT, paint
@@ -60,7 +63,7 @@ SLOW = (
     *DIGITS,
     "--config.epochs=20",
     "--config.runtime.checkpoint_every_seconds=0",
-    "--config.runtime.log_every_steps=5",
+    "--config.runtime.log_every_steps=20",
 )
 
 
@@ -242,6 +245,24 @@ def test_weights_that_cannot_be_had_stop_before_training(
         main.check([Run("resnet18/seed0", config)], tmp_path)
     assert message in str(caught.value)
     assert not (tmp_path / "resnet18").exists()
+
+
+def test_no_job_of_a_search_trains_beside_runs_of_an_earlier_winner(tmp_path):
+    """Though it trains another seed: the means would be of two recipes."""
+    config, path = digits.get_config("linear"), "optimizer.learning_rate"
+    old = expand(config, {}, {"linear": {path: 0.001}})[0]
+    (tmp_path / old.name).mkdir(parents=True)
+    stored = json.dumps(stored_config(old.config))
+    (tmp_path / old.name / "config.json").write_text(stored)
+    search = SimpleNamespace(
+        config=config, overrides={}, workdir=tmp_path, label=lambda run: "linear",
+        cure=lambda run: "delete them", run=lambda *_: {"linear": {path: 0.002}},
+    )  # fmt: skip
+    runs = [run for run in expand(config) if run.config.seed == 1]
+    with pytest.raises(
+        UserError, match=r"(?s)linear/seed0 holds .*stored 0.001, now 0.002.*delete them"
+    ):
+        main.tuned(runs, search, "linear/seed1", None)
 
 
 def test_nothing_to_do_is_said_and_is_no_failure(tmp_path, cache_dir, capsys):

@@ -340,7 +340,7 @@ def test_a_streamed_run_never_copies_more_images_than_a_batch(
     digits_run, cache_dir, tmp_path, monkeypatch, feed, most
 ):
     config = digits_run("linear", epochs=1, eval_batch_size=64, runtime__feed=feed)
-    dataset = load_dataset(config.data, cache_dir)
+    dataset = load_dataset(config.data, cache_dir, config.runtime.resident_limit_mb)
     monkeypatch.setattr(dataset.decoded, "images", dataset.decoded.images.view(Watched))
     monkeypatch.setattr(Watched, "copied", [])
     train_and_evaluate(config, tmp_path / "run")

@@ -133,7 +133,8 @@ def join(place: Place) -> None:
 
 def check_command() -> None:
     """Raises a UserError where this host was started with another command than the first."""
-    own = [word for word in sys.argv[1:] if not re.match(r"--?(host|coordinator)\b", word)]
+    of_this = r"(?:^|\0)--?(?:host|coordinator)[=\0][^\0]*"  # --host=1 and --host 1
+    own = re.sub(of_this, "", "\0".join(sys.argv[1:])).split("\0")
     if own != (first := agreed(own)):
         different = sorted(set(own) ^ set(first))
         raise UserError(
@@ -267,6 +268,8 @@ def leave(stop: Signals | None = None) -> Signals | None:
     """
     if not several() or not _connected():
         return stop
+    # While all come, the watch sees a host that ended; JAX would wait a minute and abort.
+    distributed.global_state.client.wait_at_barrier("archcompare/leave", JOIN_SECONDS * 1000)
     _watch.over.set()
     _watch.join()
     jax.distributed.shutdown()

@@ -14,7 +14,7 @@ from experiment.fields import (
     stored_config,
 )
 from experiment.files import read_json
-from experiment.grid import Run, check_run_dir, expand, shard
+from experiment.grid import Run, check_folds, check_run_dir, expand, shard
 from models import MODELS
 
 
@@ -375,15 +375,17 @@ def test_runs_with_and_without_folds_do_not_mix(tmp_path):
         (folder / "config.json").write_text(json.dumps(stored))
 
     store(plain, folds=0, fold=0)
+    check_folds(tmp_path, 0)
     check_run_dir(plain, tmp_path)  # of a version without folds
     with pytest.raises(UserError, match=r"linear/seed0 is not a run of cross-validation, but"):
-        check_run_dir(second, tmp_path)
+        check_folds(tmp_path, 2)
     (tmp_path / plain.name / "config.json").unlink()
     store(first)
+    check_folds(tmp_path, 2)
     check_run_dir(first, tmp_path)
     check_run_dir(second, tmp_path)
     with pytest.raises(UserError, match=r"linear/fold0_seed0 is a run of cross-validation, but"):
-        check_run_dir(plain, tmp_path)
+        check_folds(tmp_path, 0)
 
 
 def test_fields_of_an_architecture_are_its_constructors():

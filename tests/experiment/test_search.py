@@ -14,6 +14,7 @@ from experiment import search as searching
 from experiment.checks import TRIAL_SEED
 from experiment.files import read_json, write_json
 from experiment.grid import expand
+from experiment.runner import Signals
 from experiment.search import Search, search_cure
 from experiment.study import mend
 from tests.test_main import QUICK_REPORT, run
@@ -25,8 +26,11 @@ class Killed(BaseException):
     """The process dies: nothing after it is done."""
 
 
-class Never:
+class Never(Signals):
     requested = False
+
+    def __init__(self):
+        """Leaves the signals of the tests alone."""
 
 
 def experiment(models="cnn", epochs=9, **options):
@@ -207,10 +211,7 @@ def test_the_trial_of_a_process_that_dies_is_taken_over_by_one_that_waits(optuna
 
 
 def test_a_stopped_search_goes_on(optuna, tmp_path):
-    class Stop:
-        requested = False
-
-    stop = Stop()
+    stop = Never()
 
     def fate(number):
         stop.requested = number == 1
