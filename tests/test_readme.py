@@ -1,11 +1,17 @@
 """The README's own code, run as it stands there, with small weights in place of downloaded ones."""
 
 import re
+import shlex
 from functools import partial
+from importlib import import_module
 
 import jax
 import numpy as np
+import pytest
 
+from experiment.fields import GRID_FIELDS, Text, parse
+from experiment.grid import expand
+from experiment.search import Search
 from models import MODELS
 from models.classifier import Classifier, in_mode, split_model
 from models.weights import loading
@@ -57,3 +63,36 @@ def test_the_tests_run_elsewhere_as_the_readme_says():
     command = (ROOT / ".ci/run").read_text().splitlines()[-1]
     assert command.startswith("python3.11 -m venv") and command.endswith("-m pytest")
     assert command in (ROOT / "README.md").read_text().splitlines()
+
+
+def commands() -> list[str]:
+    """The whole commands that train, of the README, the docs and the configs' docstrings."""
+    files = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.py")]
+    text = "\n".join(file.read_text() for file in files).replace("\\\n", " ")
+    found = re.findall(r"python main\.py (--config=.*)", text)
+    assert len(found) > 12
+    return list(dict.fromkeys(" ".join(line.split("#")[0].split()) for line in found))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_commands_make_a_grid(command, tmp_path):
+    """As `--dry_run` would; whether the data is there shows later."""
+    given = dict(
+        word.removeprefix("--").split("=", 1) for word in shlex.split(command) if "=" in word
+    )
+    name, _, models = given.pop("config").partition(":")
+    config = import_module(name.removesuffix(".py").replace("/", ".")).get_config(models)
+    fields = {k.removeprefix("config."): v for k, v in given.items() if k.startswith("config.")}
+    overrides = {path: Text(value) for path, value in fields.items()}
+    for path, text in fields.items():
+        if path.split(".")[0] in (*GRID_FIELDS, "search") and not path.startswith("per_model."):
+            section, _, field = path.rpartition(".")
+            of = config[section] if section else config
+            of[field] = parse(text, of[field], path, "command line")
+            del overrides[path]
+    assert expand(config, overrides)
+    assert given.keys() - {f"config.{path}" for path in fields} <= {"workdir", "tune"}
+    if "tune" in given:
+        pytest.importorskip("optuna")
+        search = Search(config, overrides, tmp_path, int(given["tune"]))
+        assert len(search.check()) > len(config.models) and not list(tmp_path.iterdir())
