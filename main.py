@@ -104,7 +104,7 @@ def train(
     if len(held) == len(runs):
         print("other processes train all of these runs; the last of them writes the report")
         return int(len(runs) < len(asked))  # some have no winner
-    return write_report(workdir, CONFIG.value, asked - held, stop)
+    return write_report(workdir, CONFIG.value, asked - held, stop) or int(len(runs) < len(asked))
 
 
 def shown(runs: list[Run]) -> str:
@@ -159,16 +159,25 @@ def tuned(
 ) -> tuple[list[Run], dict[str, int]]:
     """Searches, and returns the runs with the winners' fields, and what `check` does.
 
-    A run whose search has no winner is left out. Of `only` one job, its model is searched alone.
+    A run whose search has no winner, or a newer one, is left out. Of `only` one job, its model is
+    searched alone.
     """
     labels = [search.label(run) for run in runs] or [only.removeprefix("search/")]
     chosen = search.run(train_and_evaluate, stop, list(dict.fromkeys(labels)) if only else None)
     names = {run.name for run in runs}
     grid = expand(search.config, search.overrides, chosen)
     grid = [run for run in grid if search.label(run) in chosen]
-    for run in grid:  # of other jobs too: none may be left with the fields of an earlier winner
-        check_run_dir(run, search.workdir, search.cure(run))
-    runs = [run for run in grid if run.name in names]
+    stale: dict[str, UserError] = {}  # models with runs of an earlier winner, maybe of other jobs
+    for run in grid:
+        try:
+            check_run_dir(run, search.workdir, search.cure(run))
+        except UserError as error:
+            stale[search.label(run)] = error
+    for error in stale.values():
+        if only or len(stale) == len(chosen):
+            raise error
+        print(f"error: {error}", file=sys.stderr)
+    runs = [run for run in grid if run.name in names and search.label(run) not in stale]
     return runs, check_runs([run.config for run in runs], search.workdir)[1]
 
 

@@ -131,6 +131,9 @@ class FinishedRun:
             with np.load(path, allow_pickle=False) as file:
                 content = dict(file)
         except (OSError, ValueError, KeyError, BadZipFile) as error:
+            if name == "predictions_test.npz" and not self.config.get("predict_test", True):
+                why = "is the trial of a search, which never sees test images"
+                raise UserError(f"{self.path} {why}: take a run of its winner") from error
             raise UserError(f"{path} cannot be read ({error}): train that run again") from error
         if not np.isfinite(content["logits"]).all():
             raise UserError(

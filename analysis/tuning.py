@@ -69,22 +69,30 @@ def _label(run: FinishedRun) -> str:
 
 def note(comparison: Comparison) -> str:
     """Returns whether the models were tuned, and with which budget, to stand below the table."""
-    labels, tuned, by_hand = read_search(comparison).get("labels", {}), [], []
+    labels, tuned, earlier, by_hand = read_search(comparison).get("labels", {}), [], [], []
+    every = read_json(comparison.workdir / "search" / "search.json").get("labels", {})
     for label, runs in comparison.groups.items():
         if runs[0].model in MODELS and not MODELS[runs[0].model].trained_by_gradient:
             continue  # it has no rate
         if all("settings" in run.summary for run in runs):
             continue  # each run chose among settings
         winner = _winner(labels.get(label, {}))
-        same = winner and all(_holds(run.config, winner["parameters"]) for run in runs)
-        (tuned if same else by_hand).append(label)
-    if not tuned:
+        if winner and winner["parameters"]:
+            trials = [winner, *every.get(_label(runs[0]), {}).get("trials", ())]
+            held = [all(_holds(run.config, t["parameters"]) for run in runs) for t in trials]
+            (tuned if held[0] else earlier if any(held) else by_hand).append(label)
+        else:
+            by_hand.append(label)
+    if not tuned and not earlier:
         return "untuned: rates were chosen by hand" if by_hand else ""
+    if not tuned:
+        tuned = earlier
     budgets = sorted({labels[label]["budget"] for label in tuned})
     trials = plural(budgets[-1], "trial")
     if len(budgets) > 1:
         trials = f"{budgets[0]} to {trials}"
     text = f"tuned: {trials} of {METHODS[read_search(comparison)['method']]} for each model"
+    text += f"; of an earlier winner: {listed(earlier)}" if earlier else ""
     return text + (f"; untuned, with rates chosen by hand: {listed(by_hand)}" if by_hand else "")
 
 
@@ -121,7 +129,8 @@ def _about(comparison: Comparison, labels: dict, method: str) -> str:
     spent = sum(trial.get("seconds", 0) for trial in trials)
     costs = [run.cost for run in comparison.runs if run.label in labels]
     final = sum(cost["seconds"] + cost.get("compile_seconds", 0) for cost in costs)
-    alone = ", and only those runs are compared" * ("untuned" not in note(comparison))
+    said = note(comparison)
+    alone = ", and only those runs are compared" * ("; " not in said and "untuned" not in said)
     return (
         f"Fields were chosen by {method} on validation images, by the lowest loss; no trial saw a "
         "test image. Each model with a winner was then trained anew with its fields and other "
@@ -168,7 +177,7 @@ def _table(labels: dict) -> Table:
     unused = [status for status in ENDED[1:] if (frame[status] == "0").all()]
     caption = "Budget, winner and time of each model's search."
     if single := [label for label, of in labels.items() if not of["space"]]:
-        caption += f" One trial suffices where no field matters: {listed(single)}."
+        caption += f" No searched field is of {listed(single)}: one trial, with the config's own."
     return as_table(frame.drop(columns=unused), caption)
 
 

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from errors import Interrupted, Pruned, UserError
 from experiment.checks import TRIAL_SEED, check_config
 from experiment.fields import phase_config, phase_names
-from experiment.files import read_json, read_lines, read_status, write_json
+from experiment.files import read_json, read_status, write_json
 from experiment.grid import (
     Run,
     Variant,
@@ -33,7 +33,7 @@ from experiment.grid import (
 from experiment.machine import locked
 from experiment.runner import FINAL, Signals, train_group
 from experiment.space import check_space, corners, points, read_space, size
-from experiment.study import Plan, Study, import_optuna, mend
+from experiment.study import STARTUP, Plan, Study, best_of, import_optuna, mend, read_trial
 
 FAILURES = 3  # of one model's trials, after which a process leaves the others
 WAIT = 1.0  # seconds between looks at the trials of other processes
@@ -68,7 +68,8 @@ class Search:
         if settings.data.folds:
             raise UserError(
                 "--tune with config.data.folds would choose fields on images that other folds "
-                "test: search without folds, then give the winner's fields to a command with folds"
+                "test: search without folds. Folds of a command with the winner's fields then look "
+                "better than they are, as far as the search saw their images"
             )
         space = read_space(self.options.space, settings)
         check_space(space, settings, variant, self.overrides)
@@ -102,6 +103,8 @@ class Search:
                 what = "no searched field matters to it"
             elif plan.trials != self.budget:
                 what += f": each of its points once, in place of --tune={self.budget}"
+            elif self.options.method == "tpe" and plan.trials <= STARTUP and plan.points is None:
+                what += f", whose first {STARTUP} trials are random: give more"
             trials = f"{plan.trials} trial" + "s" * (plan.trials > 1)
             lines.append(f"search/{plan.label}: {trials}: {what}")
         return "\n".join(lines)
@@ -116,6 +119,7 @@ class Search:
             at = [self._config(plan, values) for values in corners(plan.space)]
             ends += [at[0], at[-1]] if plan.space else at[:1]
         stored = self._check_stored()
+        self._check_winners(stored)
         for run in expand(self.config, self.overrides):
             label = self.label(run)
             paths = self.plans[label].space
@@ -127,6 +131,21 @@ class Search:
                     "--workdir for the search, or leave --tune out"
                 )
         return ends
+
+    def _check_winners(self, labels: dict) -> None:
+        """Refuses fewer trials than before if another one wins than the runs were trained with."""
+        chosen = {}
+        for label in labels.keys() & self.plans.keys():
+            trials, budget = labels[label]["trials"], self.plans[label].trials
+            number = best_of(trials[:budget]) if budget <= len(trials) else None
+            if number is not None:
+                chosen[label] = trials[number]["parameters"]
+        for run in expand(self.config, self.overrides, chosen):
+            label = self.label(run)
+            if label in chosen:
+                cure = f"Of the first {self.plans[label].trials} trials, another wins than that of "
+                cure += f"these runs: give --tune={labels[label]['budget']} as then, or delete them"
+                check_run_dir(run, self.workdir, cure)
 
     def _check_stored(self) -> dict:
         """Refuses another space, method, seed or config; returns what is stored of each label."""
@@ -372,29 +391,3 @@ def epochs_of(config: ConfigDict) -> int:
 def shown(value: Any) -> str:
     """Returns a value with four digits, if it is a number."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def best_of(trials: list[dict]) -> int | None:
-    """Returns the number of the complete trial with the lowest validation loss, if there is one."""
-    complete = [trial for trial in trials if trial.get("status") == "complete"]
-    best = min(complete, key=lambda trial: (trial["loss"], trial["number"]), default=None)
-    return best and best["number"]
-
-
-def read_trial(run_dir: Path) -> dict:
-    """Returns what became of a trial; of one that was pruned, its scores at its lowest loss."""
-    summary, cost = read_json(run_dir / "summary.json"), {}
-    cost = summary.get("cost", {})
-    lines = [x for x in read_lines(run_dir / "metrics.jsonl") if x["split"] == "validation"]
-    record = {
-        "status": summary["status"],
-        "epochs": lines[-1]["epoch"] if lines else 0.0,
-        "seconds": cost.get("seconds", 0.0) + cost.get("compile_seconds", 0.0),
-    }
-    scores = {}
-    if summary["status"] == "complete":
-        scores = summary["metrics"]["validation"]
-    elif summary["status"] == "pruned":
-        scores = min(lines, key=lambda line: line["loss"])
-    record |= {key: scores[key] for key in ("loss", "accuracy") if scores}
-    return record | {key: summary[key] for key in ("error",) if key in summary}

@@ -115,6 +115,8 @@ def _read_values(path: str, typed: list[str], settings: ConfigDict) -> Choices |
 
 def _read_range(path: str, text: str, current: float) -> Range:
     log, low, high = re.fullmatch(r"(log:)?(.*?)\.\.(.*)", text.strip()).groups()
+    if high.startswith("."):
+        raise UserError(f"{WHERE}: {path}={text}: two dots stand between the ends of a range")
     low, high = (parse(end.strip(), current, path, WHERE) for end in (low, high))
     said = f"{WHERE}: {path}={text}"
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -9,8 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from errors import UserError
+from experiment.files import read_json, read_lines
 from experiment.grid import Variant
-from experiment.space import Choices, Space
+from experiment.space import Choices, Space, points
 
 STARTUP = 5  # random trials before tpe has something to go by
 
@@ -75,6 +76,10 @@ class Study:
             drawing = self.optuna.create_study(sampler=self._sampler(len(trials)))
             drawing.add_trials(trials)
             typed = drawing.ask(distributions).params
+            tried = [trial.params for trial in trials]
+            if typed in tried and all(isinstance(of, Choices) for of in self.plan.space.values()):
+                left = [point for point in points(self.plan.space) if point not in tried]
+                typed = left[self._seed(len(trials)) % len(left)]
         running = kinds.TrialState.RUNNING
         self.study.add_trial(
             kinds.create_trial(state=running, params=typed, distributions=distributions)
@@ -127,10 +132,12 @@ class Study:
         kind = kinds.IntDistribution if whole else kinds.FloatDistribution
         return kind(of.low, of.high, log=of.log)
 
+    def _seed(self, number: int) -> int:
+        return zlib.crc32(f"{self.options.seed}/{self.plan.label}/{number}".encode())
+
     def _sampler(self, number: int):
         """Returns what draws a trial, from a seed of its own: a restart draws the same."""
-        samplers, label = self.optuna.samplers, self.plan.label
-        seed = zlib.crc32(f"{self.options.seed}/{label}/{number}".encode())
+        samplers, seed = self.optuna.samplers, self._seed(number)
         if self.options.method == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
         return samplers.RandomSampler(seed=seed)
@@ -140,7 +147,7 @@ class Study:
         if self.options.prune == "median":
             return pruners.MedianPruner(n_startup_trials=STARTUP - 1, n_warmup_steps=epochs // 4)
         if self.options.prune == "halving":
-            first = max(1, epochs // 9)
+            first = -(-epochs // 9)
             return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=3)
         return pruners.NopPruner()
 
@@ -151,3 +158,29 @@ def mend(journal: Path) -> None:
     if content and not content.endswith(b"\n"):
         with journal.open("rb+") as file:
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def best_of(trials: list[dict]) -> int | None:
+    """Returns the number of the complete trial with the lowest validation loss, if there is one."""
+    complete = [trial for trial in trials if trial.get("status") == "complete"]
+    best = min(complete, key=lambda trial: (trial["loss"], trial["number"]), default=None)
+    return best and best["number"]
+
+
+def read_trial(run_dir: Path) -> dict:
+    """Returns what became of a trial; of one that was pruned, its scores at its lowest loss."""
+    summary, cost = read_json(run_dir / "summary.json"), {}
+    cost = summary.get("cost", {})
+    lines = [x for x in read_lines(run_dir / "metrics.jsonl") if x["split"] == "validation"]
+    record = {
+        "status": summary["status"],
+        "epochs": lines[-1]["epoch"] if lines else 0.0,
+        "seconds": cost.get("seconds", 0.0) + cost.get("compile_seconds", 0.0),
+    }
+    scores = {}
+    if summary["status"] == "complete":
+        scores = summary["metrics"]["validation"]
+    elif summary["status"] == "pruned":
+        scores = min(lines, key=lambda line: line["loss"])
+    record |= {key: scores[key] for key in ("loss", "accuracy") if scores}
+    return record | {key: summary[key] for key in ("error",) if key in summary}

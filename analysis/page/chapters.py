@@ -301,7 +301,7 @@ def reproduce(comparison: Comparison) -> Section:
         f"Data fingerprint {dataset['fingerprint'][:16]}, split seed {dataset['split_seed']}; "
         f"seeds {', '.join(map(str, sorted({run.seed for run in runs})))}.",
         "Run again, the command skips finished runs; --dry_run prints every config. This page is "
-        f"made from the run directories alone: python -m analysis.report {workdir.name}.",
+        f"made from the run directories alone: python -m analysis.report {workdir}.",
     ]
     finding = f"Commit {commits[0][:7]}" if about["git_commit"] else "Commit unknown"
     finding += f", jax {about['packages'].get('jax', 'unknown')}, {about['device_kind']}."

@@ -14,7 +14,8 @@ GLOSSARY = {
     "Rank": "By the score on validation images, which also chose the weights. Ties share a rank.",
     "Seed": (
         "One training run with its own random numbers: initial weights, order of batches, "
-        "augmentation, dropout. The train, validation and test parts stay the same."
+        "augmentation, dropout. Validation and test parts stay the same, and so do "
+        "training images, unless a part of them is drawn (data.train_fraction)."
     ),
     "Multiply-adds": (
         "Multiplications, each with an addition, in the convolutions and matrix products of one "

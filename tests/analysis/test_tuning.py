@@ -90,9 +90,17 @@ def test_a_note_of_budgets_and_of_what_needs_none(models):
         models, "grid", cnn=search(trial(0, 0.9), trial(1, 0.8)), mlp=search(trial(0, 0.5))
     )
     assert tuning.note(compared(models)) == "tuned: 1 to 2 trials of grid search for each model"
+    stored = models / "search/search.json"
+    content = json.loads(stored.read_text())
+    for changes in ({"winner": 1}, {"winner": 1, "budget": 1}):  # of more trials, or of fewer
+        of = content["labels"]["cnn"]
+        of |= changes | {"trials": [of["trials"][0], trial(1, 0.99)]}
+        of["trials"] = of["trials"][:: -1 if "budget" in changes else 1]
+        stored.write_text(json.dumps(content))
+        assert tuning.note(compared(models)).endswith("for each model; of an earlier winner: cnn")
     path = models / "cnn/seed0/config.json"
     config = json.loads(path.read_text())
-    config["optimizer"]["learning_rate"] = 0.5  # of another winner, or of a hand
+    config["optimizer"]["learning_rate"] = 0.5  # of a hand
     path.write_text(json.dumps(config))
     assert tuning.note(compared(models)).endswith("chosen by hand: cnn")
     for model in ("cnn", "mlp"):
@@ -121,7 +129,7 @@ def test_who_wins_depends_on_the_number_of_trials(models):
     assert rows["cnn"]["trials"] == "4" and rows["cnn"]["winner"] == "3"
     assert rows["cnn"]["learning_rate"] == "0.00309" and rows["knn"]["learning_rate"] == "–"
     assert rows["cnn"]["search"] == "2.0 min" and "pruned" not in table.columns
-    assert "One trial suffices where no field matters: knn." in table.caption
+    assert "No searched field is of knn: one trial" in table.caption
     assert "The 9 trials took 4.5 min" in section.text[0] and "the 3 runs that" in section.text[0]
 
 

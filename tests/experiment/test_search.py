@@ -292,7 +292,7 @@ def test_a_grid_tries_each_point_once_whatever_the_budget(optuna, tmp_path):
 
 def test_a_random_search_of_few_points_tries_none_twice(optuna, tmp_path):
     space = "optimizer.learning_rate=0.1,0.01,0.001,1; epochs=1,2"
-    search(tmp_path, 3, space=space)
+    search(tmp_path, 7, space=space)
     _, content = search(tmp_path, 20, space=space)
     assert len({tuple(p.values()) for p in parameters(content)}) == len(parameters(content)) == 8
 

@@ -66,6 +66,7 @@ def test_fields_of_a_phase():
         ("epochs=1,2,1", "names a value twice"),
         ("augment.mixup=0.2,0.20", "names a value twice"),
         ("augment.mixup=0.2..0.2", "is empty: its low end must be below"),
+        ("augment.mixup=0...2", "two dots stand between"),
         ("augment.mixup=0.5..0.2", "is empty"),
         ("optimizer.weight_decay=log:0..0.1", "begins above 0; for 0 itself give values, such as optimizer.weight_decay=0,"),
         ("optimizer.weight_decay=log:-1..0.1", "begins above 0"),
