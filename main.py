@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     runs = launch.chosen(shard(grid, SHARD.value), options.only, searches)
     if hosts.several() and (search or options.launch or options.only == REPORT):
         raise UserError("--tune, --launch and --only=report are for one host: several train runs")
-    if search:
+    if search and not options.only:
         print(search.describe())
     stages = [stage for stage in (searches, [run.name for run in runs]) if stage]
     if DRY_RUN.value:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from configs import base
 from data.sources import list_source
 from data.writing import write_records
+from errors import UserError
 from experiment.command import arguments, config_overrides, run_command
 from experiment.grid import expand
 
@@ -30,7 +31,10 @@ def main(argv: list[str]) -> int:
     else:
         data = base.get_config().data
         data.path = given[0]
-    output, listing = Path(given[-1]).expanduser(), list_source(data)
+    output = Path(given[-1]).expanduser()
+    if data.source == "folder" and _inside(output, Path(data.path).expanduser()):
+        raise UserError(f"{output} lies in {data.path}, whose folders are classes: choose another")
+    listing = list_source(data)
     count = len(listing.ids)
     with tqdm(total=count, unit=" images", leave=False, disable=None) as bar:
         wrote = write_records(
@@ -41,6 +45,10 @@ def main(argv: list[str]) -> int:
         f"read them with --config.data.source=array_record --config.data.path={output}"
     )
     return 0
+
+
+def _inside(output: Path, folder: Path) -> bool:
+    return output.resolve().is_relative_to(folder.resolve())
 
 
 if __name__ == "__main__":

@@ -168,6 +168,11 @@ def _folder(data: ConfigDict) -> Listing:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f"config.data.path: {root} {what}; expected a folder of class folders")
+    if (root / "index.json").exists() and any(root.glob("*.array_record")):
+        raise UserError(
+            f"config.data.path: {root} holds records: read them with "
+            "--config.data.source=array_record, and audit them with --config=..."
+        )
     found = read_folder(root, data.get("layout", "auto"))
     index = {name: i for i, name in enumerate(found.class_names)}
     paths = [path for _, _, path in found.files]

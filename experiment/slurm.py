@@ -10,6 +10,8 @@ from pathlib import Path
 
 from errors import UserError
 
+# Options that the script or submit.sh gives.
+OURS = ("job-name", "requeue", "open-mode", "signal", "array", "output", "dependency", "parsable")
 REQUEUES = 20  # of a task that saved and stopped, at the end of its time for example
 
 # The names of all jobs stand in the script, of which SLURM keeps a copy: a later launch with other
@@ -113,6 +115,8 @@ def sbatch_options(text: str) -> list[str]:
         name, equals, value = part.lstrip("-").partition("=")
         if not re.fullmatch(r"[a-z][a-z-]*", name) or re.search(r'["\n]', value):
             raise UserError(f"--slurm: {part!r} is not of the form name=value, as sbatch has it")
+        if name in OURS:
+            raise UserError(f"--slurm: {name} is set by the launcher: leave it out")
         value = f'"{value}"' if re.search(r"\s", value) else value
         options.append(f"--{name}{equals}{value}")
     return options

@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -105,7 +106,10 @@ def join(place: Place) -> None:
 
     if place.index:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the first host speaks for all
-    print(f"waiting for {place.count} hosts at {where}", flush=True)
+    elif place.coordinator:
+        _check_port(int(place.coordinator.rpartition(":")[2]))
+    print(f"waiting for {place.count} hosts at {where}", file=sys.stderr, flush=True)
+    python_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)  # JAX waits outside Python
     timer = threading.Timer(JOIN_SECONDS, give_up)
     timer.daemon = True
     timer.start()
@@ -128,7 +132,21 @@ def join(place: Place) -> None:
         raise UserError(f"the hosts cannot be connected: {error}") from error
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, python_handler)
     _watch.start()
+
+
+def _check_port(port: int) -> None:
+    """Raises a UserError where another program uses it, for JAX would end without a word."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"--coordinator: port {port} of this host cannot be used ({error.strerror}): "
+                "choose another, on all hosts"
+            ) from error
 
 
 def check_command() -> None:
@@ -316,12 +334,23 @@ def end_all(error: BaseException) -> NoReturn:
         traceback.print_exception(error)
         text = f"{type(error).__name__}: {error}"
     print(f"error: {text}", file=sys.stderr, flush=True)
+    if lost and not is_first() and _first_is_gone():  # JAX aborts this one at any moment
+        _exit("", code)
     if lost and (told := said()):  # why the other one ended
         _exit(told["text"], told["code"])
     told = {"text": f"host {distributed.global_state.process_id} ended: {text}", "code": code}
     with contextlib.suppress(RuntimeError):  # the first host is gone, or another said it before
         distributed.global_state.client.key_value_set(END, json.dumps(told))
     _exit("", code)
+
+
+def _first_is_gone() -> bool:
+    host, _, port = distributed.global_state.coordinator_address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=0.2).close()
+    except OSError:
+        return True
+    return False
 
 
 def _exit(text: str, code: int) -> NoReturn:
