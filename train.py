@@ -374,6 +374,8 @@ def check_runs(configs: list[ConfigDict], workdir: Path) -> tuple[list[Dataset],
 
 def check_fractions(configs: list[ConfigDict]) -> None:
     """Raises a UserError if two values of `data.train_fraction` keep equally many images."""
+    if len({config.data.train_fraction for config in configs}) < 2:
+        return
     fractions: dict[tuple, float] = {}
     for config in configs:
         data = dict(config.data)
