@@ -82,7 +82,7 @@ def draw_curves(comparison: Comparison) -> plt.Figure:
 
 def plain_ticks(axis, ratio: float) -> None:
     """Labels a logarithmic axis with 20 k rather than powers; between powers if it is short."""
-    digits = "123456789" if ratio < 8 else "25"
+    digits = "123456789" if ratio < 4 else "25"
 
     def between(value: float, _: int) -> str:
         return scaled(value) if f"{value:e}"[0] in digits else ""
