@@ -13,26 +13,29 @@ Exit codes: 0 every image was read, 1 some could not be, 2 a mistake.
 
 import csv
 import glob
+import hashlib
 import io
+import json
 import math
 import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from absl import flags
 
+from analysis.answers import answering
 from analysis.confidence import least_probability, sets_of_classes, softmax
 from analysis.evaluate import sets_fitted_to, temperature_of, threshold_of
-from analysis.forward import classifier_from, compiled
+from analysis.forward import classifier_from
 from analysis.runs import FinishedRun, load_run
 from data.decoding import MAX_PIXELS, resize, to_rgb
 from data.sources import SUFFIXES
@@ -54,10 +57,24 @@ COLUMNS = ("path", *(name for pair in RANKS for name in pair), "set95", "review"
 class Predictor:
     """A trained classifier, and what is known of its input and output."""
 
-    model: Classifier
     # Of `training.weights.save_weights`, and `temperature`, `review_thresholds` and `sets`; exports
     # made before there were sets have none.
     facts: dict
+    file: Path  # it was read from
+    answer: Callable[[np.ndarray], dict[str, np.ndarray]]  # as `answers.answering` returns it
+    model: Classifier | None = None  # None where only a compiled form of it is known
+
+    @cached_property
+    def version(self) -> str:
+        """16 hexadecimal digits that change with the weights or with what makes answers of logits.
+
+        They begin the SHA-256 digest of the file, the temperature and the sets.
+        """
+        with open(self.file, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        fitted = [self.facts.get(key) for key in ("temperature", "sets")]
+        digest.update(json.dumps(fitted, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
 
     def threshold(self, target: float) -> float:
         """Returns the confidence below which to review answers, for this accuracy of the others."""
@@ -115,7 +132,8 @@ def _read(file: Path, fitted: dict | None = None) -> Predictor:
             "or export the run again"
         )
     del facts["arrays"]
-    return Predictor(classifier_from(file, facts), facts)
+    model = classifier_from(file, facts)
+    return Predictor(facts, file, answering(model), model)
 
 
 def find_images(photos: Iterable[str], recursive: bool = True) -> list[str]:
@@ -176,7 +194,6 @@ def predict(
 ) -> Iterator[dict[str, str | float]]:
     """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value."""
     facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
-    program = compiled(predictor.model, lambda model, images: model(model.preprocess(images)))
     size, side = max(1, min(batch_size, len(paths))), facts["image_size"]
     decode = partial(_decode, facts)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -188,7 +205,7 @@ def predict(
             images = np.zeros((size, side, side, 3), np.uint8)
             for i, (image, _) in enumerate(decoded):
                 images[i] = image
-            logits = np.asarray(program(images))
+            logits = predictor.answer(images)["logits"]
             probabilities, sets = softmax(logits, facts["temperature"]), predictor.sets(logits)
             for i, (path, (_, error)) in enumerate(zip(paths[start:], decoded, strict=False)):
                 row = probabilities[i]
@@ -211,16 +228,20 @@ def _joined(names: list[str]) -> str:
 
 def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:
     """Returns an image as evaluation sees it, and ""; or 0, and why there is none."""
-    data = facts["data"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
-            limit, side = data.get("max_pixels", MAX_PIXELS), facts["image_size"]
-            image, _ = to_rgb(Path(path).read_bytes(), tuple(data["background"]), limit, side)
-        image = resize(image, side, data["resize"], data["interpolation"])
-        return np.asarray(image), ""
+        return decode_image(facts, Path(path).read_bytes()), ""
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
         return 0, " ".join(str(error).split()) or type(error).__name__
+
+
+def decode_image(facts: dict, content: bytes) -> np.ndarray:
+    """Returns an image file as evaluation sees it: uint8 [S, S, 3]; raises what Pillow raises."""
+    data, side = facts["data"], facts["image_size"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata that changes no pixel
+        limit = data.get("max_pixels", MAX_PIXELS)
+        image, _ = to_rgb(content, tuple(data["background"]), limit, side)
+    return np.asarray(resize(image, side, data["resize"], data["interpolation"]))
 
 
 @contextmanager

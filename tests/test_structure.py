@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 
 # Each may import itself and those after it.
 ORDER = (
-    "main", "analysis", "train", "training", "experiment", "configs", "input_pipeline", "data",
-    "models", "errors",
+    "main", "deploy", "analysis", "train", "training", "experiment", "configs", "input_pipeline",
+    "data", "models", "errors",
 )  # fmt: skip
 MODULES = sorted(
     path

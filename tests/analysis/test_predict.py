@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.special import betaincinv
 
 from analysis import predict as command
+from analysis.answers import answering
 from analysis.confidence import fit_temperature, softmax
 from analysis.predict import COLUMNS, find_images, load_predictor, open_output, predict, write_rows
 from analysis.runs import load_run
@@ -131,7 +132,8 @@ def test_broken_images_have_rows_with_their_error_and_disturb_no_other(predictor
 def test_two_classes_leave_the_third_column_empty(predictor, files):
     model = create_model("linear", 2, image_size=8)
     facts = predictor.facts | {"class_names": ["a", "b"]}
-    row = next(predict(replace(predictor, model=model, facts=facts), files[:1], TARGET))
+    two = replace(predictor, answer=answering(model), facts=facts)
+    row = next(predict(two, files[:1], TARGET))
     assert {row["class"], row["second"]} == {"a", "b"}
     assert row["third"] == row["third_confidence"] == ""
     assert row["confidence"] + row["second_confidence"] == pytest.approx(1)

@@ -1,0 +1,92 @@
+"""Load a model in any form: the directory of a run, or what `deploy.export` wrote.
+
+Every form answers alike: `Predictor.answer` takes uint8 [B, S, S, 3] and returns logits [B, K] and
+features [B, 32].
+"""
+
+import importlib
+import json
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from analysis.predict import WEIGHTS, Predictor, load_predictor
+from errors import UserError
+from models.weights.own import KEY
+
+ONNX, STABLEHLO = "model.onnx", "model.stablehlo"  # names in an exported folder
+FILES = (WEIGHTS, ONNX, STABLEHLO)
+PROGRAM, FACTS = "program.bin", "facts.json"  # members of a .stablehlo file, which is a zip
+
+
+def load(path: Path, target_accuracy: float = 0.95, threads: int = 0) -> Predictor:
+    """Returns the model of a run directory, of an exported folder, or of one of its files.
+
+    `threads` is of ONNX Runtime; 0 takes all cores. Raises UserError for what is none of these.
+    """
+    if path.is_dir() and not (path / "config.json").exists():
+        found = [name for name in FILES if (path / name).is_file()]
+        if len(found) > 1:
+            raise UserError(f"{path} holds {' and '.join(found)}: name one of the files")
+        path = path / found[0] if found else path
+    readers = {".onnx": _read_onnx, ".stablehlo": _read_stablehlo}
+    if path.suffix not in readers:
+        return load_predictor(path, target_accuracy)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    predictor = readers[path.suffix](path, threads)
+    predictor.threshold(target_accuracy)
+    return predictor
+
+
+def package(name: str, extra: str) -> ModuleType:
+    """Imports an optional package; raises UserError with the command that installs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{name} is not installed ({error}): pip install -c constraints.txt -e '.[{extra}]'"
+        ) from error
+
+
+def _read_onnx(file: Path, threads: int) -> Predictor:
+    runtime = package("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    try:
+        session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises types of its own
+        raise UserError(f"{file} cannot be read by ONNX Runtime: {error}") from error
+    facts = _facts(file, session.get_modelmeta().custom_metadata_map.get(KEY))
+    names = [output.name for output in session.get_outputs()]
+    taken = session.get_inputs()[0].name
+
+    def answer(images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, {taken: images}), strict=True))
+
+    return Predictor(facts, file, answer)
+
+
+def _read_stablehlo(file: Path, threads: int) -> Predictor:
+    import jax.export  # a command that serves ONNX needs no JAX
+
+    try:
+        with zipfile.ZipFile(file) as members:
+            program = jax.export.deserialize(bytearray(members.read(PROGRAM)))
+            facts = _facts(file, members.read(FACTS).decode())
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is no StableHLO file of this project ({error})") from error
+    call = jax.jit(program.call)
+    return Predictor(facts, file, lambda images: jax.tree.map(np.asarray, call(images)))
+
+
+def _facts(file: Path, text: str | None) -> dict:
+    try:
+        facts = json.loads(text or "")
+        return {"temperature": facts["temperature"]} | facts
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} does not say how to use it: it was not written by deploy.export"
+        ) from error
