@@ -25,6 +25,7 @@ from input_pipeline import Dataset, load_dataset
 from models import Classifier, create_model
 from models.classifier import MISTAKES, check_architecture, split_model
 from training.cost import model_cost
+from training.distillation import note_teachers
 from training.heads import HeadGroup, SeedRecord
 from training.log import environment
 from training.phase import save_augmented_batch, train_phase
@@ -206,6 +207,7 @@ def begin(
         "preprocessing": model.preprocessing.to_dict(),
         "weights": config.weights,
     }
+    summary |= note_teachers(config, dataset, run_dirs)
     if config.weights != "none" and config.preflight != "off":
         strict = config.preflight == "error"
         summary["preflight"] = inspect_pixels(model, sample(dataset), config.weights, strict=strict)

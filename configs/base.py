@@ -189,6 +189,15 @@ def get_config(models: str = "") -> ConfigDict:
     loss.label_smoothing = 0.0
     loss.class_weights = "none"  # none | balanced | one number per class: "1,2.5,1"
 
+    # Distillation: a student learns from the answers of finished runs too, to the very images that
+    # it sees, augmented and mixed alike. Its loss is (1 - weight) x the one above + weight x
+    # temperature^2 x KL(teacher || student), both softened by the temperature (Hinton et al. 2015).
+    # The defaults are those of Zagoruyko and Komodakis 2017, and of most who compared since.
+    distill = config.distill = ConfigDict()
+    distill.teacher = ""  # none | run:DIR | run:DIR,run:DIR, the mean of their probabilities
+    distill.temperature = 4.0
+    distill.weight = 0.9  # of the teacher; 1: labels do not count
+
     config.ema_decay = 0.0  # moving average of the weights, evaluated in their place; 0 is off
     config.eval_every_epochs = 1
     # What the best weights of all phases are chosen by, on validation images: loss (the negative

@@ -72,6 +72,14 @@ def write_table(table: pd.DataFrame, folder: Path, identity: str) -> None:
         os.replace(part, path)
 
 
+def read_table(folder: Path, identity: str) -> pd.DataFrame:
+    """Returns a table that `write_table` kept; raises OSError or ValueError where it is lost."""
+    return pd.read_csv(
+        _table_path(folder, identity), index_col="id", dtype=str, keep_default_na=False,
+        encoding_errors="surrogateescape", compression="gzip",
+    )  # fmt: skip
+
+
 def _table_path(folder: Path, identity: str) -> Path:
     return folder / f"images-{identity[:16]}.csv.gz"
 
@@ -97,12 +105,7 @@ def check_identity(
     if all(stored.get(key) in (None, current[key]) for key in keys):
         return
     try:
-        path = _table_path(folder, stored[keys[0]])
-        old = pd.read_csv(
-            path, index_col="id", dtype=str, keep_default_na=False,
-            encoding_errors="surrogateescape", compression="gzip",
-        )  # fmt: skip
-        changed = difference(old, table())
+        changed = difference(read_table(folder, stored[keys[0]]), table())
     except (OSError, ValueError):  # it was never kept, or was deleted
         changed = _changed_counts(stored, current)
     raise UserError(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -9,7 +10,10 @@ from data.augmentation import crops
 from data.folders import LAYOUTS
 from errors import UserError, choose
 from experiment.fields import flatten, phase_config, phase_names
+from experiment.files import read_json
 from models.classifier import MISTAKES
+from models.weights.download import digest
+from models.weights.own import WEIGHTS
 
 CHOICES = {
     "data.source": ("digits", "folder", "npz", "tfds", "array_record"),
@@ -28,6 +32,7 @@ CHOICES = {
     "select": ("loss", "accuracy", "balanced_accuracy", "macro_f1"),
     "runtime.feed": ("auto", "resident", "streaming"),
 }
+TAUGHT = "distill.json"  # of a run directory: its teachers
 TRIAL_SEED = 10_000  # plus config.search.seed, for the trials of a search
 TRIED = {"try_learning_rates": "learning_rate", "try_weight_decays": "weight_decay"}
 # Intervals; a round bracket leaves its end out.
@@ -55,6 +60,8 @@ RANGES = {
     "schedule.factor": "(0, 1)",
     "schedule.patience": "[1, 1e6]",
     "loss.label_smoothing": "[0, 1)",
+    "distill.temperature": "(0, inf)",
+    "distill.weight": "[0, 1]",
     "ema_decay": "[0, 1)",
     "eval_every_epochs": "[1, 1e6]",
     "early_stopping_patience": "[0, 1e6]",
@@ -124,6 +131,34 @@ def _check(config: ConfigDict) -> None:
             "config.loss.name=hinge needs hard labels: set loss.label_smoothing, augment.mixup and "
             "augment.cutmix to 0, or use cross_entropy"
         )
+    if teachers_of(config.distill.teacher) and config.loss.name == "hinge":
+        raise UserError(
+            "config.loss.name=hinge: a student learns probabilities from its teacher, and hinge "
+            "has none: use cross_entropy, or set distill.teacher=''"
+        )
+
+
+def teachers_of(text: str) -> list[Path]:
+    """Returns the run directories that `config.distill.teacher` names; raises UserError."""
+    parts = re.split(r",\s*(?=run:)", text.strip()) if text.strip() else []
+    paths = [Path(part.removeprefix("run:")).expanduser() for part in parts]
+    if not all(re.match("run:.", part) for part in parts) or len(set(paths)) < len(paths):
+        raise UserError(
+            f"config.distill.teacher={text!r}: expected run:DIR, the directory of a finished run, "
+            "or several different ones, run:DIR,run:DIR, or '' for none"
+        )
+    return paths
+
+
+def check_taught(run_dir: Path) -> None:
+    """Raises a UserError if a teacher of a run changed since the run began."""
+    for teacher in read_json(run_dir / TAUGHT).get("teachers", []):
+        file = Path(teacher["path"]) / WEIGHTS
+        if file.is_file() and digest(file, "sha256") != teacher["digest"]:
+            raise UserError(
+                f"{run_dir} learns from run:{teacher['path']}, which was trained anew since: use "
+                f"another --workdir, or delete {run_dir} to train it with the new teacher"
+            )
 
 
 def _check_range(path: str, value: float, interval: str) -> None:

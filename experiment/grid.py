@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from errors import UserError, choose
-from experiment.checks import check_compare, check_config, check_search
+from experiment.checks import check_compare, check_config, check_search, check_taught, teachers_of
 from experiment.fields import (
     GRID_FIELDS,
     Text,
@@ -40,6 +40,9 @@ AS_BEFORE = {
     "try_learning_rates": [],
     "try_weight_decays": [],
     "predict_test": True,
+    "distill.teacher": "",
+    "distill.temperature": 4.0,
+    "distill.weight": 0.9,
 }
 # Fields that cannot change a result, beside all of `runtime`; the data are known by what they are.
 FREE = ("eval_batch_size", "data.source", "data.path", "data.tfds_dir")
@@ -188,14 +191,27 @@ def _variants(config: ConfigDict, model: str) -> list[Variant]:
             if name != model:
                 continue
             path = path.rstrip(".")
-        axes.append([(path, Text(value)) for value in values])
+        names = _teacher_names(values) if path == "distill.teacher" else values
+        axes.append([(path, Text(value), name) for value, name in zip(values, names, strict=True)])
     variants = []
     for name, changes in (config.variants.to_dict() or {"": {}}).items():
         for point in itertools.product(*axes):
-            texts = [f"{path.split('.')[-1]}={value}" for path, value in point]
+            texts = [f"{path.split('.')[-1]}={shown}" for path, _, shown in point]
             name_of_point = ", ".join(filter(None, [name, *texts]))
-            variants.append(Variant(name_of_point, flatten(changes), dict(point)))
+            swept = {path: value for path, value, _ in point}
+            variants.append(Variant(name_of_point, flatten(changes), swept))
     return variants
+
+
+def _teacher_names(values: list[str]) -> list[str]:
+    """Returns short names of values of `distill.teacher`: ends of paths that tell them apart."""
+    groups = [teachers_of(str(parse(value, "", "distill.teacher", "sweep"))) for value in values]
+    longest = max(len(path.parts) for group in groups for path in (*group, Path("two/parts")))
+    for length in range(2, longest + 1):
+        names = ["+".join("/".join(path.parts[-length:]) for path in group) for group in groups]
+        if len(set(names)) == len(names):
+            break
+    return [name or "none" for name in names]
 
 
 def run_config(
@@ -279,6 +295,7 @@ def check_run_dir(run: Run, workdir: Path, cure: str = "", free: Iterable[str] =
     path = workdir / run.name / "config.json"
     if not path.exists():
         return
+    check_taught(path.parent)
     stored = AS_BEFORE | flatten(read_json(path))
     asked = AS_BEFORE | flatten(stored_config(run.config))
     lines = [

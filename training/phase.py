@@ -20,6 +20,7 @@ from experiment.fields import first_trained_stage, phase_config, phase_names
 from input_pipeline import Feed, batch_rows, steps_per_epoch
 from training import checkpoint
 from training.cost import step_memory, working_time
+from training.distillation import lesson
 from training.optimizer import make_plateau
 from training.record import Diverged, RunRecord
 from training.steps import (
@@ -111,18 +112,32 @@ class Phase:
                 file=sys.stderr,
             )
         self.key = phase_key(config.seed, progress.phase)
+
+        def stop_if_asked() -> None:
+            if record.should_stop():
+                raise Interrupted("stopped while features were stored; they are computed again")
+
         # `cached` says whether both feeds are of stored features.
-        self.feed, self.validation, self.cached = _feeds(record, config, weights, first)
+        self.feed, self.validation, self.cached = _feeds(
+            record, config, weights, first, stop_if_asked
+        )
+        teach, self.taught = lesson(record, config, stop_if_asked)  # the latter for every step
         self.steps_per_epoch = steps_per_epoch(len(self.feed), config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch  # at most
         classes, steps = class_weights(config, record.dataset), (self.steps_per_epoch, self.steps)
-        self.program = train_program(config, model, classes, steps, first=first, cached=self.cached)
+        self.program = train_program(
+            config, model, classes, steps, first=first, cached=self.cached, teach=teach
+        )
         self.eval_step = make_eval_step(model, first if self.cached else 0)
         self.said_at = time.monotonic()  # when the last line of progress was printed
 
 
 def _feeds(
-    record: RunRecord, config: ConfigDict, weights: dict, first: int
+    record: RunRecord,
+    config: ConfigDict,
+    weights: dict,
+    first: int,
+    after_batch: Callable[[], None],
 ) -> tuple[Feed, Feed, bool]:
     """Returns what to train and to validate on, and whether both are stored features."""
     train = record.feed("train", large=crops(config.augment))
@@ -130,14 +145,9 @@ def _feeds(
     views = features_fit(config, record.model, first, len(train), len(validation))
     if not views:
         return train, validation, False
-
-    def stop_if_asked() -> None:
-        if record.should_stop():
-            raise Interrupted("stopped while features were stored; they are computed again")
-
     frozen = FrozenStages(config, record.model, weights, first)
     pairs = ((train, views), (validation, 0))
-    return *(frozen.features(feed, number, stop_if_asked) for feed, number in pairs), True
+    return *(frozen.features(feed, number, after_batch) for feed, number in pairs), True
 
 
 def _measure_memory(
@@ -145,7 +155,7 @@ def _measure_memory(
 ) -> Iterator[dict]:
     """Returns the same batches; `record` knows the most memory that a step on them takes."""
     first, progress = next(batches), record.progress
-    memory = step_memory(phase.program.step, state, first, phase.key)
+    memory = step_memory(phase.program.step, state, first, phase.key, *phase.taught)
     known = (progress.train_step_memory_bytes, memory)
     progress.train_step_memory_bytes = max(filter(None, known), default=None)
     return itertools.chain([first], batches)
@@ -158,7 +168,7 @@ def _take_steps(
     progress, began = record.progress, working_time()
     stop = progress.step + steps
     while progress.step < stop:
-        state = phase.program.step(state, next(batches), phase.key)
+        state = phase.program.step(state, next(batches), phase.key, *phase.taught)
         progress.step += 1
         bar.update()
         if progress.step < stop and record.should_stop():  # at `stop` the pause comes first

@@ -38,6 +38,7 @@ from models.classifier import MISTAKES, split_model
 from models.layers import BatchNorm
 from models.pretrained import shape_of
 from models.weights.loading import find
+from training.distillation import find_teachers
 from training.steps import class_weights
 
 # Measured with the ImageNet weights of EfficientNet-Lite0 to 2 and of a MobileNetV2 (jax 0.10.2).
@@ -67,10 +68,11 @@ Moments = dict[str, tuple[np.ndarray, np.ndarray]]  # {layer: (mean [C], varianc
 
 
 def check_phases(config: ConfigDict, model: Classifier, dataset: Dataset, mesh: Mesh) -> None:
-    """Finds what would stop or spoil a phase of a run: its stages, batches and class weights.
+    """Finds what would stop or spoil a run: its teachers; stages, batches, weights of each phase.
 
     `model` may hold shapes in place of arrays. Raises a UserError that names the phase.
     """
+    find_teachers(config, dataset)
     for name in phase_names(config):
         settings = phase_config(config, name)
         try:

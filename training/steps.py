@@ -115,6 +115,7 @@ def train_program(
     *,
     first: int = 0,
     cached: bool = False,
+    teach: Callable | None = None,
 ) -> TrainProgram:
     """Returns the program of a phase of `steps` (per epoch, in all); see `train_step_of`."""
     outline, stages = Outline.of(model), len(model.stages)
@@ -122,11 +123,11 @@ def train_program(
     def make() -> TrainProgram:
         schedule = make_schedule(config, *steps)
         optimizer = make_optimizer(config, schedule, stages)
-        hollow, options = outline.model(), {"first": first, "cached": cached}
+        hollow, options = outline.model(), {"first": first, "cached": cached, "teach": teach}
         step = make_train_step(config, hollow, optimizer, weights, **options)
         return TrainProgram(schedule, optimizer, step)
 
-    key = (settings(config), outline, weights.tolist(), steps, first, cached)
+    key = (settings(config), outline, weights.tolist(), steps, first, cached, teach)
     return shared(("train_step", *key), make)
 
 
@@ -138,8 +139,9 @@ def train_step_of(
     *,
     first: int = 0,
     cached: bool = False,
-) -> Callable[[dict, dict, jax.Array], dict]:
-    """Returns the step of training, (state, batch, key) -> state.
+    teach: Callable | None = None,
+) -> Callable[..., dict]:
+    """Returns the step of training, (state, batch, key) -> state, or with `taught` as the last.
 
     A step whose loss or gradient is not finite changes nothing but `bad_step`, and neither do the
     steps after it: so the first bad step is known exactly without waiting for the device at each.
@@ -150,21 +152,25 @@ def train_step_of(
       weights: [K] of the classes in the loss.
       first: the first stage that trains; the arrays before it pass through untouched.
       cached: whether a batch's "image" is what stage `first` takes instead of an image.
+      teach: (taught, inputs, batch) -> logits [B, T, K] of the teachers: see `distillation.py`.
     """
     modes = {"batch_norm": config.batch_norm, "frozen_batch_norm": config.frozen_batch_norm}
     structure = in_mode(model, training=True, first=first, **modes)
 
-    def train_step(state: dict, batch: dict, key: jax.Array) -> dict:
+    def train_step(state: dict, batch: dict, key: jax.Array, taught: dict | None = None) -> dict:
         augment_key, dropout_key = step_keys(key, state["step"])
         targets = jax.nn.one_hot(batch["label"], len(weights))  # [B, K]
         inputs = batch["image"]
         if not cached:
             inputs, targets = _augmented(config, augment_key, batch, targets)
+        soft = teach and softened(teach(taught, inputs, batch), config.distill.temperature)
 
         def loss_of(params: dict):
             merged = merge_model(structure, state["params"] | params, state["stats"], dropout_key)
             logits = forward(merged, inputs, first if cached else 0)  # [B, K]
             losses = criterion(config, logits, targets)  # [B]
+            if teach:
+                losses = distilled(config.distill, losses, logits, soft)
             weight = targets @ weights
             loss = (losses * weight).sum() / weight.sum()
             if config.optimizer.l1:
@@ -269,6 +275,24 @@ def criterion(config: ConfigDict, logits: jax.Array, targets: jax.Array) -> jax.
     if config.loss.label_smoothing:
         targets = optax.smooth_labels(targets, config.loss.label_smoothing)
     return optax.softmax_cross_entropy(logits, targets)
+
+
+def softened(logits: jax.Array, temperature: float) -> jax.Array:
+    """Returns the mean probabilities of T teachers at a temperature: [B, T, K] -> [B, K]."""
+    return jax.nn.softmax(logits / temperature).mean(axis=1)
+
+
+def distilled(
+    config: ConfigDict, losses: jax.Array, logits: jax.Array, soft: jax.Array
+) -> jax.Array:
+    """Returns the loss of each image, [B], mixed with its distance from the teachers' `soft`.
+
+    `config` is `config.distill`. The square of the temperature keeps gradients as large as the
+    labels' (Hinton et al. 2015).
+    """
+    student = jax.nn.log_softmax(logits / config.temperature)
+    distance = config.temperature**2 * optax.losses.kl_divergence(student, soft)
+    return (1 - config.weight) * losses + config.weight * distance
 
 
 def selection_score(

@@ -1,4 +1,4 @@
-"""The outputs of frozen stages, computed once instead of at every step, and kept on disk."""
+"""The outputs of frozen networks, computed once instead of at every step, and kept on disk."""
 
 import functools
 import hashlib
@@ -7,7 +7,9 @@ import math
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ import data
 import models
 from data.augmentation import changes_nothing
 from data.cache import put_in_place, sweep, temporary_folder
+from experiment.checks import teachers_of
 from input_pipeline import Feed, gather_program, to_devices
 from models import Classifier
 from models.classifier import merge_model, stage_of
@@ -48,10 +51,11 @@ def features_fit(
     """Returns how many views of each training image are stored in a phase; 0 for none."""
     if features_obstacle(config, model, first, images, validation_images):
         return 0
-    return _views(config)
+    return stored_views(config)
 
 
-def _views(config: ConfigDict) -> int:
+def stored_views(config: ConfigDict) -> int:
+    """Returns how many images a phase makes of each training image; 0 for new ones every time."""
     return 1 if changes_nothing(config.augment) else config.augment_views
 
 
@@ -66,19 +70,26 @@ def features_obstacle(
         return "it freezes no stage: set train=head"
     if config.frozen_batch_norm == "batch":
         return "what is frozen depends on the batch: set frozen_batch_norm=running"
-    if not _views(config):
+    if not stored_views(config):
         return "each epoch augments anew: set augment_views=4, say, with augment.mixup and cutmix 0"
     size = config.data.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
     shape = jax.eval_shape(lambda m, x: _condensed(m, x, first), model, image)
-    count = _views(config) * images + validation_images
+    count = stored_views(config) * images + validation_images
     megabytes = count * math.prod(shape.shape) * shape.dtype.itemsize / 2**20
+    megabytes += logits_megabytes(config, images, model.num_classes)
     if megabytes > config.runtime.feature_cache_mb:
         return (
             f"its features take {megabytes:.0f} MB: raise runtime.feature_cache_mb, or lower "
             "augment_views"
         )
     return ""
+
+
+def logits_megabytes(config: ConfigDict, images: int, num_classes: int) -> float:
+    """Returns what the logits of a run's teachers take, of all views of its training images."""
+    teachers = len(teachers_of(config.distill.teacher))
+    return stored_views(config) * images * teachers * num_classes * 4 / 2**20
 
 
 def _condensed(model: Classifier, images: jax.Array, first: int) -> jax.Array:
@@ -88,33 +99,26 @@ def _condensed(model: Classifier, images: jax.Array, first: int) -> jax.Array:
     return condense(features) if condense else features
 
 
-class FrozenStages:
-    """The stages before `first`: what they make of images is kept in `runtime.cache_dir`.
+class StoredOutputs:
+    """What `output(model, images)` makes of images is kept in `runtime.cache_dir`.
 
-    An entry there is known by all that it depends on: the arrays of these stages, the architecture
-    and its code, the images, their order and their views. So neither another seed nor another
-    command computes it again; a damaged one is made anew.
+    An entry there is known by all that it depends on: the code of models and augmentation, the
+    images, their order and their views, and `key`, which says all of `model` and `output`. So
+    neither another seed nor another command computes it again; a damaged one is made anew.
     """
 
-    def __init__(self, config: ConfigDict, model: Classifier, weights: dict, first: int):
-        self.config, self.first = config, first
-        self.model = merge_model(model, weights["params"], weights["stats"])
+    model: Any  # a tree of arrays
+    output: Callable[[Any, jax.Array], jax.Array]  # equal to another that does the same
+
+    def __init__(self, config: ConfigDict, key: list):
+        self.config = config
         self.folder = Path(config.runtime.cache_dir).expanduser() / "features"
-        arrays = hashlib.sha256()
-        for path, array in sorted((weights["params"] | weights["stats"]).items()):
-            if stage_of(path) < first:
-                arrays.update(f"{path} {array.dtype} {array.shape}".encode())
-                arrays.update(np.ascontiguousarray(array))
-        preprocessing = model.preprocessing.to_dict()
-        self.key = [
-            *(VERSION, jax.__version__, jax.default_backend(), _code(), arrays.hexdigest(), first),
-            *(model.name, repr(model.fields), preprocessing, config.compute_dtype),
-        ]
+        self.key = [VERSION, jax.__version__, jax.default_backend(), _code(), *key]
 
     def features(
         self, feed: Feed, views: int = 0, after_batch: Callable[[], None] = lambda: None
     ) -> FeatureFeed:
-        """Returns the feed of stage `first`, of every view of every image of `feed`.
+        """Returns the outputs of every view of every image of `feed`, as a feed.
 
         With 0 `views`, the images stay as they are. `after_batch` may raise to stop.
         """
@@ -138,16 +142,16 @@ class FrozenStages:
         return views > 0 and not changes_nothing(self.config.augment)
 
     def _compute(self, feed: Feed, views: int, after_batch: Callable[[], None]) -> np.ndarray:
-        config, first, augments = self.config, self.first, self._augments(views)
+        config, output, augments = self.config, self.output, self._augments(views)
 
-        def run(model: Classifier, batch: dict, view: jax.Array) -> jax.Array:
+        def run(model: Any, batch: dict, view: jax.Array) -> jax.Array:
             images = batch["image"]
             if augments:
                 every = jnp.full(len(images), view)
                 images = augment_views(images, batch["row"], every, config)
-            return _condensed(model, images, first)
+            return output(model, images)
 
-        program = shared(("features", settings(config), first, augments), lambda: jax.jit(run))
+        program = shared(("outputs", settings(config), output, augments), lambda: jax.jit(run))
         # Batches of nearly equal size, for padding would be computed too.
         devices = feed.sharding.mesh.size
         count = -(-len(feed) // config.eval_batch_size)
@@ -163,6 +167,32 @@ class FrozenStages:
                 filled, left = filled + len(features), left - len(features)
                 after_batch()
         return stored
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """What a model hands to stage `first`."""
+
+    first: int
+
+    def __call__(self, model: Classifier, images: jax.Array) -> jax.Array:
+        """Returns it of images [B, H, W, 3]: see `_condensed`."""
+        return _condensed(model, images, self.first)
+
+
+class FrozenStages(StoredOutputs):
+    """The stages before `first`, known by their arrays and their architecture."""
+
+    def __init__(self, config: ConfigDict, model: Classifier, weights: dict, first: int):
+        self.model = merge_model(model, weights["params"], weights["stats"])
+        arrays = hashlib.sha256()
+        for path, array in sorted((weights["params"] | weights["stats"]).items()):
+            if stage_of(path) < first:
+                arrays.update(f"{path} {array.dtype} {array.shape}".encode())
+                arrays.update(np.ascontiguousarray(array))
+        known = model.name, repr(model.fields), model.preprocessing.to_dict(), config.compute_dtype
+        self.output = Condensed(first)
+        super().__init__(config, [arrays.hexdigest(), first, *known])
 
 
 @functools.cache
