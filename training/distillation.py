@@ -161,7 +161,8 @@ def _order(where: str, theirs: list[str], ours: list[str]) -> tuple[int, ...]:
 def _check_images(where: str, path: Path, dataset: Dataset) -> None:
     """Raises a UserError if a teacher was trained or chosen on images that judge the student.
 
-    An image is the same if its pixels are, before they are resized, or its id and class.
+    An image is the same if its id and class are; one whose id the teacher does not know, if its
+    pixels are, before they are resized. So duplicates within the data count as they do without one.
     """
     stored = read_json(path / "dataset.json")
     if stored.get("identity") == dataset.identity:
@@ -178,21 +179,17 @@ def _check_images(where: str, path: Path, dataset: Dataset) -> None:
             "longer knows on which: train a teacher on the student's data"
         ) from None
     ours = dataset.identity_table
+    at = theirs.index.get_indexer(ours.index)
+    known = (at >= 0) & (theirs["class"].to_numpy()[at] == ours["class"].to_numpy())
     for seen, judged in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        of_teacher, of_student = theirs[theirs["part"] == seen], ours[ours["part"] == judged]
-        pixels = set(of_teacher["pixels"]) - {""}
-        names = set(zip(of_teacher.index, of_teacher["class"], strict=True))
-        same = [
-            name
-            for name, label, digest in zip(
-                of_student.index, of_student["class"], of_student["pixels"], strict=True
-            )
-            if digest in pixels or (name, label) in names
-        ]
-        if same:
+        pixels = set(theirs["pixels"][theirs["part"] == seen]) - {""}
+        leaks = np.where(known, theirs["part"].to_numpy()[at] == seen, ours["pixels"].isin(pixels))
+        of_student = ours["part"] == judged
+        same = ours.index[of_student & leaks]
+        if len(same):
             raise UserError(
-                f"{where}: {len(same)} of the student's {len(of_student)} {judged} images, such as "
-                f"{same[0]}, are {seen} images of the teacher, which would tell their answers: "
+                f"{where}: {len(same)} of the student's {of_student.sum()} {judged} images, such "
+                f"as {same[0]}, are {seen} images of the teacher, which would tell their answers: "
                 "train a teacher with the student's data.split, data.split_seed and data.fold"
             )
 
