@@ -194,7 +194,9 @@ def get_config(models: str = "") -> ConfigDict:
     # temperature^2 x KL(teacher || student), both softened by the temperature (Hinton et al. 2015).
     # The defaults are those of Zagoruyko and Komodakis 2017, and of most who compared since.
     distill = config.distill = ConfigDict()
-    distill.teacher = ""  # none | run:DIR | run:DIR,run:DIR, the mean of their probabilities
+    # "": none | run:DIR | run:DIR,run:DIR, the mean of their probabilities. {seed} and {fold} in it
+    # become those of the student: run:runs/W/cnn_deep/seed{seed} teaches each seed by another one.
+    distill.teacher = ""
     distill.temperature = 4.0
     distill.weight = 0.9  # of the teacher; 1: labels do not count
 

@@ -209,6 +209,7 @@ def _teacher_names(values: list[str]) -> list[str]:
     longest = max(len(path.parts) for group in groups for path in (*group, Path("two/parts")))
     for length in range(2, longest + 1):
         names = ["+".join("/".join(path.parts[-length:]) for path in group) for group in groups]
+        names = [re.sub(r"\{(seed|fold)\}", "*", name) for name in names]
         if len(set(names)) == len(names):
             break
     return [name or "none" for name in names]
@@ -268,6 +269,8 @@ def with_seed(settings: ConfigDict, seed: int, fold: int = 0) -> ConfigDict:
     """Returns the config of a run of that seed and fold."""
     config = ConfigDict(settings.to_dict())
     config.seed, config.data.fold = seed, fold
+    for name, number in (("{seed}", seed), ("{fold}", fold)):
+        config.distill.teacher = config.distill.teacher.replace(name, str(number))
     if config.data.train_fraction < 1:  # whose images depend on the seed
         config.data.train_seed = seed
     return config

@@ -21,6 +21,7 @@ from experiment.fields import first_trained_stage, phase_config, phase_names
 from input_pipeline import Feed, rows_at, steps_per_epoch
 from training.checkpoint import CheckpointError, Checkpoints, fit, restore
 from training.cost import step_memory, working_time
+from training.distillation import lesson
 from training.members import (
     initial_members,
     make_eval_members,
@@ -95,7 +96,7 @@ class HeadGroup:
         self._resume()
 
     def _store_features(self, arrays: dict) -> None:
-        """Sets the feeds of stored features to train and to validate on."""
+        """Sets the feeds of stored features to train and to validate on, and what teachers say."""
         lead, config = self.lead, self.config
         train, validation = lead.feed("train", large=crops(config.augment)), lead.feed("validation")
         views = features_fit(config, self.model, self.first, len(train), len(validation))
@@ -107,6 +108,7 @@ class HeadGroup:
 
         self.feed = self.stages.features(train, views, stop_if_asked)
         self.validation = self.stages.features(validation, 0, stop_if_asked)
+        _, self.taught = lesson(lead, config, stop_if_asked)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -148,6 +150,7 @@ class HeadGroup:
             "frozen": self.frozen,
             "features": self.feed.images,
             "labels": self.feed.labels,
+            "taught": self.taught,
             "classes": class_weights(self.config, self.lead.dataset),
             "keys": jnp.stack(keys),
             "rates": rates,

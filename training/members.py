@@ -44,10 +44,12 @@ def make_take_steps(
     It takes `count` steps on the features at `index`, int [L, S, B], L >= `count`; members
     that are not `active`, bool [S, G], stay as they are. The state is donated.
 
-    `constants` are the frozen arrays, the features of a phase with their labels, the weights of
-    classes, the keys of the S seeds, and the rates and decays of the G settings. The report is
+    `constants` are the frozen arrays, the features of a phase with their labels and, in a tuple,
+    their teachers' logits, if any; the weights of classes, the keys of the S seeds, and the rates
+    and decays of the G settings. The report is
     {"loss", "accuracy", "learning_rate", "bad_step"}, each [S, G].
     """
+    teach = (lambda logits, *_: logits) if config.distill.teacher else None
 
     def schedule_of(rate: jax.Array) -> Callable:
         return make_schedule(config, per_epoch, total, rate)
@@ -59,11 +61,10 @@ def make_take_steps(
 
         def member(state: dict, rate: jax.Array, decay: jax.Array, batch: dict, key: jax.Array):
             optimizer = make_optimizer(config, schedule_of(rate), len(model.stages), decay)
-            step = train_step_of(
-                config, model, optimizer, constants["classes"], first=first, cached=True
-            )
+            options = {"first": first, "cached": True, "teach": teach}
+            step = train_step_of(config, model, optimizer, constants["classes"], **options)
             whole = state | {kind: frozen[kind] | state[kind] for kind in frozen}
-            changed = step(whole, batch, key)
+            changed = step(whole, batch, key, batch.get("taught"))
             return changed | {kind: trained(changed[kind], first) for kind in frozen}
 
         axes = {name: None if name == "step" else 0 for name in state}
@@ -77,6 +78,8 @@ def make_take_steps(
                 "label": labels[places % len(labels)],  # view after view
                 "mask": jnp.ones(places.shape, bool),
             }
+            if constants["taught"]:
+                batch["taught"] = constants["taught"][0][places]
             rates, decays, keys = (constants[name] for name in ("rates", "decays", "keys"))
             return of_group(state, rates, decays, batch, keys)
 

@@ -20,7 +20,7 @@ from experiment.fields import first_trained_stage, phase_config, phase_names
 from input_pipeline import Feed, batch_rows, steps_per_epoch
 from training import checkpoint
 from training.cost import step_memory, working_time
-from training.distillation import lesson
+from training.distillation import Stored, lesson
 from training.optimizer import make_plateau
 from training.record import Diverged, RunRecord
 from training.steps import (
@@ -85,6 +85,7 @@ def train_phase(record: RunRecord, weights: dict, stored: dict | None) -> None:
                         "epochs": done / per_epoch,
                         "steps": done,
                         "stored_features": phase.cached,
+                        **phase.teaching,
                         "seconds": progress.seconds - progress.phase_began,
                         "best_validation_loss": progress.best_loss,
                     }
@@ -122,6 +123,7 @@ class Phase:
             record, config, weights, first, stop_if_asked
         )
         teach, self.taught = lesson(record, config, stop_if_asked)  # the latter for every step
+        self.teaching = {"stored_logits": isinstance(teach, Stored)} if teach else {}
         self.steps_per_epoch = steps_per_epoch(len(self.feed), config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch  # at most
         classes, steps = class_weights(config, record.dataset), (self.steps_per_epoch, self.steps)

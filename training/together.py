@@ -43,8 +43,6 @@ def obstacle(config: ConfigDict, model: Classifier, dataset: Dataset) -> str:
         return f"the run has several phases, {','.join(names)}: set phases=head"
     if config.weights == "none":
         return "frozen stages of weights=none differ from seed to seed: name pretrained weights"
-    if config.distill.teacher:
-        return "its teacher is asked by each run alone: set distill.teacher=''"
     settings = phase_config(config, names[0])
     first = first_trained_stage(settings.train, len(model.stages))
     counts = (len(dataset.rows[part]) for part in ("train", "validation"))
