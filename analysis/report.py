@@ -59,6 +59,7 @@ CHAPTERS = (  # in the order of the page
     Chapter("Data size", sizes.sizes_section),
     Chapter("Tuning", tuning.tuning_section),
     Chapter("Pretrained weights", chapters.transfer),
+    Chapter("Teachers", chapters.teachers),
     Chapter("Confusion", chapters.classes),
     Chapter("Pairs of models", chapters.pairs_of_models),
     Chapter("Heat maps", gradcam.heat_maps, "gradcam.json", ("gradcam_images",)),

@@ -259,6 +259,7 @@ class HeadGroup:
             "epochs": member.step / self.steps_per_epoch,
             "steps": member.step,
             "stored_features": True,
+            **({"stored_logits": True} if self.taught else {}),
             "best_validation_loss": member.best_loss,
         }
         member.phases.append(record)

@@ -235,6 +235,36 @@ def transfer(comparison: Comparison) -> Section | None:
     return Section(text=[text], tables=[table], warnings=warnings, finding=finding)
 
 
+def teachers(comparison: Comparison) -> Section | None:
+    """From whom students learned: see `training/distillation.py`."""
+    rows = []
+    for label, runs in comparison.groups.items():
+        told = runs[0].summary.get("distill")
+        if not told:
+            continue
+        summaries = [single.summary for run in runs for single in run.folds or (run,)]
+        every = [teacher for summary in summaries for teacher in summary["distill"]["teachers"]]
+        names = dict.fromkeys(f"{teacher['run']} ({teacher['digest'][:8]})" for teacher in every)
+        asked = (
+            "once" if all(p["stored_logits"] for p in runs[0].summary["phases"]) else "each step"
+        )
+        rows.append(
+            [label, listed(list(names)), f"{told['temperature']:g}", f"{told['weight']:g}", asked]
+        )
+    if not rows:
+        return None
+    text = (
+        "A student's loss is (1 - weight) of its labels' and weight x temperature^2 of its distance "
+        "from the teachers' mean probabilities, both softened by the temperature (Hinton et al. "
+        "2015). Training seconds include the teachers' answers; parameters, multiply-adds and speed "
+        "are the student's own. How students differ from the same model without a teacher holds for "
+        "these teachers: others may teach more, or less."
+    )
+    columns = ["model", "teachers", "temperature", "weight", "teachers answer"]
+    finding = f"{plural(len(rows), 'model')} learned from finished runs."
+    return Section(text=[text], tables=[Table(columns, rows)], finding=finding)
+
+
 def data(comparison: Comparison) -> Section | None:
     """What the audit found in the images, and what augmentation makes of them."""
     audit = comparison.audit

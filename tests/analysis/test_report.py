@@ -143,9 +143,15 @@ def test_what_became_of_pretrained_weights_is_told(tmp_path):
         phase = {"name": "head", "train": "last:1", "epochs": 3.0, "stored_features": True}
         summary |= {"weights": "run:x", "phases": [phase], "preflight": {"warnings": warnings}}
         path.write_text(json.dumps(summary))
-    write_run(tmp_path, "scratch", 0)
+    path = write_run(tmp_path, "scratch", 0) / "summary.json"
+    teachers = [{"run": f"big/seed{i}", "digest": "0123456789ab"} for i in (0, 1)]
+    told = {"temperature": 4.0, "weight": 0.9, "teachers": teachers}
+    phase["stored_logits"] = False
+    content = json.loads(path.read_text()) | {"distill": told, "phases": [phase]}
+    path.write_text(json.dumps(content))
     made = make(tmp_path)
     page = made.page.read_text(encoding="utf-8")
+    assert "big/seed0 (01234567) and big/seed1 (01234567)" in page and "each step" in page
     assert "wrong: its pixels do not match its weights. &lt;b&gt; is out of place" in page
     assert "head (last:1): 3 epochs, on stored features" in page
     assert page.count("DO NOT MATCH") == 1 and page.count("run:x") == 2

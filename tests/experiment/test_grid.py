@@ -201,6 +201,25 @@ def test_a_phase_may_be_made_up():
     assert rates == {"linear": 1e-3, "cnn": 1e-5}
 
 
+def test_a_teacher_is_named_by_the_end_of_its_path():
+    """A path is no name; without a teacher, a variant says so."""
+    config = small(sweep="distill.teacher='',run:/a/W/cnn/seed0,'run:x/W/mlp/seed{seed},run:b/cnn'")
+    runs = expand(config)
+    labels = dict.fromkeys(run.config.variant for run in runs)
+    assert list(labels) == [
+        "teacher=none", "teacher=cnn/seed0", "teacher=mlp/seed*+b/cnn"
+    ]  # fmt: skip
+    assert runs[2].name == "linear/seed0_teacher=cnn_seed0"
+    assert runs[0].config.distill.teacher == ""
+    assert runs[5].config.distill.teacher == "run:x/W/mlp/seed1,run:b/cnn"  # one a seed
+    alike = expand(small(sweep="distill.teacher=run:/a/W/cnn/seed0,run:/a/V/cnn/seed0"))
+    assert {run.config.variant for run in alike} == {"teacher=W/cnn/seed0", "teacher=V/cnn/seed0"}
+    named = small(variants={"plain": {}, "taught": {"distill": {"teacher": "run:W/fold{fold}_s"}}})
+    named.data.folds = 2
+    told = {run.name: run.config.distill.teacher for run in expand(named)}
+    assert told["cnn/fold1_seed0_taught"] == "run:W/fold1_s" and told["cnn/fold1_seed0_plain"] == ""
+
+
 def test_a_phase_of_the_file_that_no_run_has_is_told(capsys):
     expand(small(), {"phase.tune.epochs": Text("3"), "phase.all.epochs": Text("3")})
     told = capsys.readouterr().err.splitlines()

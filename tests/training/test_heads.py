@@ -83,13 +83,17 @@ RICH = {
 
 
 def test_seeds_trained_at_once_are_those_trained_alone(head_runs, tmp_path):
-    """With dropout, views, averaged weights and patience, which ends at another epoch each."""
-    configs = head_runs("cnn", seeds=(0, 1, 2), model__dropout=0.5, **RICH)
+    """With a teacher, dropout, views, averaged weights and patience, which ends at another epoch."""
+    (teacher,) = head_runs("cnn", seeds=(0,), phase__head__epochs=1)
+    train_and_evaluate(teacher, tmp_path / "teacher")
+    taught = {"distill__teacher": f"run:{tmp_path}/teacher", "distill__weight": 0.5}
+    configs = head_runs("cnn", seeds=(0, 1, 2), model__dropout=0.5, **RICH, **taught)
     together = folders(tmp_path / "together", configs)
     summaries = train_together(configs, together)
     assert len({summary["steps"] for summary in summaries}) > 1
     train_and_evaluate(configs[1], tmp_path / "alone")
     assert_alike(tmp_path / "alone", together[1])
+    assert summaries[0]["distill"]["teachers"][0]["model"] == "cnn"
     cost = summaries[0]["cost"]
     assert cost["shared_by"] == {"seeds": 3, "settings": 1}
     assert cost["seconds"] == summaries[1]["cost"]["seconds"] >= cost["seconds_to_best"] > 0
