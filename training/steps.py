@@ -159,18 +159,13 @@ def train_step_of(
 
     def train_step(state: dict, batch: dict, key: jax.Array, taught: dict | None = None) -> dict:
         augment_key, dropout_key = step_keys(key, state["step"])
-        targets = jax.nn.one_hot(batch["label"], len(weights))  # [B, K]
-        inputs = batch["image"]
-        if not cached:
-            inputs, targets = _augmented(config, augment_key, batch, targets)
+        inputs, targets = _inputs(config, augment_key, batch, len(weights), cached)
         soft = teach and softened(teach(taught, inputs, batch), config.distill.temperature)
 
         def loss_of(params: dict):
             merged = merge_model(structure, state["params"] | params, state["stats"], dropout_key)
             logits = forward(merged, inputs, first if cached else 0)  # [B, K]
-            losses = criterion(config, logits, targets)  # [B]
-            if teach:
-                losses = distilled(config.distill, losses, logits, soft)
+            losses = criterion(config, logits, targets, soft)  # [B]
             weight = targets @ weights
             loss = (losses * weight).sum() / weight.sum()
             if config.optimizer.l1:
@@ -211,10 +206,16 @@ def _unless_broken(state: dict, changed: dict, finite: jax.Array) -> dict:
     return changed
 
 
-def _augmented(
-    config: ConfigDict, key: jax.Array, batch: dict, targets: jax.Array
+def _inputs(
+    config: ConfigDict, key: jax.Array, batch: dict, num_classes: int, cached: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the images of a batch, augmented anew or as their epoch's view, and the targets."""
+    """Returns the inputs of a batch and targets [B, K].
+
+    Images are augmented, anew or as their epoch's view; what is `cached` stays as it is.
+    """
+    targets = jax.nn.one_hot(batch["label"], num_classes)
+    if cached:
+        return batch["image"], targets
     if not config.augment_views:
         size = config.data.image_size
         return augment(key, batch["image"], targets, config.augment, size)
@@ -268,8 +269,21 @@ def _moving_average(config: ConfigDict, state: dict, weights: dict) -> dict:
     }
 
 
-def criterion(config: ConfigDict, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns the loss of each image: logits [B, K] and targets [B, K] -> [B]."""
+def criterion(
+    config: ConfigDict, logits: jax.Array, targets: jax.Array, soft: jax.Array | None = None
+) -> jax.Array:
+    """Returns the loss of each image: logits [B, K] and targets [B, K] -> [B].
+
+    With `soft` [B, K], the teachers' probabilities at a temperature, it is mixed with the distance
+    from them; the square of the temperature keeps gradients as large as the labels' (Hinton et al.
+    2015).
+    """
+    if soft is not None:
+        teacher = config.distill
+        student = jax.nn.log_softmax(logits / teacher.temperature)
+        distance = teacher.temperature**2 * optax.losses.kl_divergence(student, soft)
+        losses = criterion(config, logits, targets)
+        return (1 - teacher.weight) * losses + teacher.weight * distance
     if config.loss.name == "hinge":
         return optax.losses.multiclass_hinge_loss(logits, targets.argmax(axis=-1))
     if config.loss.label_smoothing:
@@ -280,19 +294,6 @@ def criterion(config: ConfigDict, logits: jax.Array, targets: jax.Array) -> jax.
 def softened(logits: jax.Array, temperature: float) -> jax.Array:
     """Returns the mean probabilities of T teachers at a temperature: [B, T, K] -> [B, K]."""
     return jax.nn.softmax(logits / temperature).mean(axis=1)
-
-
-def distilled(
-    config: ConfigDict, losses: jax.Array, logits: jax.Array, soft: jax.Array
-) -> jax.Array:
-    """Returns the loss of each image, [B], mixed with its distance from the teachers' `soft`.
-
-    `config` is `config.distill`. The square of the temperature keeps gradients as large as the
-    labels' (Hinton et al. 2015).
-    """
-    student = jax.nn.log_softmax(logits / config.temperature)
-    distance = config.temperature**2 * optax.losses.kl_divergence(student, soft)
-    return (1 - config.weight) * losses + config.weight * distance
 
 
 def selection_score(

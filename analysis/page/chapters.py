@@ -245,22 +245,20 @@ def teachers(comparison: Comparison) -> Section | None:
         summaries = [single.summary for run in runs for single in run.folds or (run,)]
         every = [teacher for summary in summaries for teacher in summary["distill"]["teachers"]]
         names = dict.fromkeys(f"{teacher['run']} ({teacher['digest'][:8]})" for teacher in every)
-        asked = (
-            "once" if all(p["stored_logits"] for p in runs[0].summary["phases"]) else "each step"
-        )
-        rows.append(
-            [label, listed(list(names)), f"{told['temperature']:g}", f"{told['weight']:g}", asked]
-        )
+        stored = all(phase["stored_logits"] for phase in runs[0].summary["phases"])
+        asked = "once an image and view" if stored else "at each step"
+        numbers = (f"{told[name]:g}" for name in ("temperature", "weight"))
+        rows.append([label, listed(names), *numbers, asked])
     if not rows:
         return None
     text = (
-        "A student's loss is (1 - weight) of its labels' and weight x temperature^2 of its distance "
-        "from the teachers' mean probabilities, both softened by the temperature (Hinton et al. "
-        "2015). Training seconds include the teachers' answers; parameters, multiply-adds and speed "
-        "are the student's own. How students differ from the same model without a teacher holds for "
-        "these teachers: others may teach more, or less."
+        "A student's loss is (1 - weight) times that of its labels, and weight times temperature^2 "
+        "times its distance from the mean probabilities of its teachers, all softened by the "
+        "temperature (Hinton et al. 2015). Training seconds include the teachers' answers; "
+        "parameters, multiply-adds and speed are the student's own. How a student differs from the "
+        "same model without a teacher holds for these teachers: others may teach more, or less."
     )
-    columns = ["model", "teachers", "temperature", "weight", "teachers answer"]
+    columns = ["model", "teachers", "temperature", "weight", "teachers are asked"]
     finding = f"{plural(len(rows), 'model')} learned from finished runs."
     return Section(text=[text], tables=[Table(columns, rows)], finding=finding)
 

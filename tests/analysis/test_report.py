@@ -151,7 +151,7 @@ def test_what_became_of_pretrained_weights_is_told(tmp_path):
     path.write_text(json.dumps(content))
     made = make(tmp_path)
     page = made.page.read_text(encoding="utf-8")
-    assert "big/seed0 (01234567) and big/seed1 (01234567)" in page and "each step" in page
+    assert "big/seed0 (01234567) and big/seed1 (01234567)" in page and "at each step" in page
     assert "wrong: its pixels do not match its weights. &lt;b&gt; is out of place" in page
     assert "head (last:1): 3 epochs, on stored features" in page
     assert page.count("DO NOT MATCH") == 1 and page.count("run:x") == 2

@@ -19,7 +19,7 @@ from train import check_run, device_mesh, train_and_evaluate
 from training.distillation import TeacherLogits, find_teachers
 from training.optimizer import make_optimizer, make_schedule
 from training.record import RunRecord
-from training.steps import distilled, initial_state, softened, train_step_of
+from training.steps import criterion, initial_state, softened, train_step_of
 from training.stored_features import StoredOutputs
 
 
@@ -75,17 +75,18 @@ def answers_of(config, run_dir):
 
 def test_the_loss_is_that_of_the_paper():
     rng = np.random.default_rng(0)
-    teachers, student, losses = rng.normal(0, 3, (4, 2, 5)), rng.normal(size=(4, 5)), rng.random(4)
+    teachers, student = rng.normal(0, 3, (4, 2, 5)), rng.normal(size=(4, 5))
+    targets = rng.dirichlet(np.ones(5), 4)  # as mixup makes them
     soft = softmax(teachers / 3, axis=-1).mean(axis=1)
     distance = (soft * (np.log(soft) - log_softmax(student / 3, axis=-1))).sum(axis=-1)
-    config = expand(digits.get_config("cnn"), {"distill.temperature": 3.0})[0].config.distill
-    config.weight = 0.7
-    found = distilled(config, jnp.array(losses), jnp.array(student), softened(teachers, 3.0))
-    np.testing.assert_allclose(found, 0.3 * losses + 0.7 * 9 * distance, rtol=1e-4)
-    own = softened(jnp.array(student)[:, None], 3.0)
-    np.testing.assert_allclose(
-        distilled(config, losses, jnp.array(student), own), 0.3 * losses, rtol=1e-4
-    )
+    given = {"distill.temperature": 3.0, "distill.weight": 0.7, "loss.label_smoothing": 0.1}
+    config = expand(digits.get_config("cnn"), given)[0].config
+    own = -((0.9 * targets + 0.02) * log_softmax(student, axis=-1)).sum(axis=-1)
+    student = jnp.array(student)
+    found = criterion(config, student, targets, softened(teachers, 3.0))
+    np.testing.assert_allclose(found, 0.3 * own + 0.7 * 9 * distance, rtol=1e-4)
+    same = criterion(config, student, targets, softened(student[:, None], 3.0))
+    np.testing.assert_allclose(same, 0.3 * own, rtol=1e-4)
 
 
 def test_a_teacher_sees_the_pixels_that_the_student_sees(taught):
