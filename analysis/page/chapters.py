@@ -258,7 +258,7 @@ def teachers(comparison: Comparison) -> Section | None:
         "parameters, multiply-adds and speed are the student's own. How a student differs from the "
         "same model without a teacher holds for these teachers: others may teach more, or less."
     )
-    columns = ["model", "teachers", "temperature", "weight", "teachers are asked"]
+    columns = ["model", "teachers", "softened by", "weight", "teachers are asked"]
     finding = f"{plural(len(rows), 'model')} learned from finished runs."
     return Section(text=[text], tables=[Table(columns, rows)], finding=finding)
 
