@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata, util
 from pathlib import Path
 
@@ -32,17 +33,19 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
+from analysis.answers import answers
 from analysis.benchmark import cpu_model
 from analysis.latency import FILE, KEY, PERCENTILES, read_latencies, version_of
 from analysis.page.tables import NONE
-from analysis.predict import open_output
+from analysis.predict import open_output, predictor_of
 from analysis.runs import load_run
 from analysis.speed.turns import Timing, time_in_turn
-from deploy.load import load, package
+from deploy.load import ONNX, load, package
 from deploy.profile_photos import photos_in, write_photos
 from deploy.profile_worker import Spec
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
+from models.weights.own import KEY as FACTS
 
 RUNTIMES = {"jax": "jax", "onnx": "onnxruntime"}  # and their packages
 ROUNDS = 5  # in which all take turns
@@ -63,6 +66,7 @@ class Subject:
     photos: Path  # folder of encoded photos
     decoded: str  # what these are
     table: Path
+    preprocess: Path | None = None  # preprocessing alone, where it is a file of its own
 
 
 def percentile(seconds: list[float], share: float) -> float:
@@ -146,10 +150,29 @@ def subjects_of(path: Path, runtimes: list[str], given: list[bytes], folder: Pat
         if own not in runtimes:
             raise UserError(f"{path} runs in {own}, which --runtime leaves out")
         runtimes = [own]
-    runtimes = [x for x in runtimes if x == "jax" or not run]
     photos, decoded = write_photos(folder / "photos", facts, run, given)
     subject = Subject(name, model, version, "", path, photos, decoded, table)
     return [replace(subject, runtime=runtime) for runtime in runtimes]
+
+
+def converted(subject: Subject) -> Subject:
+    """Returns a run as its ONNX file beside its photos, if it is to be measured so."""
+    if subject.runtime != "onnx" or subject.path.is_file():
+        return subject
+    package("onnx", "onnx")
+    from deploy.onnx_convert import to_onnx
+
+    predictor, folder = predictor_of(load_run(subject.path)), subject.photos.parent
+    functions = {
+        ONNX: partial(answers, predictor.model),
+        "preprocess.onnx": lambda images: {"pixels": predictor.model.preprocess(images)},
+    }
+    for name, function in functions.items():
+        content = to_onnx(
+            function, predictor.facts["image_size"], {FACTS: json.dumps(predictor.facts)}
+        )
+        (folder / name).write_bytes(content)
+    return replace(subject, path=folder / ONNX, preprocess=folder / "preprocess.onnx")
 
 
 def measure(
@@ -158,7 +181,9 @@ def measure(
     """Times subjects in turn, each in a process of its own."""
     commands = {}
     for i, subject in enumerate(subjects):
-        spec = Spec(str(subject.path), threads, batch, str(subject.photos), seconds / ROUNDS)
+        paths = {"path": subject.path, "photos": subject.photos, "preprocess": subject.preprocess}
+        paths = {key: str(path or "") for key, path in paths.items()}
+        spec = Spec(threads=threads, batch=batch, seconds=seconds / ROUNDS, **paths)
         side = f"{i + 1} {subject.run} {subject.runtime}".replace("/", " ")
         worker = [sys.executable, "-m", "deploy.profile_worker", json.dumps(asdict(spec))]
         commands[side] = worker
@@ -259,6 +284,12 @@ def profile_models(paths: Sequence[str], plan: Plan) -> tuple[list[dict], list[s
             table = Path(plan.output).expanduser().resolve()
             subjects = [replace(subject, table=table) for subject in subjects]
         check(subjects)
+        for subject in subjects.copy():
+            try:
+                subjects[subjects.index(subject)] = converted(subject)
+            except UserError as error:
+                lost.append(f"not measured: {subject.run} in {subject.runtime}: {error}")
+                subjects.remove(subject)
         for threads, batch in itertools.product(plan.threads, plan.batches):
             say(f"batch {batch}, {worded(threads)}")
             timings = measure(subjects, threads, batch, plan.seconds, say)

@@ -29,6 +29,7 @@ class Spec:
     batch: int
     photos: str  # folder of encoded photos
     seconds: float  # about what the calls of one turn take
+    preprocess: str = ""  # preprocessing alone, as a file that `deploy.load` reads
 
 
 def limit_to(cores: int) -> None:
@@ -95,7 +96,10 @@ def serve(content: dict, say: Callable[[dict], None], lines: Iterable[str] = sys
     say({"ready": ready})
     photo = itertools.cycle(photos)
     beside = {"decode": lambda: decode_image(predictor.facts, next(photo))}
-    if predictor.model:
+    if spec.preprocess:
+        program = load(Path(spec.preprocess), threads=spec.threads).answer
+        beside["preprocess"] = partial(program, images)
+    elif predictor.model:
         program = jax.jit(predictor.model.preprocess)
         beside["preprocess"] = lambda: jax.block_until_ready(program(images))
     for line in lines:
