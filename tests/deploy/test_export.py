@@ -14,12 +14,13 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, precision_score, recall_score
 
-from analysis import audit, export
+from analysis import audit
 from analysis.confidence import sets_of_classes
 from analysis.forward import load_test_images
 from analysis.predict import load_predictor, predict, predictor_of
 from analysis.runs import load_run
 from configs import digits
+from deploy import export
 from errors import UserError
 from experiment.files import write_json
 from experiment.grid import expand

@@ -1,6 +1,6 @@
 """One folder to hand on: the weights of a run, all that using them takes, and a model card.
 
-    python -m analysis.export RUN_DIR OUTPUT_DIR
+    python -m deploy.export RUN_DIR OUTPUT_DIR
     python -m analysis.predict OUTPUT_DIR PHOTOS... --output=predictions.csv
 
 model.safetensors holds the weights, and in its metadata how photos become the model's input and
@@ -175,7 +175,7 @@ def _markdown(text: object) -> str:
 
 def main(argv: list[str]) -> int:
     """Exports a run into a folder."""
-    given = arguments(argv, "analysis.export RUN_DIR OUTPUT_DIR", 2, 2)
+    given = arguments(argv, "deploy.export RUN_DIR OUTPUT_DIR", 2, 2)
     run_dir, folder = (Path(path).expanduser() for path in given)
     export_run(load_run(run_dir), folder)
     print(f"{folder}: {WEIGHTS}, {CARD}")
