@@ -20,10 +20,11 @@ from training.weights import find_weights
 FILE = Path("deploy", "latency.csv")  # in a workdir
 KEY = ["run", "runtime", "threads", "batch", "machine"]  # what a row is of; a later one replaces it
 PERCENTILES = ["p50_ms", "p90_ms", "p99_ms"]
+UNDISTURBED = 80  # percent of the time of calls on one thread that a core works for them
 READ = {  # columns that the report reads; the file has more
     **dict.fromkeys(["run", "runtime", "machine", "version", "date"], str),
     **dict.fromkeys(["threads", "batch", "calls"], int),
-    **dict.fromkeys(PERCENTILES, float),
+    **dict.fromkeys([*PERCENTILES, "cores_used", "device_memory_mb"], float),
 }
 
 
@@ -41,6 +42,17 @@ def read_latencies(path: Path) -> pd.DataFrame:
             f"{path} is no table of deploy.profile, for it has no {absent[0]}: move it away"
         )
     return rows
+
+
+def disturbed(rows: pd.DataFrame) -> str:
+    """Returns a remark on calls that had to share their core with other processes, or ""."""
+    shares = 100 * rows.cores_used[(rows.threads == 1) & rows.device_memory_mb.isna()]
+    if not (shares < UNDISTURBED).any():
+        return ""
+    return (
+        f"The machine was busy: calls on one thread had {shares.min():.0f} to {shares.max():.0f} % "
+        "of a core. Milliseconds are too long, and best measured again; models were timed in turn."
+    )
 
 
 def version_of(run: FinishedRun) -> str:
@@ -86,6 +98,7 @@ def latency_section(comparison: Comparison) -> Section | None:
     costs = single.p50_ms.median().to_dict()
     if rows.date[rows.batch == 1].nunique() > 1:
         warnings.append(f"{title}: measured in several calls of deploy.profile, so not in turn.")
+    warnings += filter(None, [disturbed(rows)])
     finding = f"Milliseconds of one call, measured by deploy.profile: {setting}."
     if len(costs) > 1:
         low, high = min(costs, key=costs.get), max(costs, key=costs.get)

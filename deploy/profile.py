@@ -35,7 +35,7 @@ from absl import flags
 
 from analysis.answers import answers
 from analysis.benchmark import cpu_model
-from analysis.latency import FILE, KEY, PERCENTILES, read_latencies, version_of
+from analysis.latency import FILE, KEY, PERCENTILES, disturbed, read_latencies, version_of
 from analysis.page.tables import NONE
 from analysis.predict import open_output, predictor_of
 from analysis.runs import load_run
@@ -249,7 +249,7 @@ def printed(rows: list[dict]) -> str:
         f"Decoded: {', '.join(dict.fromkeys(table.decoded))}. {NONE}: too few calls for it (p50 "
         "takes 5, p90 29, p99 299; more --seconds), or not known.",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *filter(None, [disturbed(table)])])
 
 
 @dataclass(frozen=True)

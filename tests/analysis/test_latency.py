@@ -30,7 +30,7 @@ def row(workdir, model, p50, **changes):
     known = {
         "run": f"{model}/seed0", "runtime": "onnx", "threads": 1, "batch": 1, "machine": "here",
         "version": version, "date": "2026-01-02", "calls": 300, "p50_ms": p50, "p90_ms": 2 * p50,
-        "p99_ms": float("nan"),
+        "p99_ms": float("nan"), "cores_used": 0.99, "device_memory_mb": float("nan"),
     }  # fmt: skip
     return known | changes
 
@@ -112,6 +112,14 @@ def test_rows_of_a_model_that_changed_are_left_out_with_a_warning(workdir):
 def test_what_was_not_timed_in_turn_is_said_to_be_so(workdir):
     write(workdir, row(workdir, "cnn", 4.0), row(workdir, "mlp", 1.0, date="2026-01-03"))
     assert "several calls of deploy.profile, so not in turn" in section_of(workdir).warnings[0]
+
+
+def test_calls_that_shared_their_core_are_said_to_be_so(workdir):
+    rows = [row(workdir, "cnn", 4.0), row(workdir, "mlp", 1.0, cores_used=0.41)]
+    write(workdir, *rows)
+    assert "had 41 to 99 % of a core" in section_of(workdir).warnings[0]
+    write(workdir, *(r | {"device_memory_mb": 9.0} for r in rows))  # it waits for an accelerator
+    assert not section_of(workdir).warnings
 
 
 def test_digits_alone_are_a_version_and_a_damaged_table_spoils_no_report(workdir):
