@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata, util
@@ -122,7 +123,7 @@ def surroundings() -> dict:
     processor = cpu_model() or platform.processor() or platform.machine()
     versions = {"python": platform.python_version()}
     for name in ("jax", "onnxruntime", "numpy", "pillow"):
-        if util.find_spec("PIL" if name == "pillow" else name):
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
         "machine": f"{processor}, {len(cores())} cores, {memory:.0f} GiB, {platform.system()}",
@@ -167,11 +168,9 @@ def converted(subject: Subject) -> Subject:
         ONNX: partial(answers, predictor.model),
         "preprocess.onnx": lambda images: {"pixels": predictor.model.preprocess(images)},
     }
+    side, facts = predictor.facts["image_size"], {FACTS: json.dumps(predictor.facts)}
     for name, function in functions.items():
-        content = to_onnx(
-            function, predictor.facts["image_size"], {FACTS: json.dumps(predictor.facts)}
-        )
-        (folder / name).write_bytes(content)
+        (folder / name).write_bytes(to_onnx(function, side, facts))
     return replace(subject, path=folder / ONNX, preprocess=folder / "preprocess.onnx")
 
 
@@ -184,7 +183,7 @@ def measure(
         paths = {"path": subject.path, "photos": subject.photos, "preprocess": subject.preprocess}
         paths = {key: str(path or "") for key, path in paths.items()}
         spec = Spec(threads=threads, batch=batch, seconds=seconds / ROUNDS, **paths)
-        side = f"{i + 1} {subject.run} {subject.runtime}".replace("/", " ")
+        side = f"{i + 1} {subject.runtime} {subject.run}".replace("/", " ")[:200]  # names its log
         worker = [sys.executable, "-m", "deploy.profile_worker", json.dumps(asdict(spec))]
         commands[side] = worker
     with tempfile.TemporaryDirectory() as folder:

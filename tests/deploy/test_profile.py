@@ -17,6 +17,7 @@ from analysis.runs import load_run
 from analysis.speed import turns
 from analysis.speed.turns import Timing
 from deploy import profile, profile_worker
+from deploy.load import load
 from deploy.profile import Plan, percentile, profile_models
 from deploy.profile_photos import photos_in, write_photos
 from errors import UserError
@@ -225,6 +226,37 @@ def test_a_worker_times_each_call_of_each_part(run_dir, tmp_path, monkeypatch):
         assert {"network", "cpu", "decode", "preprocess"} == answer["parts"].keys()
         assert min(min(times) for times in answer["parts"].values()) >= 0
         assert answer["seconds"] == sum(answer["parts"]["network"])
+
+
+def test_a_run_becomes_onnx_with_its_preprocessing_apart(run_dir, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (folder := tmp_path / "0").mkdir()
+    run, onnx = profile.subjects_of(run_dir, ["jax", "onnx"], [], folder)
+    assert profile.converted(run) == run
+    onnx = profile.converted(onnx)
+    images = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
+    expected, found = predictor_of(load_run(run_dir)), load(onnx.path)
+    for key, value in expected.answer(images).items():
+        np.testing.assert_allclose(found.answer(images)[key], value, atol=1e-5)
+    pixels = load(onnx.preprocess).answer(images)["pixels"]
+    np.testing.assert_allclose(pixels, expected.model.preprocess(images), atol=1e-5)
+    assert onnx.version == run.version == expected.version  # by which the report knows it
+    (own,) = profile.subjects_of(onnx.path, ["jax", "onnx"], [], tmp_path)
+    assert own.runtime == "onnx" and own.table == folder / "latency.csv"
+    with pytest.raises(UserError, match="runs in onnx, which --runtime leaves out"):
+        profile.subjects_of(onnx.path, ["jax"], [], tmp_path)
+
+
+def test_what_onnx_has_no_form_for_is_named_and_the_rest_measured(run_dir, measured, monkeypatch):
+    def refuse(subject):
+        if subject.runtime == "onnx":
+            raise UserError("ONNX: the operation fft cannot be written")
+        return subject
+
+    monkeypatch.setattr(profile, "converted", refuse)
+    rows, lost, _ = profile_models([str(run_dir)], replace(PLAN, runtimes=["onnx", "jax"]))
+    assert [row["runtime"] for row in rows] == ["jax"]
+    assert lost == ["not measured: linear/seed0 in onnx: ONNX: the operation fft cannot be written"]
 
 
 def test_calls_end_after_a_number_or_a_time():
