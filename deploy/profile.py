@@ -8,7 +8,8 @@ Each batch size and number of threads (0: all) is measured in a process of its o
 many cores; all models and runtimes take turns. A call is pixels in, uint8, logits and features out:
 preprocessing is part of the program, and measured alone beside it. Decoding is of one photo, bytes
 to resized pixels, on one thread. A percentile is given if one call or more lies beyond it with 95 %
-probability: p50 takes 5 calls, p90 29, p99 299; more --seconds give more calls.
+probability: p50 takes 5 calls, p90 29, p99 299; more --seconds give more calls. "CPU ms" is the
+mean processor time of a call, which other processes do not lengthen.
 
 The table goes into WORKDIR/deploy/latency.csv of the run, where it replaces older rows of the same
 kind and `analysis.report` reads it, or beside the file. Exit codes: 0 all was measured, 1 something
@@ -90,6 +91,7 @@ def row_of(subject: Subject, threads: int, batch: int, timing: Timing, about: di
         **{"run": subject.run, "model": subject.model, "runtime": subject.runtime},
         **{"threads": threads, "batch": batch, "calls": len(network)},
         **{name: percentile(network, share) for name, share in shares.items()},
+        "cpu_ms": 1000 * sum(spent["cpu"]) / len(network),
         "images_per_second": batch / float(np.median(network)),
         "first_call_ms": 1000 * ready["compile_seconds"],
         "of_which_compiling_ms": 1000 * ready["compiled_seconds"],
@@ -228,6 +230,7 @@ def printed(rows: list[dict]) -> str:
         "p50 ms": digits("p50_ms"),
         "p90 ms": digits("p90_ms"),
         "p99 ms": digits("p99_ms"),
+        "CPU ms": digits("cpu_ms"),
         "images/s": digits("images_per_second"),
         "first call ms": digits("first_call_ms"),
         "load ms": digits("load_ms"),

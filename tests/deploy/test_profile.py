@@ -90,7 +90,8 @@ def test_a_row_tells_everything_of_a_model_in_its_surroundings(run_dir, measured
     assert row["first_call_ms"] == 500 and row["of_which_compiling_ms"] == 250
     assert row["decode_p50_ms"] == 2 and row["decoded"] == "random JPEG, 8x8"
     assert row["memory_mb"] == 300 and math.isnan(row["preprocess_p50_ms"])
-    assert row["cores_used"] == pytest.approx(0.2) and "jax" in row["versions"]
+    assert row["cores_used"] == pytest.approx(0.2) and row["cpu_ms"] == pytest.approx(0.2)
+    assert "jax" in row["versions"]
     assert (
         row["version"] == version_of(load_run(run_dir)) == predictor_of(load_run(run_dir)).version
     )
