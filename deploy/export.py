@@ -1,186 +1,217 @@
-"""One folder to hand on: the weights of a run, all that using them takes, and a model card.
+"""A folder to hand on: a model that knows its use, proven to answer as its run does, and its card.
 
-    python -m deploy.export RUN_DIR OUTPUT_DIR
-    python -m analysis.predict OUTPUT_DIR PHOTOS... --output=predictions.csv
+    python -m deploy.export RUN OUT --format=onnx          # runs with ONNX Runtime alone
+    python -m deploy.export RUN OUT --format=stablehlo     # runs with JAX alone: CPU, CUDA, TPU
+    python -m deploy.export RUN OUT                        # weights, for this project
 
-model.safetensors holds the weights, and in its metadata how photos become the model's input and
-logits become answers; `--config.weights=archcompare:FILE` reads it too. README.md is the model card
-(Mitchell et al. 2019). Exporting again replaces both.
+ONNX and StableHLO take pixels, uint8 [B, S, S, 3] in batches of any size; preprocessing and weights
+are inside, and with --probabilities the softmax with the run's temperature. Every file states class
+names, how photos become pixels, temperature, review thresholds, sets, and where it comes from.
+Before it appears, its answers to 128 test images are compared with the run's: more than rounding is
+an error, and leaves what was there. Formats may share a folder; README.md is the card of all.
+Exit codes: 0 written and proven, 2 a mistake.
 """
 
 import json
-import math
-import re
-from collections import Counter
-from contextlib import suppress
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jinja2
-import numpy as np
+import jax
+import jax.export
+import jax.numpy as jnp
+from absl import flags
 
-from analysis import audit
-from analysis.confidence import RISK, softmax
-from analysis.evaluate import (
-    classes_of,
-    confused_pairs,
-    confusion_of,
-    coverage_of_sets,
-    evaluate,
-)
-from analysis.page.tables import NONE
-from analysis.predict import CARD, WEIGHTS, Predictor, predictor_of
-from analysis.runs import FinishedRun, load_run, read_audit
-from analysis.uncertainty import wilson
+from analysis.answers import answering, answers
+from analysis.confidence import softmax
+from analysis.forward import classifier_from, load_images
+from analysis.predict import CARD, Predictor, predictor_of
+from analysis.runs import FinishedRun, load_run
+from deploy.card import licence_of, model_card, short_name
+from deploy.load import FACTS, FILES, ONNX, PROGRAM, STABLEHLO, WEIGHTS, facts_in, load, package
+from deploy.proof import describe, prove, some_images
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
-from models.weights.formats import read_metadata
+from models import Classifier
+from models.classifier import blame
+from models.lowering import plain_lowering
 from models.weights.own import KEY, arrays_of, write_own
-from models.weights.published import PUBLISHED
 
-CONFIDENT = 0.9  # the confidence from which the card counts errors
-OWNERS = "to be decided by the owners of the data it was trained on"
+FORMATS = {"safetensors": WEIGHTS, "onnx": ONNX, "stablehlo": STABLEHLO}
+PLATFORMS = ("cpu", "cuda", "tpu")
+Write = Callable[[Path, dict], None]  # to a file, with facts
 
 
-def export_run(run: FinishedRun, folder: Path) -> None:
-    """Writes model.safetensors and README.md of a complete run into a folder."""
-    _check_folder(folder)
-    predictor, weights = predictor_of(run), run.summary.get("weights", "none")
-    licence = licence_of(weights)
-    card = model_card(run, predictor, licence)
-    about = run.environment
-    versions = {"python": about["python"], **about["packages"], "git_commit": about["git_commit"]}
-    known = {"began": _short(weights), "licence": licence, "versions": versions}
-    output_folder(folder, "OUTPUT_DIR")
-    write_own(folder / WEIGHTS, arrays_of(predictor.model), predictor.facts | known)
+def export_run(
+    run: FinishedRun,
+    folder: Path,
+    form: str = "safetensors",
+    *,
+    probabilities: bool = False,
+    data_path: str = "",
+) -> dict:
+    """Writes a complete run as one of FORMATS, and README.md, into a folder; returns the proof.
+
+    `data_path` is where the run's images lie now. Raises UserError where the file would not answer
+    as the run does, and then leaves the folder as it was.
+    """
+    if probabilities and form == "safetensors":
+        raise UserError("--probabilities is of onnx and stablehlo: weights compute nothing")
+    for name in ("onnx", "onnxruntime") if form == "onnx" else ():
+        package(name, "onnx")
+    made = predictor_of(run)
+    facts = _facts_of(run, made, form)
+    others = _others(folder, FORMATS[form], facts)
+    images = some_images(load_images(run, "test", data_path))
+    if form != "safetensors":
+        facts["compute_dtype"] = "float32"
+    model = classifier_from(made.file, facts)
+    temperature = facts["temperature"] if probabilities else None
+    write = {"safetensors": _safetensors, "onnx": _onnx, "stablehlo": _stablehlo}[form](
+        model, facts["image_size"], temperature
+    )
+    existed = folder.exists()
     try:
-        (folder / CARD).write_text(card, encoding="utf-8")
+        with tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".part") as part:
+            file = Path(part) / FORMATS[form]
+            write(file, facts)
+            ours, theirs = _expected(model, temperature), load(file).answer
+            facts["proof"] = prove(ours, theirs, images, votes=not model.trained_by_gradient)
+            write(file, facts)
+            load(file)
+            card = Path(part) / CARD
+            files = {**others, file.name: facts}
+            text = model_card(run, made, facts["licence"], dict(sorted(files.items())))
+            card.write_text(text, encoding="utf-8")
+            os.replace(file, folder / file.name)
+            os.replace(card, folder / CARD)
     except OSError as error:
         raise UserError(f"cannot export to {folder}: {error}") from error
+    finally:
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    return facts["proof"]
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises UserError for a folder that holds anything but an earlier export."""
+def _facts_of(run: FinishedRun, predictor: Predictor, form: str) -> dict:
+    about, weights = run.environment, run.summary.get("weights", "none")
+    versions = {"python": about["python"], **about["packages"], "git_commit": about["git_commit"]}
+    dataset = {key: run.dataset[key] for key in ("fingerprint", "identity") if key in run.dataset}
+    return predictor.facts | {
+        "began": short_name(weights),
+        "licence": licence_of(weights),
+        "versions": versions,
+        "format": form,
+        "run": run.name,
+        "run_version": predictor.version,
+        "dataset": dataset,
+    }
+
+
+def _others(folder: Path, name: str, facts: dict) -> dict[str, dict]:
+    """Returns the facts of other formats in a folder; raises UserError unless they belong there."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a new one")
     names = sorted(path.name for path in folder.glob("[!.]*"))  # .git may publish it
-    if names and "review_thresholds" not in _facts_in(folder / WEIGHTS):
+    found = {file: facts_in(folder / file) for file in FILES if file in names}
+    if names and not any("review_thresholds" in stated for stated in found.values()):
         raise UserError(
             f"{folder} is not empty and no earlier export (it holds {names[0]!r}): name a new "
             "folder, or empty it"
         )
+    for file, stated in found.items():
+        if file != name and stated.get("run_version") != facts["run_version"]:
+            raise UserError(
+                f"{folder / file} is an export of {stated.get('run', 'another model')}, and one "
+                f"card cannot tell of two: name another folder, or delete that file"
+            )
+    return {file: stated for file, stated in found.items() if file != name}
 
 
-def _facts_in(file: Path) -> dict:
-    """Returns what a file of weights states, {} if it is gone or somebody else's."""
+# --- formats -----------------------------------------------------------------------------------
+
+
+def _function(model: Classifier, temperature: float | None) -> Callable[[jax.Array], dict]:
+    def function(images: jax.Array) -> dict[str, jax.Array]:
+        with blame(type(model), "cannot be traced for batches of any size"):
+            outputs = answers(model, images)
+        if temperature is not None:
+            outputs["probabilities"] = jax.nn.softmax(outputs["logits"] / temperature)
+        return outputs
+
+    return function
+
+
+def _expected(model: Classifier, temperature: float | None) -> Callable[[Any], dict]:
+    answer = answering(model)
+
+    def expected(images: Any) -> dict:
+        outputs = answer(images)
+        if temperature is not None:
+            outputs["probabilities"] = softmax(outputs["logits"], temperature)
+        return outputs
+
+    return expected
+
+
+def _safetensors(model: Classifier, side: int, temperature: float | None) -> Write:
+    arrays = arrays_of(model)
+    return lambda file, facts: write_own(file, arrays, facts)
+
+
+def _onnx(model: Classifier, side: int, temperature: float | None) -> Write:
+    from deploy.onnx_convert import to_onnx  # an extra
+    from deploy.onnx_graph import OPSET, with_metadata
+
+    content = to_onnx(_function(model, temperature), side)
+
+    def write(file: Path, facts: dict) -> None:
+        stated = json.dumps(facts | {"opset": OPSET})
+        file.write_bytes(with_metadata(content, {KEY: stated}))
+
+    return write
+
+
+def _stablehlo(model: Classifier, side: int, temperature: float | None) -> Write:
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, side, side, 3), jnp.uint8)
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # paths of this machine
     try:
-        return dict(json.loads(read_metadata(file)[KEY]))
-    except (UserError, KeyError, ValueError, TypeError):
-        return {}
+        with plain_lowering():
+            function = jax.jit(_function(model, temperature))
+            exported = jax.export.export(function, platforms=PLATFORMS)(images)
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
+    program = bytes(exported.serialize())
 
+    def write(file: Path, facts: dict) -> None:
+        with zipfile.ZipFile(file, "w", allowZip64=True) as members:
+            for name, content in ((PROGRAM, program), (FACTS, json.dumps(facts).encode())):
+                members.writestr(zipfile.ZipInfo(name), content)  # no date: the same bytes again
 
-def licence_of(weights: str) -> str:
-    """Returns the licence of what training began from, followed back through runs that exist."""
-    if weights == "none":
-        return OWNERS
-    if weights in PUBLISHED:
-        return PUBLISHED[weights].licence
-    family, _, path = weights.partition(":")
-    licence = _facts_in(Path(path)).get("licence") if family == "archcompare" else ""
-    if family == "run":
-        with suppress(OSError, ValueError):  # that run is gone
-            summary = json.loads((Path(path) / "summary.json").read_text(encoding="utf-8"))
-            licence = licence_of(summary.get("weights", "none"))
-    return licence or f"unknown: began from {_short(weights)}"
-
-
-def _short(weights: str) -> str:
-    """Returns the name of weights with no more than the end of its path."""
-    family, colon, path = weights.partition(":")
-    return f"{family}:{'/'.join(Path(path).parts[-2:])}" if colon else weights
-
-
-def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
-    """Returns README.md; every number in it comes from the run directory."""
-    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
-    environment.filters |= {"percent": _percent, "text": _markdown}
-    weights = run.summary.get("weights", "none")
-    return environment.get_template("model_card.md.j2").render(
-        run=run,
-        model=predictor.model,
-        facts=predictor.facts,
-        data=f"{run.dataset['source']} {Path(run.dataset['path']).name}".strip(),
-        began="from scratch" if weights == "none" else f"from the weights {_short(weights)}",
-        licence=licence,
-        licence_id=licence.lower() if licence in ("Apache-2.0", "BSD-3-Clause") else "unknown",
-        excluded=Counter(reason.partition(":")[0] for reason in run.dataset["excluded"].values()),
-        audit=_audit(run),
-        **_results(run, predictor),
-    )
-
-
-def _results(run: FinishedRun, predictor: Predictor) -> dict:
-    """Returns what the test predictions say, for the model card."""
-    correct, counts = run.correct, confusion_of(run)
-    confidence = softmax(run.test["logits"], predictor.facts["temperature"]).max(axis=1)
-    table = classes_of(run).to_dict("records")
-    for row, right in zip(table, np.diag(counts), strict=True):
-        row["interval"] = wilson(right, row["support"]) if row["support"] else (math.nan, math.nan)
-    trusted = []
-    for entry in predictor.facts["review_thresholds"]:
-        answered = confidence >= predictor.threshold(entry["target"])
-        accuracy = correct[answered].mean() if answered.any() else None
-        trusted.append((entry["target"], entry["confidence"], answered.mean(), accuracy))
-    sets, facts = [], predictor.facts["sets"]
-    for entry in facts["levels"]:
-        held, size = (values.mean() for values in coverage_of_sets(run, facts, entry["level"]))
-        sets.append((entry["level"], entry["least"], held, size))
-    return {
-        "count": len(correct),
-        "correct": int(correct.sum()),
-        "interval": wilson(correct.sum(), len(correct)),
-        "numbers": evaluate(run),
-        "classes": table,
-        "weakest": min((row for row in table if row["support"]), key=lambda row: row["recall"]),
-        "pairs": list(confused_pairs(counts).head(3).itertuples()),
-        "confident_errors": int((~correct & (confidence >= CONFIDENT)).sum()),
-        "confident_answers": int((confidence >= CONFIDENT).sum()),
-        "confident": CONFIDENT,
-        "trusted": trusted,
-        "risk": RISK,
-        "sets": sets,
-    }
-
-
-def _audit(run: FinishedRun) -> str:
-    """Returns the audit of the workdir as text, "" if there is none."""
-    workdir = run.path.resolve().parents[1]
-    try:
-        return audit.describe(findings) if (findings := read_audit(workdir)) else ""
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{workdir}/audit/audit.json cannot be read ({error}): audit the data again"
-        ) from error
-
-
-def _percent(share: float) -> str:
-    return NONE if math.isnan(share) else f"{100 * share:.1f} %"
-
-
-def _markdown(text: object) -> str:
-    """Returns text that Markdown shows as it is, on one line."""
-    return re.sub(r"[\\`*_{}\[\]<>|#~$&]", r"\\\g<0>", " ".join(str(text).split()))
+    return write
 
 
 def main(argv: list[str]) -> int:
     """Exports a run into a folder."""
-    given = arguments(argv, "deploy.export RUN_DIR OUTPUT_DIR", 2, 2)
+    given = arguments(argv, "deploy.export RUN OUT [--format=onnx|stablehlo|safetensors]", 2, 2)
     run_dir, folder = (Path(path).expanduser() for path in given)
-    export_run(load_run(run_dir), folder)
-    print(f"{folder}: {WEIGHTS}, {CARD}")
+    run, form = load_run(run_dir), FORMAT.value
+    if form != "safetensors" and run.config.get("compute_dtype", "float32") != "float32":
+        print(f"{run.config['compute_dtype']} in training; the file computes in float32")
+    options = {"probabilities": PROBABILITIES.value, "data_path": DATA.value}
+    proof = export_run(run, folder, form, **options)
+    size = (folder / FORMATS[form]).stat().st_size
+    print(f"{folder}: {FORMATS[form]} ({size / 1e6:.1f} MB), {CARD}\n{describe(proof)}")
     return 0
 
 
 if __name__ == "__main__":
+    FORMAT = flags.DEFINE_enum("format", "safetensors", list(FORMATS), "What to write")
+    PROBABILITIES = flags.DEFINE_bool("probabilities", False, "Add the output probabilities")
+    DATA = flags.DEFINE_string("data", "", "Where the run's images lie now, if they were moved")
     run_command(main)

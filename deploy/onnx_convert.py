@@ -25,7 +25,7 @@ POINTWISE = {*SIMPLE, "add", "sub", "mul", "div", "max", "min", "rsqrt", "intege
              "convert_element_type", "square", "ne", "log1p", "expm1", "erfc", "clamp"}  # fmt: skip
 
 
-def to_onnx(function: Callable, side: int, metadata: dict[str, str]) -> bytes:
+def to_onnx(function: Callable, side: int) -> bytes:
     """Returns the ONNX file of a function of images uint8 [B, side, side, 3] to {name: array}.
 
     Raises UserError for what ONNX has no form for; the message names the operation and its place.
@@ -39,7 +39,7 @@ def to_onnx(function: Callable, side: int, metadata: dict[str, str]) -> bytes:
     try:
         outputs = run(graph, traced, [pixels])
         named = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-        return graph.model(side, named, metadata)
+        return graph.model(side, named)
     except Unsupported as error:
         raise UserError(
             f"ONNX: {error} cannot be written: export with --format=stablehlo or "

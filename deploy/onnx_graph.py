@@ -191,7 +191,7 @@ class Graph:
 
     # --- the whole ------------------------------------------------------------------------------
 
-    def model(self, side: int, outputs: dict[str, Value], metadata: dict[str, str]) -> bytes:
+    def model(self, side: int, outputs: dict[str, Value]) -> bytes:
         """Returns the ONNX file of uint8 images [B, side, side, 3] and these outputs."""
         size = sum(array.nbytes for array in self.weights.values())
         if size > LIMIT - 2**24:
@@ -220,9 +220,15 @@ class Graph:
         graph = helper.make_graph(nodes, "archcompare", taken, results, weights)
         options = {"opset_imports": [helper.make_opsetid("", OPSET)], "ir_version": IR_VERSION}
         made = helper.make_model(graph, producer_name="archcompare", **options)
-        helper.set_model_props(made, metadata)
         onnx.checker.check_model(made)
         return made.SerializeToString()
+
+
+def with_metadata(content: bytes, metadata: dict[str, str]) -> bytes:
+    """Returns an ONNX file with these properties in place of its own."""
+    model = onnx.load_from_string(content)
+    helper.set_model_props(model, metadata)
+    return model.SerializeToString()
 
 
 def inputs_of(node: onnx.NodeProto) -> list[str]:
