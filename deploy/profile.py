@@ -47,7 +47,7 @@ from deploy.profile_photos import photos_in, write_photos
 from deploy.profile_worker import Spec
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
-from models.weights.own import KEY as FACTS
+from models.weights.own import KEY as METADATA
 
 RUNTIMES = {"jax": "jax", "onnx": "onnxruntime"}  # and their packages
 ROUNDS = 5  # in which all take turns
@@ -163,16 +163,17 @@ def converted(subject: Subject) -> Subject:
     if subject.runtime != "onnx" or subject.path.is_file():
         return subject
     package("onnx", "onnx")
-    from deploy.onnx_convert import to_onnx
+    from deploy.onnx_convert import to_onnx  # an extra
+    from deploy.onnx_graph import with_metadata
 
     predictor, folder = predictor_of(load_run(subject.path)), subject.photos.parent
     functions = {
         ONNX: partial(answers, predictor.model),
         "preprocess.onnx": lambda images: {"pixels": predictor.model.preprocess(images)},
     }
-    side, facts = predictor.facts["image_size"], {FACTS: json.dumps(predictor.facts)}
+    side, stated = predictor.facts["image_size"], {METADATA: json.dumps(predictor.facts)}
     for name, function in functions.items():
-        (folder / name).write_bytes(to_onnx(function, side, facts))
+        (folder / name).write_bytes(with_metadata(to_onnx(function, side), stated))
     return replace(subject, path=folder / ONNX, preprocess=folder / "preprocess.onnx")
 
 
