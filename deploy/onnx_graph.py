@@ -78,6 +78,7 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}
         self._names: dict[tuple, list[str]] = {}  # what is there already
+        self._before: dict[str, str] = {}  # what was reshaped into what
         self._count = 0
 
     def emit(self, op: str, inputs: Sequence[str], outputs: int = 1, **attributes) -> str | list:
@@ -187,7 +188,10 @@ class Graph:
         sizes = [dim if isinstance(dim, int) else -1 for dim in dims]
         if sizes.count(-1) > 1:
             raise Unsupported(f"an array of the shape {tuple(dims)}")
-        return self.emit("Reshape", [name, self.integers(*sizes)])
+        name = self._before.get(name, name)  # not one reshape after another
+        made = self.emit("Reshape", [name, self.integers(*sizes)])
+        self._before[made] = name
+        return made
 
     # --- the whole ------------------------------------------------------------------------------
 

@@ -329,21 +329,21 @@ def same(graph: Graph, step: Step, x: Value) -> Value:
     return x
 
 
-# --- functions of JAX that ONNX has by name -----------------------------------------------------
+# --- what was recognised: see `onnx_trace` ------------------------------------------------------
 
 
 def softmax(graph: Graph, step: Step, x: Value) -> Value:
     """Softmax over one axis."""
     x = graph.settle(graph.full(x))
-    axis = x.perm.index(step.params["over"])
+    axis = x.perm.index(step.params["axis"])
     return step.value(name=graph.emit("Softmax", [x.name], axis=axis), perm=x.perm)
 
 
-def gelu(graph: Graph, step: Step, x: Value) -> Value:
-    """Gelu, exact or by tanh."""
-    x = graph.settle(x)
-    name = graph.emit("Gelu", [x.name], approximate=step.params["approximate"])
-    return step.value(name=name, perm=x.perm, extent=x.extent)
+def layer_norm(graph: Graph, step: Step, x: Value, scale: Value, bias: Value) -> Value:
+    """Normalisation over the last axis."""
+    taken = [graph.name(graph.full(x)), graph.weight(scale.const), graph.weight(bias.const)]
+    epsilon = step.params["epsilon"]
+    return step.value(name=graph.emit("LayerNormalization", taken, axis=-1, epsilon=epsilon))
 
 
 SIMPLE = {
@@ -378,9 +378,10 @@ TABLE: dict[str, Handler] = {
     ),
     "expm1": moved("Exp", 0.0, 1.0, -1.0),
     "gather": gather,
-    "gelu": gelu,
+    "gelu": plain("Gelu"),
     "integer_pow": power,
     "iota": iota,
+    "layer_norm": layer_norm,
     "log1p": moved("Log", 1.0, 1.0, 0.0),
     "max": largest,
     "min": smallest,
