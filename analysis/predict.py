@@ -2,7 +2,7 @@
 
     python -m analysis.predict MODEL PHOTOS... --output=predictions.csv
 
-MODEL is the directory of a complete run, or what `python -m analysis.export` wrote. PHOTOS are
+MODEL is the directory of a complete run, or what `python -m deploy.export` wrote. PHOTOS are
 image files, folders, or quoted patterns such as 'photos/**/*.jpg'. Confidences are probabilities
 after temperature scaling; an answer is to be reviewed if its confidence is below the one that
 promises --target_accuracy, by the run's validation images. `set95` names the classes, likeliest

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from analysis import costs, ensembles, gradcam, inside, labels, robustness, sizes, tuning
+from analysis import costs, ensembles, gradcam, inside, labels, latency, robustness, sizes, tuning
 from analysis.calibration import calibration_section
 from analysis.compare import Comparison, compare, write_tables
 from analysis.explain import packages
@@ -55,6 +55,7 @@ CHAPTERS = (  # in the order of the page
     Chapter("Accuracy", chapters.overview),
     Chapter("Accuracy and cost", partial(costs.costs_section, rounds=0)),
     Chapter("Accuracy and cost", costs.costs_section, "costs.json", ("measure_speed",)),
+    Chapter("Latency", latency.latency_section),
     Chapter("Learning curves", chapters.curves),
     Chapter("Data size", sizes.sizes_section),
     Chapter("Tuning", tuning.tuning_section),

@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.predict import WEIGHTS, Predictor, load_predictor
 from errors import UserError
+from models.weights.formats import read_metadata
 from models.weights.own import KEY
 
 ONNX, STABLEHLO = "model.onnx", "model.stablehlo"  # names in an exported folder
@@ -80,6 +81,28 @@ def _read_stablehlo(file: Path, threads: int) -> Predictor:
         raise UserError(f"{file} is no StableHLO file of this project ({error})") from error
     call = jax.jit(program.call)
     return Predictor(facts, file, lambda images: jax.tree.map(np.asarray, call(images)))
+
+
+def facts_in(file: Path) -> dict:
+    """Returns what an exported file, or a file of weights, states; {} if it is gone or no such."""
+    try:
+        return _stated(file)
+    except (UserError, OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile):
+        return {}
+
+
+def _stated(file: Path) -> dict:
+    if file.suffix == ".onnx":
+        onnx = package("onnx", "onnx")
+        try:
+            properties = onnx.load(file, load_external_data=False).metadata_props
+        except Exception as error:  # protobuf's own type
+            raise ValueError(f"{file} is no ONNX file") from error
+        return dict(json.loads({entry.key: entry.value for entry in properties}[KEY]))
+    if file.suffix == ".stablehlo":
+        with zipfile.ZipFile(file) as members:
+            return dict(json.loads(members.read(FACTS)))
+    return dict(json.loads(read_metadata(file)[KEY]))
 
 
 def _facts(file: Path, text: str | None) -> dict:

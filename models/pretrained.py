@@ -114,7 +114,7 @@ def convert_weights(name: str, model: str, fields: dict, output: Path) -> str:
     if not MODELS[model].trained_by_gradient:
         raise UserError(
             f"{model} remembers its training images and has no weights to convert: python -m "
-            "analysis.export makes a file of a whole run"
+            "deploy.export makes a file of a whole run"
         )
     num_classes, image_size = shape_of(source, model, fields)
     fields = source.facts.get("fields", {}) | fields

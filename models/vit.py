@@ -26,8 +26,8 @@ class Embed(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """[B, H, W, 3] -> [B, 1 + N, C]."""
         x = self.patches(images)
-        x = x.reshape(len(x), -1, x.shape[-1])  # [B, N, C]
-        token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [B, N, C]
+        token = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, x.shape[-1]))
         tokens = jnp.concatenate([token.astype(x.dtype), x], axis=1)
         return self.dropout(tokens + self.positions[...])
 
@@ -143,11 +143,12 @@ class VisionTransformer(Classifier):
         token, patches = tokens[:, :1], tokens[:, 1:]
         both = jnp.concatenate([patches, jnp.broadcast_to(token, patches.shape)], axis=-1)
         side = round(patches.shape[1] ** 0.5)
-        return both.reshape(len(both), side, side, -1)
+        return both.reshape(both.shape[0], side, side, 2 * self.width)
 
     def classify(self, features: jax.Array) -> jax.Array:
         """[B, h, w, 2 C] -> logits [B, K] float32."""
-        patches, token = jnp.split(features.reshape(len(features), -1, 2 * self.width), 2, axis=-1)
+        both = features.reshape(features.shape[0], -1, 2 * self.width)
+        patches, token = jnp.split(both, 2, axis=-1)
         tokens = jnp.concatenate([token.mean(axis=1, keepdims=True), patches], axis=1)
         return self.run(tokens, -2).astype(jnp.float32)
 

@@ -14,6 +14,7 @@ from analysis.uncertainty import pareto_front
 
 WIDTH, HEIGHT = 720, 380
 LEFT, RIGHT, TOP, BOTTOM = 62, 24, 16, 46
+AXES = "Pareto axes"  # in the data of a section: {title: {label: cost}}
 NAMED = 24  # models; beyond, only those on the front bear their name
 
 
@@ -58,6 +59,9 @@ def plots(comparison: Comparison, sections: list[Section]) -> list[Plot]:
         "memory of a training step, bytes": table.get("train_step_memory_bytes", unknown),
         "latency, ms per image": table.label.map(milliseconds),
     }
+    for section in sections:
+        for title, cost in section.data.get(AXES, {}).items():
+            costs[title] = table.label.map(cost)
     made = (_plot(title, cost.astype(float), table) for title, cost in costs.items())
     return [plot for plot in made if len(plot.points) > 1]
 

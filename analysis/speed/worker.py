@@ -106,8 +106,8 @@ def serve(spec: Spec, say: Callable[[dict], None]) -> None:
         say({"seconds": seconds, "memory": side.device_memory() or host_memory()})
 
 
-def main() -> int:
-    """Serves the spec on the command line."""
+def talk(serve: Callable[[dict, Callable[[dict], None]], None]) -> int:
+    """Serves the JSON on the command line, alone on standard output; returns the exit code."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print
 
@@ -115,11 +115,7 @@ def main() -> int:
         print(json.dumps(answer), file=answers, flush=True)
 
     try:
-        spec = Spec(**json.loads(sys.argv[1]))
-        if spec.mode == "epoch":
-            importlib.import_module("analysis.speed.loop").serve(spec, say)
-        else:
-            serve(spec, say)
+        serve(json.loads(sys.argv[1]), say)
     except Exception as error:  # noqa: BLE001 - the other sides go on
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         say({"error": text})
@@ -129,5 +125,11 @@ def main() -> int:
     return 0
 
 
+def _serve(content: dict, say: Callable[[dict], None]) -> None:
+    spec = Spec(**content)
+    loop = importlib.import_module("analysis.speed.loop") if spec.mode == "epoch" else None
+    (loop.serve if loop else serve)(spec, say)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(talk(_serve))

@@ -148,7 +148,7 @@ def _own(name: str, family: str, path: Path, model: str, fields: dict) -> Source
         if not path.is_file():
             raise UserError(
                 f"{name} is not the directory of a complete run, for it has no {WEIGHTS}; if an "
-                "older version trained it, python -m analysis.export DIR FOLDER makes that file"
+                "older version trained it, python -m deploy.export DIR FOLDER makes that file"
             )
     facts = read_own(path)
     arrays = facts.pop("arrays")

@@ -355,7 +355,7 @@ def test_weights_of_a_finished_run(run, tmp_path, capsys):
     own = create_model("cnn", 10, weights=f"archcompare:{out}", image_size=size)
     np.testing.assert_array_equal(own(own.preprocess(images)), model(model.preprocess(images)))
     (run_dir / "weights.safetensors").unlink()  # as older versions left it
-    with pytest.raises(UserError, match="python -m analysis.export DIR"):
+    with pytest.raises(UserError, match="python -m deploy.export DIR"):
         create_model("cnn", 10, **settings)
     shutil.move(run_dir / "summary.json", tmp_path)
     with pytest.raises(UserError, match="not the directory of a complete run"):

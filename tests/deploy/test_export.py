@@ -14,12 +14,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, precision_score, recall_score
 
-from analysis import audit, export
+from analysis import audit
 from analysis.confidence import sets_of_classes
 from analysis.forward import load_test_images
 from analysis.predict import load_predictor, predict, predictor_of
 from analysis.runs import load_run
 from configs import digits
+from deploy import card as card_of
+from deploy import export
 from errors import UserError
 from experiment.files import write_json
 from experiment.grid import expand
@@ -120,7 +122,7 @@ def test_an_export_knows_what_its_run_knew(workdir, exports, name):
     assert facts["data"]["resize"] == "squash" and facts["source"] == f"run:{name}/seed0"
     assert facts["versions"]["jax"] == run.environment["packages"]["jax"]
     assert facts["preprocessing"]["mean"] == run.summary["preprocessing"]["mean"]
-    assert facts["licence"] == export.OWNERS
+    assert facts["licence"] == card_of.OWNERS
 
 
 def test_a_target_out_of_reach_stays_so(workdir, tmp_path):
@@ -267,7 +269,7 @@ def test_a_class_without_test_images_has_no_recall(workdir, tmp_path):
     kept = known["labels"] != 2
     np.savez(run_dir / "predictions_test.npz", **{k: v[kept] for k, v in known.items()})
     run = load_run(run_dir)
-    text = export.model_card(run, predictor_of(run), "x")
+    text = card_of.model_card(run, predictor_of(run), "x")
     assert re.search(r"\| été \| [\d.–]+( %)? \| – \| – \| – \|", text) and "nan" not in text
 
 
@@ -312,38 +314,38 @@ def test_the_card_is_sound_markdown(exports):
 def test_without_an_audit_the_card_says_so(workdir, tmp_path):
     run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
     run = load_run(run_dir)
-    assert "was not audited" in export.model_card(run, predictor_of(run), "x")
+    assert "was not audited" in card_of.model_card(run, predictor_of(run), "x")
     (tmp_path / "audit").mkdir()
     (tmp_path / "audit/audit.json").write_text("{")
     with pytest.raises(UserError, match="audit.json"):
-        export.model_card(run, predictor_of(run), "x")
+        card_of.model_card(run, predictor_of(run), "x")
 
 
 def test_the_licence_is_that_of_the_first_weights(tmp_path):
     published = next(entry for entry in PUBLISHED.values() if entry.licence == "Apache-2.0")
-    assert export.licence_of("none") == export.OWNERS
-    assert export.licence_of(published.name) == "Apache-2.0"
+    assert card_of.licence_of("none") == card_of.OWNERS
+    assert card_of.licence_of(published.name) == "Apache-2.0"
     for name, weights in (("a", published.name), ("b", f"run:{tmp_path / 'a'}"), ("c", "none")):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "summary.json", {"weights": weights})
-    assert export.licence_of(f"run:{tmp_path / 'b'}") == "Apache-2.0"
-    assert export.licence_of(f"run:{tmp_path / 'c'}") == export.OWNERS
+    assert card_of.licence_of(f"run:{tmp_path / 'b'}") == "Apache-2.0"
+    assert card_of.licence_of(f"run:{tmp_path / 'c'}") == card_of.OWNERS
     shutil.rmtree(tmp_path / "a")
     folder = tmp_path.name
-    assert export.licence_of(f"run:{tmp_path / 'b'}") == f"unknown: began from run:{folder}/a"
+    assert card_of.licence_of(f"run:{tmp_path / 'b'}") == f"unknown: began from run:{folder}/a"
     file = tmp_path / "w.safetensors"
     for stated, expected in (
         ("MIT", "MIT"),
         ("", f"unknown: began from archcompare:{folder}/w.safetensors"),
     ):
         write_safetensors(file, {}, {"archcompare": json.dumps({"licence": stated})})
-        assert export.licence_of(f"archcompare:{file}") == expected
-    assert export.licence_of(f"timm:{file}").startswith("unknown: began from timm:")
+        assert card_of.licence_of(f"archcompare:{file}") == expected
+    assert card_of.licence_of(f"timm:{file}").startswith("unknown: began from timm:")
 
 
 def test_a_known_licence_stands_in_the_front_matter(workdir):
     run = load_run(workdir / "linear/seed0")
-    text = export.model_card(run, predictor_of(run), "BSD-3-Clause")
+    text = card_of.model_card(run, predictor_of(run), "BSD-3-Clause")
     assert "license: bsd-3-clause\n" in text and "Licence of the weights: BSD-3-Clause.\n" in text
 
 

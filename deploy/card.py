@@ -1,12 +1,4 @@
-"""One folder to hand on: the weights of a run, all that using them takes, and a model card.
-
-    python -m analysis.export RUN_DIR OUTPUT_DIR
-    python -m analysis.predict OUTPUT_DIR PHOTOS... --output=predictions.csv
-
-model.safetensors holds the weights, and in its metadata how photos become the model's input and
-logits become answers; `--config.weights=archcompare:FILE` reads it too. README.md is the model card
-(Mitchell et al. 2019). Exporting again replaces both.
-"""
+"""The model card of an exported folder (Mitchell et al. 2019), and the licence of its weights."""
 
 import json
 import math
@@ -28,54 +20,15 @@ from analysis.evaluate import (
     evaluate,
 )
 from analysis.page.tables import NONE
-from analysis.predict import CARD, WEIGHTS, Predictor, predictor_of
-from analysis.runs import FinishedRun, load_run, read_audit
+from analysis.predict import Predictor
+from analysis.runs import FinishedRun, read_audit
 from analysis.uncertainty import wilson
+from deploy.load import ONNX, STABLEHLO, WEIGHTS, facts_in
 from errors import UserError
-from experiment.command import arguments, output_folder, run_command
-from models.weights.formats import read_metadata
-from models.weights.own import KEY, arrays_of, write_own
 from models.weights.published import PUBLISHED
 
 CONFIDENT = 0.9  # the confidence from which the card counts errors
 OWNERS = "to be decided by the owners of the data it was trained on"
-
-
-def export_run(run: FinishedRun, folder: Path) -> None:
-    """Writes model.safetensors and README.md of a complete run into a folder."""
-    _check_folder(folder)
-    predictor, weights = predictor_of(run), run.summary.get("weights", "none")
-    licence = licence_of(weights)
-    card = model_card(run, predictor, licence)
-    about = run.environment
-    versions = {"python": about["python"], **about["packages"], "git_commit": about["git_commit"]}
-    known = {"began": _short(weights), "licence": licence, "versions": versions}
-    output_folder(folder, "OUTPUT_DIR")
-    write_own(folder / WEIGHTS, arrays_of(predictor.model), predictor.facts | known)
-    try:
-        (folder / CARD).write_text(card, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot export to {folder}: {error}") from error
-
-
-def _check_folder(folder: Path) -> None:
-    """Raises UserError for a folder that holds anything but an earlier export."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: name a new one")
-    names = sorted(path.name for path in folder.glob("[!.]*"))  # .git may publish it
-    if names and "review_thresholds" not in _facts_in(folder / WEIGHTS):
-        raise UserError(
-            f"{folder} is not empty and no earlier export (it holds {names[0]!r}): name a new "
-            "folder, or empty it"
-        )
-
-
-def _facts_in(file: Path) -> dict:
-    """Returns what a file of weights states, {} if it is gone or somebody else's."""
-    try:
-        return dict(json.loads(read_metadata(file)[KEY]))
-    except (UserError, KeyError, ValueError, TypeError):
-        return {}
 
 
 def licence_of(weights: str) -> str:
@@ -85,22 +38,27 @@ def licence_of(weights: str) -> str:
     if weights in PUBLISHED:
         return PUBLISHED[weights].licence
     family, _, path = weights.partition(":")
-    licence = _facts_in(Path(path)).get("licence") if family == "archcompare" else ""
+    licence = facts_in(Path(path)).get("licence") if family == "archcompare" else ""
     if family == "run":
         with suppress(OSError, ValueError):  # that run is gone
             summary = json.loads((Path(path) / "summary.json").read_text(encoding="utf-8"))
             licence = licence_of(summary.get("weights", "none"))
-    return licence or f"unknown: began from {_short(weights)}"
+    return licence or f"unknown: began from {short_name(weights)}"
 
 
-def _short(weights: str) -> str:
+def short_name(weights: str) -> str:
     """Returns the name of weights with no more than the end of its path."""
     family, colon, path = weights.partition(":")
     return f"{family}:{'/'.join(Path(path).parts[-2:])}" if colon else weights
 
 
-def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
-    """Returns README.md; every number in it comes from the run directory."""
+def model_card(
+    run: FinishedRun, predictor: Predictor, licence: str, files: dict[str, dict] | None = None
+) -> str:
+    """Returns README.md; every number in it comes from the run directory.
+
+    `files` are the exported ones, by name, and the facts that each states.
+    """
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
@@ -111,7 +69,10 @@ def model_card(run: FinishedRun, predictor: Predictor, licence: str) -> str:
         model=predictor.model,
         facts=predictor.facts,
         data=f"{run.dataset['source']} {Path(run.dataset['path']).name}".strip(),
-        began="from scratch" if weights == "none" else f"from the weights {_short(weights)}",
+        began="from scratch" if weights == "none" else f"from the weights {short_name(weights)}",
+        files=files or {WEIGHTS: {}},
+        weights_file=WEIGHTS,
+        programs=[name for name in (ONNX, STABLEHLO) if name in (files or {})],
         licence=licence,
         licence_id=licence.lower() if licence in ("Apache-2.0", "BSD-3-Clause") else "unknown",
         excluded=Counter(reason.partition(":")[0] for reason in run.dataset["excluded"].values()),
@@ -171,16 +132,3 @@ def _percent(share: float) -> str:
 def _markdown(text: object) -> str:
     """Returns text that Markdown shows as it is, on one line."""
     return re.sub(r"[\\`*_{}\[\]<>|#~$&]", r"\\\g<0>", " ".join(str(text).split()))
-
-
-def main(argv: list[str]) -> int:
-    """Exports a run into a folder."""
-    given = arguments(argv, "analysis.export RUN_DIR OUTPUT_DIR", 2, 2)
-    run_dir, folder = (Path(path).expanduser() for path in given)
-    export_run(load_run(run_dir), folder)
-    print(f"{folder}: {WEIGHTS}, {CARD}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,0 +1,87 @@
+"""Does a model give the same answers in another form? Images decide, not trust."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from analysis.runs import evenly_spaced
+from errors import UserError
+
+IMAGES, BATCHES = 128, (32, 7)  # of the test part; images at once
+TOLERANCE = 1e-3  # of the standard deviation of the numbers compared
+ODD_ONES = 0.02  # share of the images whose neighbours may change: equal distances are rounded
+
+Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def some_images(images: np.ndarray) -> np.ndarray:
+    """Returns up to IMAGES of the images, evenly spaced: uint8 [N, S, S, 3]."""
+    return np.asarray(images[evenly_spaced(len(images), IMAGES)])
+
+
+def answered(answer: Answer, images: np.ndarray, size: int) -> dict[str, np.ndarray]:
+    """Returns answers to images, so many at once; the last batch is filled with its last image."""
+    size, parts = min(size, len(images)), []
+    for start in range(0, len(images), size):
+        rows = np.minimum(np.arange(start, start + size), len(images) - 1)
+        found = answer(images[rows])
+        parts.append({key: array[: len(images) - start] for key, array in found.items()})
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def prove(ours: Answer, theirs: Answer, images: np.ndarray, *, votes: bool = False) -> dict:
+    """Compares two forms of a model on images; returns what was found, as plain values.
+
+    Args:
+      ours, theirs: as `answers.answers`, compiled; `theirs` is also asked in smaller batches.
+      images: uint8 [N, S, S, 3].
+      votes: of the model's answers, a few may differ: it counts votes of neighbours.
+
+    Raises:
+      UserError: they differ by more than rounding does.
+    """
+    expected = answered(ours, images, BATCHES[0])
+    few = images[: BATCHES[1]]
+    both = [(expected, answered(theirs, images, BATCHES[0]))]
+    small = {key: array[: len(few)] for key, array in expected.items()}
+    both.append((small, answered(theirs, few, BATCHES[1])))
+    spread = {key: float(array.std()) for key, array in expected.items()}
+    largest = relative = 0.0
+    odd = np.zeros(len(images), bool)
+    for wanted, found in both:
+        if set(found) != set(wanted):
+            raise UserError(f"the file gives {', '.join(found)}, and not {', '.join(wanted)}")
+        for key in wanted:
+            gap = np.abs(found[key].astype(np.float64) - wanted[key]).max(axis=1)
+            gap[~np.isfinite(gap)] = np.inf
+            share = np.where(gap == 0, 0.0, gap / (spread[key] or 1.0))
+            odd[: len(share)] |= share > TOLERANCE
+            relative = max(relative, share.max())
+            largest = max(largest, gap.max()) if key == "logits" else largest
+    changed = expected["logits"].argmax(axis=1) != both[0][1]["logits"].argmax(axis=1)
+    proof = {
+        "images": len(images),
+        "batch_sizes": sorted({min(size, len(images)) for size in BATCHES}),
+        "largest_difference": float(largest),
+        "relative_difference": float(relative),
+        "changed_predictions": int(changed.sum()),
+        "tolerance": TOLERANCE,
+    }
+    if odd.sum() > (max(1, ODD_ONES * len(images)) if votes else 0):
+        raise UserError(
+            f"the exported file answers differently: the largest difference is {relative:.1e} of "
+            f"the standard deviation (at most {TOLERANCE:.0e} is rounding), in {odd.sum()} of "
+            f"{len(images)} images, {changed.sum()} predictions changed; nothing was written. "
+            "Another format may be sound; please report the architecture"
+        )
+    return proof
+
+
+def describe(proof: dict) -> str:
+    """Returns the proof as a sentence."""
+    return (
+        f"{proof['images']} test images: the largest difference of a logit is "
+        f"{proof['largest_difference']:.2g}, of any output {proof['relative_difference']:.1e} of "
+        f"its standard deviation (tolerance {proof['tolerance']:.0e}); "
+        f"{proof['changed_predictions']} predictions changed"
+    )
