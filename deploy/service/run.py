@@ -96,12 +96,13 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound; raises UserError where it cannot be."""
+    """Returns a socket that listens; raises UserError where it cannot be."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen(BACKLOG)  # whoever comes early waits
     except (OSError, OverflowError) as error:
         bound.close()
         raise UserError(
