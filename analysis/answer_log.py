@@ -1,5 +1,6 @@
 """A log of a model's answers in a SQLite file: what `deploy.monitor` looks at, and no image."""
 
+import json
 import os
 import sqlite3
 import threading
@@ -123,9 +124,12 @@ class AnswerLog:
           ORDER BY last"""
         return self._read(query, since, until)
 
-    def images(self) -> pd.DataFrame:
-        """Returns the distinct pairs of image and name."""
-        return self._read("SELECT DISTINCT image, name FROM answers")
+    def known(self, names: Sequence[str]) -> pd.DataFrame:
+        """Returns the distinct pairs of image and name of which one is among `names`."""
+        listed = "(SELECT value FROM json_each(?))"
+        query = f"""SELECT image, name FROM answers WHERE image IN {listed}
+          UNION SELECT image, name FROM answers WHERE name IN {listed}"""
+        return self._read(query, json.dumps(list(names)), json.dumps(list(names)))
 
     def close(self) -> None:
         """Closes the file; a later call opens it again."""
