@@ -23,6 +23,7 @@ from pathlib import Path
 
 from absl import flags
 
+from analysis.answer_log import AnswerLog
 from analysis.predict import Predictor
 from deploy.load import load, package
 from deploy.service.keys import new_key, read_keys
@@ -103,7 +104,7 @@ def serve(
     }
     metrics, failures = Metrics(), []
     bound = listen(host, port)
-    recorder = Recorder(_open_log(log), metrics)
+    recorder = Recorder(AnswerLog(log) if log else None, metrics)
 
     def failed(error: Exception) -> None:
         failures.append(error)
@@ -124,14 +125,6 @@ def serve(
         print(f"error: a model cannot be run: {error}", file=sys.stderr)
     say(event="stopped")
     return 1 if failures else 0
-
-
-def _open_log(file: str):
-    if not file:
-        return None
-    from analysis.answer_log import AnswerLog
-
-    return AnswerLog(Path(file).expanduser())
 
 
 def from_environment(environment: dict[str, str]) -> None:

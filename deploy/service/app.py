@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
+from analysis.answer_log import Answer as Logged
 from data.formats import printable
 from deploy.service.batching import Answer, Full, Unreadable, Worker
 from deploy.service.events import Recorder
@@ -211,8 +212,6 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 def _log(service: Service, worker: Worker, known: list[tuple[dict, Answer]]) -> None:
     if service.recorder.log is None or not known:
         return
-    from analysis.answer_log import Answer as Logged
-
     service.recorder.write(
         [
             Logged(

@@ -3,16 +3,13 @@
 import json
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
+from analysis.answer_log import Answer, AnswerLog
 from deploy.service.metrics import Metrics
-
-if TYPE_CHECKING:
-    from analysis.answer_log import Answer, AnswerLog
 
 WAITING = 10_000  # answers that may wait to be logged
 
@@ -27,7 +24,7 @@ def say(**facts) -> None:
 class Recorder:
     """Logs answers in a thread of its own; when that fails, serving goes on, and says so."""
 
-    def __init__(self, log: "AnswerLog | None", metrics: Metrics):
+    def __init__(self, log: AnswerLog | None, metrics: Metrics):
         self.log, self._metrics = log, metrics
         self.trouble = ""  # why the last answers were not logged
         self._pool = ThreadPoolExecutor(1, "log")
@@ -35,10 +32,10 @@ class Recorder:
 
     @property
     def state(self) -> str:
-        """Returns "off", "ok", or what went wrong."""
-        return "off" if self.log is None else self.trouble or "ok"
+        """Returns "off", "ok" or "failing"; why is in the server's own log."""
+        return "off" if self.log is None else "failing" if self.trouble else "ok"
 
-    def write(self, answers: Sequence["Answer"]) -> None:
+    def write(self, answers: Sequence[Answer]) -> None:
         """Logs answers some time later; drops them where too many wait already."""
         with self._lock:
             full = self._waiting + len(answers) > WAITING
@@ -58,8 +55,8 @@ class Recorder:
         if self.log is not None:
             self.log.close()
 
-    def _write(self, answers: Sequence["Answer"]) -> None:
-        self._note(self._tried(lambda: self.log.write(answers)), len(answers))
+    def _write(self, answers: Sequence[Answer]) -> None:
+        self._note(self.log.write(answers), len(answers))
         with self._lock:
             self._waiting -= len(answers)
 
@@ -75,10 +72,3 @@ class Recorder:
             event = "answers are not logged" if trouble else "answers are logged again"
             say(event=event, **({"why": trouble} if trouble else {}))
         self.trouble = trouble
-
-    @staticmethod
-    def _tried(write: Callable[[], str]) -> str:
-        try:
-            return write()
-        except Exception as error:  # noqa: BLE001 - a log never stops the server
-            return f"{type(error).__name__}: {error}"

@@ -2,10 +2,10 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import shutil
-import subprocess
 import time
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -15,18 +15,19 @@ class Browser:
     """One page of a browser; `with Browser(folder, width, height) as page`."""
 
     def __init__(self, folder, width: int, height: int):
-        theirs, self._out = os.pipe()
-        self._in, answers = os.pipe()
+        (read, self._out), (self._in, write) = os.pipe(), os.pipe()
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 100) for end in (read, write)]
+        null = [(os.POSIX_SPAWN_OPEN, i, os.devnull, os.O_RDWR, 0) for i in (0, 1, 2)]
         options = (
-            f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run "
+            "--headless --no-sandbox --disable-gpu --remote-debugging-pipe --no-first-run "
             f"--user-data-dir={folder} --window-size={width},{height} about:blank"
         )
-        self._process = subprocess.Popen(
-            ["sh", "-c", f"exec {BROWSER} {options} 3<&{theirs} 4>&{answers}"],
-            pass_fds=(theirs, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        self._process = os.posix_spawn(
+            BROWSER, [BROWSER, *options.split()], os.environ,
+            file_actions=[*null, *((os.POSIX_SPAWN_DUP2, end, i) for i, end in enumerate(theirs, 3))],
         )  # fmt: skip
-        os.close(theirs)
-        os.close(answers)
+        for end in (read, write, *theirs):
+            os.close(end)
         self._number, self._buffer, self._session = 0, b"", None
         self.events: list[dict] = []
         target = self.call("Target.getTargets")["targetInfos"][0]["targetId"]
@@ -46,7 +47,7 @@ class Browser:
         self._session = None
         with contextlib.suppress(EOFError):
             self.call("Browser.close")
-        self._process.wait(20)
+        os.waitpid(self._process, 0)
         os.close(self._in)
         os.close(self._out)
 

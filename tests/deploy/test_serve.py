@@ -20,6 +20,7 @@ import pytest
 import requests
 from PIL import Image
 
+from analysis.answer_log import AnswerLog
 from analysis.confidence import softmax
 from analysis.predict import decode_image
 from deploy import serve
@@ -145,10 +146,12 @@ def test_a_compiled_program_says_why_it_has_no_heat_map(tmp_path):
 
 
 def test_metrics_count_what_happened(server):
-    value = lambda name, **labels: (
-        server.metrics.registry.get_sample_value(f"archcompare_{name}", labels) or 0
-    )  # noqa: E731
-    images = lambda: sum(value("images_total", model="m", **{"class": name}) for name in CLASSES)  # noqa: E731
+    def value(name, **labels):
+        return server.metrics.registry.get_sample_value(f"archcompare_{name}", labels) or 0
+
+    def images():
+        return sum(value("images_total", model="m", **{"class": name}) for name in CLASSES)
+
     route = {"route": "/v1/models/{name}/predict", "status": "200"}
     before = images(), value("images_unreadable_total", model="m"), value("requests_total", **route)
     assert predict(server, png(), b"broken", png()).status_code == 200
@@ -553,3 +556,77 @@ def test_the_page_classifies_photos_in_a_browser(tmp_path, predictor):
         assert all("401" in entry["text"] for entry in errors), errors
         if folder := os.environ.get("ARCHCOMPARE_PICTURES"):  # to look at
             page.picture(Path(folder) / "page.png")
+
+
+# --- the log of answers, and feedback -------------------------------------------------------------
+
+
+def test_answers_are_logged_without_images_and_corrected_by_feedback(tmp_path):
+    file, model, image = tmp_path / "log.sqlite", fake(folder=tmp_path), png(7)
+    with running(model, log=AnswerLog(file)) as server:
+        (row,) = predict(server, image).json()["images"]
+        url = f"{server.url}/v1/feedback"
+        right = {"image": row["image"], "label": "dog"}
+        answer = requests.post(url, json=[right, {"image": "0" * 64, "label": "cat"}])
+        assert answer.json() == {"received": 2, "known": 1}
+        assert requests.post(url, json={"image": "0" * 64, "label": "cat"}).status_code == 404
+        for wrong in ([], {}, {"image": "0", "label": "cat"}, right | {"label": "bird"}):
+            assert requests.post(url, json=wrong).status_code in (400, 422)
+        # A page of another site can send this without asking; it must not count.
+        assert (
+            requests.post(
+                url, json.dumps(right), headers={"Content-Type": "text/plain"}
+            ).status_code
+            == 422
+        )
+        assert requests.get(f"{server.url}/readyz").json()["log"] == "ok"
+    table = AnswerLog(file).read(model.version)
+    (logged,) = table.to_dict("records")
+    assert (logged["label"], logged["correction"]) == (row["top"][0]["class"], "dog")
+    assert logged["image"] == hashlib.sha256(image).hexdigest() and logged["name"] == "0.png"
+    assert logged["confidence"] == pytest.approx(row["top"][0]["confidence"], abs=1e-6)
+    expected = model.answer(decode_image(model.facts, image)[None])["features"][0]
+    np.testing.assert_allclose(logged["features"], expected, rtol=1e-6)
+    assert image[:64] not in file.read_bytes()
+
+
+def test_without_a_log_feedback_is_refused(tmp_path):
+    with running(fake(folder=tmp_path)) as server:
+        refused = requests.post(
+            f"{server.url}/v1/feedback", json={"image": "0" * 64, "label": "cat"}
+        )
+        assert refused.status_code == 409 and "--log" in refused.json()["detail"]
+
+
+class FullDisk(AnswerLog):
+    """SQLite says what it says on a full disk: the file may not grow any more."""
+
+    def _prepare(self, connection):
+        super()._prepare(connection)
+        connection.execute("PRAGMA max_page_count = 1")
+
+
+def corrupt(file):
+    log = AnswerLog(file)
+    log.close()
+    content = bytearray(file.read_bytes())
+    content[100:] = b"\xa5" * (len(content) - 100)
+    file.write_bytes(content)
+    return log
+
+
+@pytest.mark.parametrize("trouble", [FullDisk, corrupt])
+def test_a_log_that_fails_stops_nothing_and_is_told_once(tmp_path, capsys, trouble):
+    with running(fake(folder=tmp_path), log=trouble(tmp_path / "log.sqlite")) as server:
+        for seed in range(60):
+            assert predict(server, png(seed), png(seed + 100)).status_code == 200
+        server.service.recorder._pool.submit(int).result()  # all is written, or not
+        assert requests.get(f"{server.url}/readyz").json() | {"models": 0} == {
+            "ready": True, "draining": False, "models": 0, "log": "failing",
+        }  # fmt: skip
+        failures = server.metrics.registry.get_sample_value("archcompare_log_failures_total")
+        assert 0 < failures <= 120
+        feedback = {"image": "0" * 64, "label": "cat"}
+        assert requests.post(f"{server.url}/v1/feedback", json=feedback).status_code in (404, 503)
+    events = [json.loads(line).get("event") for line in capsys.readouterr().out.splitlines()]
+    assert events.count("answers are not logged") == 1
