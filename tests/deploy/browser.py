@@ -83,7 +83,10 @@ class Browser:
     def until(self, script: str):
         """Waits until an expression is true, and returns it; fails after half a minute."""
         for _ in range(600):
-            if value := self.run(script):
+            # A page that is being loaded lacks what the expression names.
+            if value := self.run(
+                f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"
+            ):
                 return value
             time.sleep(0.05)
         raise AssertionError(
