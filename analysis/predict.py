@@ -114,7 +114,7 @@ def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
     if not file.is_file():
         if (path / CARD).exists():
             raise UserError(f"{file} is missing: copy the folder again, or export the run again")
-        return predictor_of(load_run(path), sorted({*TARGETS, target_accuracy}))
+        return predictor_of(load_run(path), (target_accuracy,))
     predictor = _read(file)
     predictor.threshold(target_accuracy)
     return predictor

@@ -24,7 +24,8 @@ from pathlib import Path
 from absl import flags
 
 from analysis.answer_log import AnswerLog
-from analysis.predict import Predictor
+from analysis.predict import TARGETS, Predictor, predictor_of
+from analysis.runs import load_run
 from deploy.load import load, package
 from deploy.service.keys import new_key, read_keys
 from deploy.service.limits import Limits
@@ -58,6 +59,13 @@ def named(arguments: list[str]) -> dict[str, Path]:
             raise UserError(f"two models are called {name}: give one of them as NAME=PATH")
         found[name] = path
     return found
+
+
+def loaded_from(path: Path, target_accuracy: float, threads: int) -> Predictor:
+    """Returns the model in any form; that of a run also knows the thresholds an export has."""
+    if (path / "config.json").exists():
+        return predictor_of(load_run(path), sorted({*TARGETS, target_accuracy}))
+    return load(path, target_accuracy, threads)
 
 
 def check_limits(limits: Limits) -> None:
@@ -99,8 +107,8 @@ def serve(
     from deploy.service.metrics import Metrics
     from deploy.service.run import Server, listen
 
-    loaded: dict[str, Predictor] = {
-        name: load(path, limits.target_accuracy, threads) for name, path in models.items()
+    loaded = {
+        name: loaded_from(path, limits.target_accuracy, threads) for name, path in models.items()
     }
     metrics, failures = Metrics(), []
     bound = listen(host, port)
