@@ -169,8 +169,9 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         asks for alone.
         """
         worker = service.worker(name)
+        target = service.limits.target_accuracy if target is None else target
         try:
-            least = worker.predictor.threshold(target or service.limits.target_accuracy)
+            least = worker.predictor.threshold(target)
         except UserError as error:
             raise HTTPException(400, str(error)) from None
         if explain and worker.why_no_map:
@@ -200,7 +201,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         body = {
             "model": name,
             "version": worker.predictor.version,
-            "target_accuracy": target or service.limits.target_accuracy,
+            "target_accuracy": target,
             "threshold": least,
             "images": rows,
         }

@@ -8,7 +8,9 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 
+from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from starlette.routing import Match
 
 from deploy.service.events import say
 from deploy.service.keys import given_key, name_of
@@ -41,7 +43,7 @@ class Gate:
     """An ASGI application around another one."""
 
     def __init__(
-        self, app: Callable, limits: Limits, keys: dict[str, str], metrics: Metrics
+        self, app: FastAPI, limits: Limits, keys: dict[str, str], metrics: Metrics
     ):  # fmt: skip
         self.app, self.limits, self.keys, self.metrics = app, limits, keys, metrics
         self.buckets = Buckets(limits.rate, limits.burst)
@@ -115,7 +117,7 @@ class Gate:
 
     def _note(self, exchange: "_Exchange") -> None:
         seconds, known = time.perf_counter() - exchange.began, exchange.scope["state"]
-        route = getattr(exchange.scope.get("route"), "path", "none")
+        route = self._route(exchange.scope)
         self.metrics.requests.labels(route, exchange.status).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         say(
@@ -123,6 +125,14 @@ class Gate:
             status=exchange.status, ms=round(seconds * 1000, 1), bytes=exchange.taken,
             **{name: known[name] for name in ("model", "images") if name in known},
         )  # fmt: skip
+
+    def _route(self, scope: dict) -> str:
+        """Returns the pattern of a path, also of a request that was refused before it got there."""
+        known = scope.get("route")
+        if known is None:
+            routes = self.app.router.routes
+            known = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
+        return getattr(known, "path", "none")
 
 
 class _Exchange:

@@ -27,6 +27,7 @@ from deploy import serve
 from deploy.load import load
 from deploy.service.keys import new_key, read_keys
 from deploy.service.limits import Buckets, Limits
+from deploy.service.run import listen
 from errors import UserError
 from tests.conftest import ROOT, paint
 from tests.deploy.browser import BROWSER, Browser
@@ -103,7 +104,6 @@ def test_an_answer_is_that_of_the_model_calibrated_and_complete(server, predicto
 
 
 def test_the_target_asked_for_decides_on_review(server):
-    assert not predict(server, png(), query="?target=0.95").json()["images"][0]["review"] or True
     strict = predict(server, png(), query="?target=0.99").json()
     assert strict["threshold"] is None and strict["images"][0]["review"]
     unknown = predict(server, png(), query="?target=0.8")
@@ -316,6 +316,8 @@ def test_above_its_rate_a_key_is_asked_to_wait(tmp_path):
     with running(fake(folder=tmp_path), rate=0.5, burst=2) as server:
         found = [requests.get(f"{server.url}/v1/models") for _ in range(3)]
         assert [one.status_code for one in found] == [200, 200, 429]
+        count = {"route": "/v1/models", "status": "429"}
+        assert server.metrics.registry.get_sample_value("archcompare_requests_total", count) == 1
         assert 1 <= int(found[2].headers["Retry-After"]) <= 2
         assert requests.get(f"{server.url}/healthz").status_code == 200
 
@@ -461,6 +463,23 @@ def test_limits_that_contradict_each_other_are_refused():
     for limits in (Limits(queue=10, max_images=11), Limits(max_pending_mb=1)):
         with pytest.raises(UserError, match="ever fit|never fit"):
             serve.check_limits(limits)
+
+
+def test_a_model_that_cannot_be_run_ends_the_server(tmp_path, monkeypatch, capsys):
+    def broken(images):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(serve, "loaded_from", lambda *given: fake(broken, tmp_path))
+    assert serve.serve({"m": tmp_path}, Limits(), {}, "", "127.0.0.1", 0) == 1
+    assert "no such kernel" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with (
+        running(fake(folder=tmp_path)) as server,
+        pytest.raises(UserError, match=f"--port={server.port}"),
+    ):
+        listen("127.0.0.1", server.port)
 
 
 def test_the_command_serves_what_the_environment_names_and_exits_with_0(folder, tmp_path):
