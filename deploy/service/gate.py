@@ -56,7 +56,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, self._note)
         try:
             self._admit(exchange)
             await self._read(exchange)
@@ -74,8 +74,7 @@ class Gate:
             traceback.print_exception(error, file=sys.stderr)
             await exchange.refuse(Refused(500, "the server made a mistake; its log says which"), 0)
         finally:
-            self.pending -= exchange.taken
-            self._note(exchange)
+            exchange.finish()
 
     def _admit(self, exchange: "_Exchange") -> None:
         """Raises Refused without a key that is known, above its rate, and while stopping."""
@@ -96,7 +95,9 @@ class Gate:
     async def _read(self, exchange: "_Exchange") -> None:
         """Reads the body; raises Refused for one that is too large or too slow."""
         most = int(self.limits.max_body_mb * 2**20)
-        too_large = Refused(413, f"the body is larger than {self.limits.max_body_mb:g} MB")
+        if exchange.scope["path"] in PUBLIC:  # whoever has no key takes no memory
+            most = 1024
+        too_large = Refused(413, f"the body is larger than {most / 2**20:g} MB")
         if exchange.length > most:
             raise too_large
         try:
@@ -116,6 +117,7 @@ class Gate:
             raise Refused(408, f"the body did not arrive within {limit}") from None
 
     def _note(self, exchange: "_Exchange") -> None:
+        self.pending -= exchange.taken
         seconds, known = time.perf_counter() - exchange.began, exchange.scope["state"]
         route = self._route(exchange.scope)
         self.metrics.requests.labels(route, exchange.status).inc()
@@ -138,8 +140,8 @@ class Gate:
 class _Exchange:
     """A request and its answer."""
 
-    def __init__(self, scope: dict, receive: Callable, send: Callable):
-        self.scope, self._receive, self._send = scope, receive, send
+    def __init__(self, scope: dict, receive: Callable, send: Callable, note: Callable):
+        self.scope, self._receive, self._send, self._note = scope, receive, send, note
         self.id, self.key, self.began = uuid.uuid4().hex[:16], "", time.perf_counter()
         self.status, self.started, self.slow, self.replayed = 0, False, False, False
         self.chunks: deque[bytes] = deque()
@@ -177,7 +179,14 @@ class _Exchange:
             if not self.ended:  # else whoever sends slowly would keep the connection
                 headers.append((b"connection", b"close"))
             message = message | {"headers": headers}
+        elif not message.get("more_body"):
+            self.finish()  # so that whoever has an answer finds it counted
         await self._send(message)
+
+    def finish(self) -> None:
+        """Counts and logs the request, once."""
+        note, self._note = self._note, lambda exchange: None
+        note(self)
 
     async def refuse(self, refused: Refused, most: float) -> None:
         """Answers with an error, after reading at most so many bytes more of the body."""

@@ -74,6 +74,7 @@ def raw(port: int, *parts: bytes, wait: float = 5) -> bytes:
     """What the server sends until it closes the connection."""
     with socket.create_connection(("127.0.0.1", port), timeout=wait) as connection:
         for part in parts:
+            time.sleep(0.0 if part else 0.3)
             connection.sendall(part)
         found = b""
         while read := connection.recv(65536):
@@ -237,19 +238,18 @@ def test_slow_and_endless_senders_are_sent_away(server):
         "half a body": (head + b"Content-Length: 1000\r\n\r\n", b"\x89PNG"),
         "half a chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"100\r\nabc"),
         "a body that nobody asked for": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"x"),
-        "a head after an answer": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /heal",),
+        "a head after an answer": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"GET /heal"),
+        "without end": (head + b"Transfer-Encoding: chunked\r\n\r\n", *[b"%x\r\n" % 2**16 + b"\0" * 2**16 + b"\r\n"] * 17),
     }  # fmt: skip
     with ThreadPoolExecutor(8) as pool:
         found = dict(
             zip(slow, pool.map(lambda parts: raw(server.port, *parts), slow.values()), strict=True)
         )
-    assert found.pop("a head after an answer").startswith(b"HTTP/1.1 200")
+    assert found.pop("without end").startswith(b"HTTP/1.1 413")
+    first, second = found.pop("a head after an answer").split(b'{"alive":true}')
+    assert first.startswith(b"HTTP/1.1 200") and second.startswith(b"HTTP/1.1 408")
     for name, answer in found.items():
         assert answer.startswith(b"HTTP/1.1 408"), (name, answer)
-    endless = [b"%x\r\n" % 2**16 + b"\0" * 2**16 + b"\r\n"] * 17  # and no end
-    assert raw(server.port, head + b"Transfer-Encoding: chunked\r\n\r\n", *endless).startswith(
-        b"HTTP/1.1 413"
-    )
     assert raw(server.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n").startswith(b"HTTP/1.1 400")
     assert predict(server, png()).status_code == 200
 
@@ -274,6 +274,7 @@ def test_only_a_known_key_opens_and_only_its_digest_is_stored(tmp_path, predicto
     with running(fake(folder=tmp_path), read_keys(str(file), new_key("bob")[1])) as server:
         for path in ("/", "/healthz", "/readyz"):
             assert requests.get(server.url + path).status_code == 200
+            assert requests.post(server.url + path, b"0" * 2000).status_code == 413
         for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
             refused = requests.get(server.url + path)
             assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
