@@ -466,6 +466,14 @@ def test_limits_that_contradict_each_other_are_refused():
             serve.check_limits(limits)
 
 
+def test_onnx_runtime_reports_to_nobody(tmp_path, monkeypatch):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    (tmp_path / "model.onnx").write_bytes(b"broken")
+    with pytest.raises(UserError):
+        load(tmp_path)
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+
+
 def test_a_model_that_cannot_be_run_ends_the_server(tmp_path, monkeypatch, capsys):
     def broken(images):
         raise RuntimeError("no such kernel")
