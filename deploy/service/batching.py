@@ -20,6 +20,9 @@ from deploy.service.metrics import Metrics
 OVER = " (config.data.max_pixels)"  # how the message of decoding ends, of no use to a client
 
 
+JPEG = 4  # times the limit of pixels, for those that are read at a smaller size
+
+
 class Full(Exception):
     """As many images wait as may."""
 
@@ -59,6 +62,16 @@ class _Item:
             self.future.set_exception(result)
         else:
             self.future.set_result(result)
+
+
+def _refuse_bomb(content: bytes, most: float) -> None:
+    """Raises ValueError for a JPEG whose coefficients, all in memory at once, would fill it."""
+    try:
+        width, height = Image.open(io.BytesIO(content)).size
+    except Exception:  # noqa: BLE001 - decoding will say what is wrong with it
+        return
+    if width * height > most:
+        raise ValueError(f"{width}x{height} pixels is over the limit of {most:,} pixels")
 
 
 class Worker:
@@ -112,6 +125,7 @@ class Worker:
         try:
             if item.future.cancelled():
                 raise Unreadable("nobody waits for it")
+            _refuse_bomb(item.content, JPEG * self.facts["data"]["max_pixels"])
             item.pixels = decode_image(self.facts, item.content)
         except BaseException as error:  # noqa: BLE001 - Pillow raises many types on broken files
             text = "it needs more memory than there is"

@@ -194,6 +194,15 @@ def test_a_bad_body_gets_a_4xx_and_the_next_request_its_answer(server, name):
     assert predict(server, png()).status_code == 200
 
 
+def test_a_jpeg_beyond_the_limit_is_read_at_a_smaller_size_unless_it_is_far_beyond(server):
+    def jpeg(side):
+        Image.new("L", (side, side)).save(file := io.BytesIO(), "JPEG", progressive=True)
+        return file.getvalue()
+
+    large, far = predict(server, jpeg(1500), jpeg(2100)).json()["images"]  # the limit is 1 million
+    assert large["top"] and "over the limit of 4,000,000 pixels" in far["error"]
+
+
 def test_a_broken_image_among_others_is_an_entry(server):
     answer = predict(server, png(1), b"broken", png(2))
     assert answer.status_code == 200
