@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import rankdata
-from statsmodels.stats.multitest import multipletests
+from threadpoolctl import threadpool_limits
 
 LEAST, LEAST_CORRECTED = 20, 10  # images that can be compared
 MOST = 5000  # images of a sample that are compared: more would only find smaller differences
@@ -64,12 +64,14 @@ def compare_samples(
     `divisions` is how many there are at least; a small rate takes more.
     """
     divisions = max(divisions, int(np.ceil(20 / rate)))
-    tests = _division_tests(reference.thinned(), window.thinned(), divisions, seed)
+    with threadpool_limits(1):  # where cores are busy, threads would wait for each other
+        tests = _division_tests(reference.thinned(), window.thinned(), divisions, seed)
     if np.isfinite(window.correct).sum() >= LEAST_CORRECTED:
         tests.append(accuracy_test(strata(reference, window), 10 * divisions, seed))
-    alarms, adjusted, *_ = multipletests([test.p for test in tests], rate, method="holm")
-    for test, p, alarm in zip(tests, adjusted.tolist(), alarms.tolist(), strict=True):
-        test.adjusted, test.alarm = p, alarm
+    least = 0.0  # a larger p is never adjusted to less
+    for smaller, test in enumerate(sorted(tests, key=lambda test: test.p)):
+        least = test.adjusted = max(least, min(1.0, (len(tests) - smaller) * test.p))
+        test.alarm = test.adjusted <= rate
     return tests
 
 
