@@ -99,12 +99,12 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Answers what waits, and ends."""
+        """Answers what waits, and ends; a model that hangs is left behind."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         if self._thread.ident:
-            self._thread.join()
+            self._thread.join(self.limits.timeout_s)
 
     def submit(self, contents: Sequence[bytes], explain: bool = False) -> list[Future]:
         """Takes image files; returns a future `Answer` of each, which may raise Unreadable.

@@ -59,7 +59,9 @@ def predictor(folder):
 
 @pytest.fixture(scope="module")
 def server(predictor):
-    with running(predictor, header_timeout_s=0.6, body_timeout_s=0.6, max_megapixels=1) as server:
+    with running(
+        predictor, header_timeout_s=0.6, body_timeout_s=0.6, max_megapixels=1, max_batch=2
+    ) as server:
         yield server
 
 
@@ -581,16 +583,22 @@ def test_the_page_classifies_photos_in_a_browser(tmp_path, predictor):
         )
         assert page.run("document.querySelectorAll('.result i, .result b').length") == 0
         assert page.run("document.documentElement.scrollWidth") <= 420
+        page.run(
+            "{const all = new DataTransfer(); all.items.add(new File(['broken'], 'dropped.png'));"
+            "document.body.dispatchEvent(new DragEvent('drop', {dataTransfer: all, bubbles: true}))}"
+        )
+        page.until("document.querySelector('.result h2').textContent === 'dropped.png'")
         asked = [
             event["params"]["request"]["url"]
             for event in page.events
             if event["method"] == "Network.requestWillBeSent"
         ]
         assert all(url.startswith((server.url, "blob:", "data:", "about:")) for url in asked), asked
-        errors = [
+        # A refused key and a broken photo are errors of the network; the policy forbids nothing.
+        entries = [
             event["params"]["entry"] for event in page.events if event["method"] == "Log.entryAdded"
         ]
-        assert all("401" in entry["text"] for entry in errors), errors
+        assert {entry["source"] for entry in entries} == {"network"}, entries
         if folder := os.environ.get("ARCHCOMPARE_PICTURES"):  # to look at
             page.picture(Path(folder) / "page.png")
 
