@@ -155,8 +155,8 @@ class Worker:
             self.state = "failed"
             self._failed(error)
             return
-        self.state = "ready"
         self.metrics.ready.labels(self.name, self.predictor.version).set(1)
+        self.state = "ready"
         while items := self._take():
             try:
                 self._answer([item for item in items if not item.future.cancelled()])
