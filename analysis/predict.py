@@ -7,7 +7,8 @@ image files, folders, or quoted patterns such as 'photos/**/*.jpg'. Confidences 
 after temperature scaling; an answer is to be reviewed if its confidence is below the one that
 promises --target_accuracy, by the run's validation images. `set95` names the classes, likeliest
 first, that hold the true one with 95 % probability; a ; parts them, and " stands around a name that
-has one. Photos unlike the training images may get confident wrong answers and wrong sets.
+has one. Photos unlike the training images may get confident wrong answers and wrong sets:
+`--log=FILE.sqlite` keeps every answer (no image) for `python -m deploy.monitor`, which notices.
 Exit codes: 0 every image was read, 1 some could not be, 2 a mistake.
 """
 
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,12 +28,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 from absl import flags
 
+from analysis.answer_log import Answer, AnswerLog
 from analysis.answers import answering
 from analysis.confidence import least_probability, sets_of_classes, softmax
 from analysis.evaluate import sets_fitted_to, temperature_of, threshold_of
@@ -190,9 +194,16 @@ def _refuse(error: OSError) -> None:
 
 
 def predict(
-    predictor: Predictor, paths: Sequence[str], target_accuracy: float = 0.95, batch_size: int = 64
+    predictor: Predictor,
+    paths: Sequence[str],
+    target_accuracy: float = 0.95,
+    batch_size: int = 64,
+    log: AnswerLog | None = None,
 ) -> Iterator[dict[str, str | float]]:
-    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value."""
+    """Yields a row for each image file, in order, with the keys of COLUMNS and "" for no value.
+
+    Answers are added to the log; where that fails, a line on standard error says so.
+    """
     facts, threshold = predictor.facts, predictor.threshold(target_accuracy)
     size, side = max(1, min(batch_size, len(paths))), facts["image_size"]
     decode = partial(_decode, facts)
@@ -203,11 +214,13 @@ def predict(
             # The next batch is read while this one is classified.
             waiting = pool.map(decode, paths[start + size : start + 2 * size])
             images = np.zeros((size, side, side, 3), np.uint8)
-            for i, (image, _) in enumerate(decoded):
+            for i, (image, _, _) in enumerate(decoded):
                 images[i] = image
-            logits = predictor.answer(images)["logits"]
+            logits, features = itemgetter("logits", "features")(predictor.answer(images))
             probabilities, sets = softmax(logits, facts["temperature"]), predictor.sets(logits)
-            for i, (path, (_, error)) in enumerate(zip(paths[start:], decoded, strict=False)):
+            if log:
+                _log(log, predictor, paths[start:], decoded, probabilities, features)
+            for i, (path, (_, error, _)) in enumerate(zip(paths[start:], decoded, strict=False)):
                 row = probabilities[i]
                 sure = not error and row.max() >= threshold
                 cells = {"path": path, "review": "no" if sure else "yes", "error": error}
@@ -226,12 +239,33 @@ def _joined(names: list[str]) -> str:
     return line.getvalue().removesuffix("\r\n")
 
 
-def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str]:
-    """Returns an image as evaluation sees it, and ""; or 0, and why there is none."""
+def _log(
+    log: AnswerLog,
+    predictor: Predictor,
+    paths: Sequence[str],
+    decoded: list[tuple],
+    probabilities: np.ndarray,
+    features: np.ndarray,
+) -> None:
+    """Adds the answers for images that could be read; says on standard error where it fails."""
+    facts, now, answers = predictor.facts, time.time(), []
+    columns = zip(paths, decoded, probabilities, features, strict=False)
+    for path, (_, error, digest), row, numbers in columns:
+        if not error:
+            label, model = facts["class_names"][row.argmax()], facts.get("run", facts["model"])
+            answers.append(Answer(now, predictor.version, model, label, float(row.max()), numbers,
+                                  digest, os.path.abspath(path), "predict"))  # fmt: skip
+    if trouble := log.write(answers):
+        print(f"{len(answers)} answers are not logged: {trouble}", file=sys.stderr)
+
+
+def _decode(facts: dict, path: str) -> tuple[np.ndarray | int, str, str]:
+    """Returns an image as evaluation sees it, "" and its file's digest; or 0, and why, and ""."""
     try:
-        return decode_image(facts, Path(path).read_bytes()), ""
+        content = Path(path).read_bytes()
+        return decode_image(facts, content), "", hashlib.sha256(content).hexdigest()
     except Exception as error:  # noqa: BLE001 - Pillow raises many types on broken files
-        return 0, " ".join(str(error).split()) or type(error).__name__
+        return 0, " ".join(str(error).split()) or type(error).__name__, ""
 
 
 def decode_image(facts: dict, content: bytes) -> np.ndarray:
@@ -280,14 +314,15 @@ def write_rows(file: TextIO, rows: Iterable[dict[str, str | float]]) -> Counter:
 
 def main(argv: list[str]) -> int:
     """Classifies image files into a table; returns 1 if one of them could not be read."""
-    usage = "analysis.predict MODEL PHOTOS... [--output=FILE.csv]"
+    usage = "analysis.predict MODEL PHOTOS... [--output=FILE.csv] [--log=FILE.sqlite]"
     model, *photos = arguments(argv, usage, least=2, most=None)
     target, output = TARGET.value, OUTPUT.value
     try:
         with open_output(output) as file:
             predictor = load_predictor(Path(model).expanduser(), target)
             paths = find_images(photos, RECURSIVE.value)
-            counts = write_rows(file, predict(predictor, paths, target, BATCH_SIZE.value))
+            log = AnswerLog(LOG.value) if LOG.value else None
+            counts = write_rows(file, predict(predictor, paths, target, BATCH_SIZE.value, log))
     except BrokenPipeError:  # whoever reads this, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
@@ -306,5 +341,6 @@ if __name__ == "__main__":
     goal = "Accuracy promised, by the validation images, of the answers that nobody reviews"
     TARGET = flags.DEFINE_float("target_accuracy", 0.95, goal, lower_bound=0, upper_bound=1)
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at once", lower_bound=1)
+    LOG = flags.DEFINE_string("log", "", "SQLite file to add the answers to, for deploy.monitor")
     RECURSIVE = flags.DEFINE_bool("recursive", True, "Search folders in folders too")
     run_command(main)

@@ -37,7 +37,7 @@ def read_review(path: Path, runs: list[FinishedRun]) -> pd.DataFrame:
             if not given.keys() >= set(data["ids"].tolist()):  # most often all runs have the same
                 given |= dict(zip(data["ids"].tolist(), data["labels"].tolist(), strict=True))
     rows, mistakes, lines = {}, [], {}
-    for line, cells in _rows(path):
+    for line, cells in table_rows(path, {"id", "verdict"}, "the filled-in suspects.csv"):
         name = cells["id"]
         label = classes[given[name]] if name in given else ""
         row = {key: cells.get(key) or "" for key in KEPT} | {"label": label}
@@ -72,14 +72,17 @@ def _mistake(row: dict[str, str], classes: list[str], before: int | None) -> str
     return f"{name} is wrong but its new label is the old one, {new}" * (new == row["label"])
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Returns the rows of a table, cells stripped, with the number of the line each ends on."""
+def table_rows(path: Path, needed: set[str], what: str) -> list[tuple[int, dict[str, str]]]:
+    """Returns the rows of a CSV file, cells stripped, with the number of the line each ends on.
+
+    Raises UserError that asks for `what` where a column that is needed is missing.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:  # a byte order mark is dropped
             separator = max(",;\t", key=file.readline().count)
             file.seek(0)
             reader = csv.DictReader(file, delimiter=separator)
-            missing = {"id", "verdict"} - set(reader.fieldnames or ())
+            missing = needed - set(reader.fieldnames or ())
             if missing:
                 raise ValueError(f"without the columns {', '.join(sorted(missing))}")
             return [
@@ -87,4 +90,4 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str]]]:
                 for row in reader
             ]
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: need the filled-in suspects.csv in UTF-8 ({error})") from error
+        raise UserError(f"{path}: need {what} in UTF-8 ({error})") from error

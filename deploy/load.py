@@ -6,6 +6,7 @@ features [B, 32].
 
 import importlib
 import json
+import os
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +54,7 @@ def package(name: str, extra: str) -> ModuleType:
 
 
 def _read_onnx(file: Path, threads: int) -> Predictor:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its maker is told of its use
     runtime = package("onnxruntime", "onnx")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3

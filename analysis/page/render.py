@@ -1,4 +1,4 @@
-"""Makes index.html of a comparison and its chapters: one file that needs nothing else."""
+"""Makes a page of chapters, such as index.html of a comparison: one file, complete in itself."""
 
 import base64
 import re
@@ -33,7 +33,41 @@ class Names:
 
 
 def render(comparison: Comparison, sections: list[Section]) -> str:
-    """Returns index.html: pictures, style and script are inside it, every name is escaped."""
+    """Returns index.html of a comparison."""
+    recommendation = comparison.recommendation
+    summary = first.summary(comparison, sections)
+    return page(
+        comparison.output,
+        sections,
+        title=comparison.workdir.resolve().name,
+        kind="comparison",
+        facts=first.facts(comparison),
+        sentences=recommendation.sentences,
+        use=recommendation.use,
+        criterion=TITLES[comparison.criterion],
+        warnings=recommendation.warnings,
+        reasons=comparison.reasons,
+        summary=summary,
+        plots=pareto.plots(comparison, sections),
+        names=_names(comparison),
+        glossary=GLOSSARY,
+        term_of=term_of,
+        opened=() if summary.rows else ("Data",),
+    )
+
+
+def page(
+    output: Path, sections: list[Section], *, sentences: list[str], warnings: list[str], **content
+) -> str:
+    """Returns a page of chapters: pictures, style and script are inside it, every name is escaped.
+
+    Args:
+      output: the folder of the chapters' pictures.
+      sections: the chapters; those whose titles are in `opened` are not folded.
+      sentences: what it all comes to.
+      warnings: beside those of chapters.
+      content: what else the template takes; without models that is title, kind and facts.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -43,33 +77,25 @@ def render(comparison: Comparison, sections: list[Section]) -> str:
     )
 
     def source(file: str) -> str:
-        content = base64.b64encode((comparison.output / file).read_bytes()).decode()
+        content = base64.b64encode((output / file).read_bytes()).decode()
         return f"data:{guess_type(file)[0]};base64,{content}"
 
-    recommendation = comparison.recommendation
-    warnings = [("", text) for text in recommendation.warnings]
-    warnings += [(section.title, text) for section in sections for text in section.warnings]
+    warned = [("", text) for text in warnings]
+    warned += [(section.title, text) for section in sections for text in section.warnings]
+    bare = {"use": "", "reasons": {}, "summary": {"rows": []}, "plots": [], "glossary": {}}
+    bare |= {"names": Names({}, {}), "term_of": lambda heading: ""}
     return environment.get_template("report.html.j2").render(
-        title=comparison.workdir.resolve().name,
-        facts=first.facts(comparison),
-        sentences=recommendation.sentences,
-        use=recommendation.use,
-        criterion=TITLES[comparison.criterion],
-        warnings=warnings,
-        reasons=comparison.reasons,
-        summary=first.summary(comparison, sections),
-        plots=pareto.plots(comparison, sections),
-        plot=pareto,
+        bare | content,
+        sentences=sentences,
+        warnings=warned,
         sections=sections,
-        names=_names(comparison),
-        glossary=GLOSSARY,
+        plot=pareto,
         style=Markup((FOLDER / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own
         script=Markup((FOLDER / "report.js").read_text(encoding="utf-8")),  # noqa: S704 - our own
         drawing=first,
         shown=SHOWN,
         source=source,
         slug=slug,
-        term_of=term_of,
         has_words=has_words,
         shares=shares,
         answers=answers,

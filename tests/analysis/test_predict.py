@@ -315,9 +315,9 @@ def test_an_output_is_whole_or_as_it_was(tmp_path):
 def call(monkeypatch, tmp_path):
     """Returns a function: the exit code of the command with arguments, flags as by default."""
 
-    def run(*arguments, output=None, target=TARGET):
+    def run(*arguments, output=None, target=TARGET, log=""):
         flags = {"OUTPUT": output or str(tmp_path / "out.csv"), "TARGET": target,
-                 "BATCH_SIZE": 64, "RECURSIVE": True}  # fmt: skip
+                 "BATCH_SIZE": 64, "RECURSIVE": True, "LOG": log}  # fmt: skip
         for name, value in flags.items():
             monkeypatch.setattr(command, name, SimpleNamespace(value=value), raising=False)
         return command.main(["predict", *map(str, arguments)])
@@ -335,6 +335,7 @@ def test_mistakes_are_told_before_anything_is_computed(moved, call, tmp_path, mo
         ((run, photos), {"output": str(tmp_path / "no/t.csv")}, "cannot write --output="),
         ((run, photos), {"output": str(tmp_path)}, "is no file"),
         ((run, photos), {"output": "/dev/null"}, "is no file"),
+        ((run, photos), {"log": str(photos / NAMES[0] / "3.png")}, "no log of answers"),
     ):
         with pytest.raises(UserError, match=message):
             call(*arguments, **options)

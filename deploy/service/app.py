@@ -1,0 +1,261 @@
+"""The routes of the server: predictions, feedback, what is served, health, metrics, the page."""
+
+import asyncio
+import base64
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
+
+from analysis.answer_log import Answer as Logged
+from data.formats import printable
+from deploy.service.batching import Answer, Full, Unreadable, Worker
+from deploy.service.events import Recorder
+from deploy.service.gate import Gate
+from deploy.service.limits import Limits
+from deploy.service.metrics import Metrics
+from deploy.service.replies import about, images_of, row
+from errors import UserError
+from experiment.files import plain
+
+PAGE = Path(__file__).with_name("page.html")
+
+
+class Correction(BaseModel):
+    """The true class of an image, by the hash that its prediction came with."""
+
+    image: str = Field(pattern="^[0-9a-f]{64}$")
+    label: str = Field(max_length=1000)
+
+
+class Service:
+    """Models by name, and what they share."""
+
+    def __init__(
+        self, workers: dict[str, Worker], limits: Limits, metrics: Metrics, recorder: Recorder,
+        failed: Callable[[Exception], None] = lambda error: None,
+    ):  # fmt: skip
+        self.workers, self.limits, self.metrics = workers, limits, metrics
+        self.recorder, self._failed = recorder, failed
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI):
+        """Warms the models up while the server lives already; at its end, all is answered."""
+        loop = asyncio.get_running_loop()
+        for worker in self.workers.values():
+            worker.start(lambda error: loop.call_soon_threadsafe(self._failed, error))
+        yield
+        for worker in self.workers.values():
+            await asyncio.to_thread(worker.close)
+        await asyncio.to_thread(self.recorder.close)
+
+    def worker(self, name: str) -> Worker:
+        """Returns a model that can be asked; raises HTTPException."""
+        if name not in self.workers:
+            names = ", ".join(self.workers)
+            raise HTTPException(404, f"there is no model of that name, only {names}")
+        worker = self.workers[name]
+        if worker.state != "ready":
+            raise HTTPException(503, f"{name} is {worker.state}", {"Retry-After": "2"})
+        return worker
+
+    async def answers(
+        self, worker: Worker, contents: list[bytes], explain: bool
+    ) -> list[Answer | Unreadable]:
+        """Returns what a model says of each image file; raises HTTPException if it is busy."""
+        try:
+            futures = worker.submit(contents, explain)
+        except Full:
+            text = f"{self.limits.queue} images wait already, or would"
+            raise HTTPException(503, text, {"Retry-After": "1"}) from None
+        waiting = [asyncio.wrap_future(future) for future in futures]
+        try:
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+        finally:
+            for future in waiting:
+                future.cancel()
+        for one in found:
+            if isinstance(one, BaseException) and not isinstance(one, Unreadable):
+                raise one
+        return found
+
+
+def create_app(service: Service, keys: dict[str, str]) -> Gate:
+    """Returns the application, behind its gate."""
+    app = FastAPI(
+        title="archcompare", lifespan=service.lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
+    )  # fmt: skip
+    gate = Gate(app, service.limits, keys, service.metrics)
+    _add_predict(app, service)
+    _add_feedback(app, service)
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        """What is served, and how much a request may hold."""
+        limits = {name: getattr(service.limits, name) for name in ("max_body_mb", "max_images")}
+        found = [about(worker) for worker in service.workers.values()]
+        feedback = service.recorder.log is not None
+        return JSONResponse(plain({"models": found, "limits": limits, "feedback": feedback}))
+
+    @app.get("/healthz")
+    async def healthz() -> dict:
+        """Whether the process lives."""
+        return {"alive": True}
+
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether requests are welcome."""
+        states = [worker.state for worker in service.workers.values()]
+        ready = not gate.draining and all(state == "ready" for state in states)
+        counts = {state: states.count(state) for state in states}
+        body = {"ready": ready, "draining": gate.draining, "models": counts}
+        return JSONResponse(body | {"log": service.recorder.state}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        text = generate_latest(service.metrics.registry)
+        return Response(text, media_type=None, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    text = PAGE.read_text(encoding="utf-8")
+    policy = policy_of(text)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+
+    return gate
+
+
+def policy_of(page: str) -> str:
+    """Returns the Content-Security-Policy that lets a page run what it holds, and nothing else."""
+
+    def digests(tag: str) -> str:
+        bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(body.encode()).digest()) for body in bodies]
+        return " ".join(f"'sha256-{digest.decode()}'" for digest in hashes)
+
+    return (
+        f"default-src 'none'; script-src {digests('script')}; style-src {digests('style')}; "
+        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
+def _add_predict(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/models/{name}/predict")
+    async def predict(
+        request: Request,
+        name: str,
+        top: Annotated[int, Query(ge=1)] = 5,
+        target: Annotated[float | None, Query()] = None,
+        explain: Annotated[Literal["gradcam"] | None, Query()] = None,
+    ) -> Response:
+        """Classes and confidence of one image (the body) or many (multipart/form-data).
+
+        `top` is how many classes to name, `target` the accuracy that answers without `review` are
+        to have. With `explain=gradcam` each image comes with a heat map, which `Accept: image/png`
+        asks for alone.
+        """
+        worker = service.worker(name)
+        target = service.limits.target_accuracy if target is None else target
+        try:
+            least = worker.predictor.threshold(target)
+        except UserError as error:
+            raise HTTPException(400, str(error)) from None
+        if explain and worker.why_no_map:
+            raise HTTPException(400, worker.why_no_map)
+        images = await images_of(request, service.limits)
+        request.state.model, request.state.images = name, len(images)
+        picture = explain and request.headers.get("accept", "").startswith("image/png")
+        if picture and len(images) > 1:
+            raise HTTPException(400, "Accept: image/png is for one image at a time")
+        found = await service.answers(worker, [content for _, content in images], bool(explain))
+        rows, known = [], []
+        for (file, content), answer in zip(images, found, strict=True):
+            if isinstance(answer, Unreadable):
+                digest = hashlib.sha256(content).hexdigest()
+                rows.append({"name": file, "image": digest, "error": str(answer) or "unreadable"})
+                service.metrics.unread.labels(name).inc()
+                continue
+            rows.append(row(worker, content, file, answer, top, least))
+            known.append((rows[-1], answer))
+            label = rows[-1]["top"][0]["class"]
+            service.metrics.images.labels(name, label).inc()
+            service.metrics.review.labels(name).inc(rows[-1]["review"])
+        _log(service, worker, known)
+        if picture and known:
+            headers = {"X-Model-Version": worker.predictor.version}
+            return Response(known[0][1].heat_map, media_type="image/png", headers=headers)
+        body = {
+            "model": name,
+            "version": worker.predictor.version,
+            "target_accuracy": target,
+            "threshold": least,
+            "images": rows,
+        }
+        if not known:
+            body["detail"] = f"no image could be read: {rows[0]['error']}"
+        return JSONResponse(plain(body), 200 if known else 422)
+
+
+def _log(service: Service, worker: Worker, known: list[tuple[dict, Answer]]) -> None:
+    if service.recorder.log is None or not known:
+        return
+    service.recorder.write(
+        [
+            Logged(
+                time=time.time(), version=worker.predictor.version, model=worker.name,
+                label=found["top"][0]["class"], confidence=float(answer.probabilities.max()),
+                features=answer.features, image=found["image"], name=found["name"],
+            )
+            for found, answer in known
+        ]
+    )  # fmt: skip
+
+
+def _add_feedback(app: FastAPI, service: Service) -> None:
+    classes = {
+        name
+        for worker in service.workers.values()
+        for name in worker.predictor.facts["class_names"]
+    }
+
+    @app.post("/v1/feedback")
+    async def feedback(corrections: Correction | list[Correction]) -> JSONResponse:
+        """The true classes of images that were predicted, known by their hash."""
+        given = corrections if isinstance(corrections, list) else [corrections]
+        if service.recorder.log is None:
+            raise HTTPException(409, "this server keeps no log: start it with --log=FILE.sqlite")
+        if not given:
+            raise HTTPException(400, "there is no correction in the request")
+        for one in given:
+            if one.label not in classes:
+                label = printable(one.label)[:100]
+                raise HTTPException(422, f"{label!r} is no class of these models")
+        pairs = [(one.image, one.label) for one in given]
+        try:
+            known = await asyncio.wrap_future(service.recorder.correct(pairs))
+        except Exception as error:  # noqa: BLE001 - a full disk, a corrupt database
+            text = f"the log cannot be written: {error}"
+            raise HTTPException(503, text, {"Retry-After": "10"}) from None
+        if not known:
+            raise HTTPException(404, "none of these images is in the log")
+        return JSONResponse({"received": len(pairs), "known": known})
+
+
+def load_workers(models: dict, limits: Limits, metrics: Metrics) -> dict[str, Worker]:
+    """Returns a worker for each predictor by name; they share the threads that decode."""
+    pool = ThreadPoolExecutor(thread_name_prefix="decode", max_workers=os.cpu_count())
+    return {name: Worker(name, model, limits, metrics, pool) for name, model in models.items()}
