@@ -43,14 +43,17 @@ MEANING = (
 
 def effect_of(test: Test) -> str:
     """Returns in words how much differs."""
-    if test.name == "accuracy":
-        return f"{percent(test.effect, 1)} points lost against equally sure validation images"
-    number = decimal(test.effect)
+    number = _effect(test, test.effect)
     return {
         "class mix": f"total variation {number}",
         "confidence": f"largest difference of shares {number}",
         "features": f"a classifier tells them apart with AUC {number}",
+        "accuracy": f"{number} points lost against equally sure validation images",
     }[test.name]
+
+
+def _effect(test: Test, value: float) -> str:
+    return percent(value, 1) if test.name == "accuracy" else decimal(value)
 
 
 def verdict(found: Finding) -> str:
@@ -161,7 +164,7 @@ def _tests(found: Finding) -> Table:
     columns = ["compared", "result", "p by Holm", "p", "effect", "by chance", "images", "test"]
     rows = [
         [test.name, "alarm" if test.alarm else "no alarm", p_value(test.adjusted),
-         p_value(test.p), effect_of(test), decimal(test.chance), f"{test.images:,}",
+         p_value(test.p), effect_of(test), _effect(test, test.chance), f"{test.images:,}",
          HOW[test.name]]
         for test in found.tests
     ]  # fmt: skip
@@ -287,4 +290,4 @@ def _versions(found: Finding) -> Table:
 
 def _others(found: Finding) -> str:
     number = len(found.window.versions) - 1
-    return f"{number} other versions answered in this time." if number else "No other version."
+    return f"Others that answered in this time: {number}." if number else "No other version."
