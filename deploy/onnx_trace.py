@@ -25,14 +25,14 @@ class Traced:
     step: Step
     taken: list[int | Value]
     made: list[int]
-    eqn: core.JaxprEqn | None = None
+    origins: tuple[core.JaxprEqn, ...] = ()  # the calls around it, the outermost first
 
     @property
     def place(self) -> str:
         """Where it stands in the architecture's own code; "" if that is not known."""
         here, library = Path(__file__).parent, str(Path(jax.__file__).parent.parent)
-        trace = self.eqn.source_info.traceback if self.eqn else None
-        for frame in trace.frames if trace else ():
+        traces = (eqn.source_info.traceback for eqn in self.origins)
+        for frame in (frame for trace in traces if trace for frame in trace.frames):
             path = Path(frame.file_name)
             own = here not in path.parents and not frame.file_name.startswith(library)
             if own and path.is_file():
@@ -56,7 +56,7 @@ def steps_of(traced: core.ClosedJaxpr, arguments: list[Value]) -> tuple[list[Tra
     numbers = iter(range(len(arguments), 10**9))
     results: list = []
 
-    def inline(closed: core.ClosedJaxpr, taken: list) -> Iterator[Traced]:
+    def inline(closed: core.ClosedJaxpr, taken: list, *around) -> Iterator[Traced]:
         taken = [constant(c) for c in closed.consts] + taken
         known = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], taken, strict=True))
 
@@ -68,12 +68,13 @@ def steps_of(traced: core.ClosedJaxpr, arguments: list[Value]) -> tuple[list[Tra
             taken = [read(atom) for atom in eqn.invars]
             inner = next((eqn.params[key] for key in INSIDE if key in eqn.params), None)
             if eqn.primitive.name in CALLS and inner is not None:
-                closed_inner = isinstance(inner, core.ClosedJaxpr)
-                yield from inline(inner if closed_inner else core.ClosedJaxpr(inner, ()), taken)
+                is_closed = isinstance(inner, core.ClosedJaxpr)
+                inner = inner if is_closed else core.ClosedJaxpr(inner, ())
+                yield from inline(inner, taken, *around, eqn)
                 known |= dict(zip(eqn.outvars, results, strict=True))
             else:
                 known |= {var: next(numbers) for var in eqn.outvars}
-                yield Traced(_step(eqn), taken, [known[var] for var in eqn.outvars], eqn)
+                yield Traced(_step(eqn), taken, [known[var] for var in eqn.outvars], (*around, eqn))
         results[:] = [read(atom) for atom in closed.jaxpr.outvars]
 
     keys = [key if value.const is None else value for key, value in enumerate(arguments)]

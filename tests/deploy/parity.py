@@ -42,7 +42,7 @@ def random_model(architecture: type[Classifier], size: int, classes: int = 10, *
     filled = [_drawn(rng, jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
     model = nnx.merge(graphdef, jax.tree_util.tree_unflatten(structure, filled))
     model.num_classes, model.fields = classes, ()
-    if architecture is Knn:
+    if issubclass(architecture, Knn):
         head, pixels = model.stages[-1], size * size * 3
         head.images.set_value(jnp.asarray(rng.integers(0, 256, (REMEMBERED, pixels), np.uint8)))
         head.labels.set_value(jnp.asarray(rng.integers(0, classes, REMEMBERED), jnp.int32))
