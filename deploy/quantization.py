@@ -103,8 +103,6 @@ def _kept_in_float32(model: onnx.ModelProto) -> list[str]:
             after.update(node.output)
         else:
             kept.append(node.name)
-    if not weights:
-        raise UserError("it has no convolution and no matrix product with weights")
     needed = {"logits"}
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):
@@ -112,7 +110,7 @@ def _kept_in_float32(model: onnx.ModelProto) -> list[str]:
                 small = weights[node.name] < KEPT * sum(weights.values())
                 return kept + [node.name] * bool(small)
             needed.update(node.input)
-    return kept
+    raise UserError("its logits come from no convolution and no matrix product with weights")
 
 
 def _stored(model: onnx.ModelProto, method: str) -> onnx.ModelProto:

@@ -176,7 +176,7 @@ def test_a_model_without_weights_cannot_be_compressed(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "a.onnx")
     images = np.zeros((8, 4, 4, 3), np.uint8)
     for method, why in (
-        ("int8", "no convolution and no matrix product"),
+        ("int8", "no convolution and no matrix"),
         ("float16", "no weights"),
     ):
         with pytest.raises(UserError, match=why):
