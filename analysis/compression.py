@@ -12,10 +12,10 @@ from scipy.stats import binomtest
 
 from analysis.compare import Comparison
 from analysis.page.section import Details, Section, as_table
-from analysis.page.tables import NONE, intervals, p_value, percent, points, times
+from analysis.page.tables import NONE, decimal, intervals, p_value, percent, points, times
 from analysis.runs import FinishedRun
 from analysis.uncertainty import Family
-from analysis.verdict import listed, plural
+from analysis.verdict import listed
 from errors import UserError
 from training.weights import find_weights
 
@@ -34,6 +34,10 @@ WHAT = {
     "become float32 when the file is opened: a smaller file, but the same arithmetic, memory and "
     "speed",
 }
+CAPTION = (
+    "Before → after, on the test images; points: the difference of the accuracies; ms: one image, "
+    "one thread."
+)
 HOW = (
     "Before: the float32 ONNX model of the run, in ONNX Runtime; after: the compressed one, there "
     "as well. Both answer the whole test part; MB are 1,000,000 bytes.",
@@ -87,6 +91,11 @@ def speed_name(batch: int, threads: int, side: str) -> str:
     return f"ms_{side}_batch{batch}_threads{threads or '_all'}"
 
 
+def milliseconds(value: float) -> str:
+    """Returns three digits, thousands in full."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def outcome(row: dict | pd.Series) -> str:
     """Returns in words whether accuracy changed, and how sure that is."""
     ends = f"{points(row['ci95_low'])} to {points(row['ci95_high'])}"
@@ -128,15 +137,18 @@ def compression_section(comparison: Comparison) -> Section | None:
         return None
     runs = {run.name: run for every in comparison.runs for run in every.folds or (every,)}
     runs |= {run.name: run for run in comparison.smaller}
-    order = {name: place for place, name in enumerate(runs)}
-    rows = rows.assign(place=rows.run.map(order).fillna(len(order)))
-    rows = rows.sort_values(["place", "run", "method"]).reset_index(drop=True)
-    methods = [method for method in WHAT if (rows.method == method).any()]
+    places = {name: place for place, name in enumerate([*runs, *rows.run])}
+    methods = {name: place for place, name in enumerate(dict.fromkeys([*WHAT, *rows.method]))}
+    rows = rows.assign(place=rows.run.map(places), way=rows.method.map(methods))
+    rows = rows.sort_values(["place", "way"]).reset_index(drop=True)
     cpu = listed(dict.fromkeys(rows.cpu.astype(str)))
     return Section(
-        text=[f"{method}: {WHAT[method]}." for method in methods],
-        tables=[as_table(_columns(rows), "Each row: one run and one way to compress it.")],
+        text=[
+            f"{method}: {what}." for method, what in WHAT.items() if (rows.method == method).any()
+        ],
+        tables=[as_table(_columns(rows), CAPTION)],
         details=[
+            Details("Predictions that changed", table=as_table(_changed(rows))),
             Details("Speed at other batches and threads", table=as_table(_speeds(rows))),
             Details("How it is measured", [line.format(cpu=cpu) for line in HOW]),
         ],
@@ -147,6 +159,7 @@ def compression_section(comparison: Comparison) -> Section | None:
 
 def _columns(rows: pd.DataFrame) -> dict:
     megabytes = [rows[f"bytes_{side}"].map(_megabytes) for side in SIDES]
+    ends = intervals(rows, "", points)
     return {
         "model": rows.run,
         "method": rows.method,
@@ -155,12 +168,25 @@ def _columns(rows: pd.DataFrame) -> dict:
         "accuracy %": [
             f"{percent(r.accuracy_before)} → {percent(r.accuracy_after)}" for r in rows.itertuples()
         ],
-        "difference, points": rows.difference.map(points),
-        "95 % interval": intervals(rows, "", points),
-        "p": rows.p.map(p_value),
+        "points (95 %)": [
+            f"{points(d)} ({of})" for d, of in zip(rows.difference, ends, strict=True)
+        ],
         "established": rows.established.map({True: "yes", False: "no"}),
-        "other predictions": [f"{r.changed:,} of {r.test_images:,}" for r in rows.itertuples()],
-        "ms, one image, one thread": _times(rows, 1, 1),
+        "other predictions": rows.changed.map("{:,}".format),
+        "ms": _times(rows, 1, 1),
+    }
+
+
+def _changed(rows: pd.DataFrame) -> dict:
+    return {
+        "model": rows.run,
+        "method": rows.method,
+        "test images": rows.test_images.map("{:,}".format),
+        "other predictions": rows.changed.map("{:,}".format),
+        "right only before": rows.lost.map("{:,}".format),
+        "right only after": rows.won.map("{:,}".format),
+        "p": rows.p.map(p_value),
+        "largest difference of a logit": rows.largest_difference.map("{:.2g}".format),
     }
 
 
@@ -185,8 +211,8 @@ def _times(rows: pd.DataFrame, batch: int, threads: int, quartiles: bool = False
         median = speed_name(batch, threads, side)
         if pd.isna(row.get(median)):
             return NONE
-        ends = f" ({row[median + '_q25']:.3g} to {row[median + '_q75']:.3g})" if quartiles else ""
-        return f"{row[median]:.3g}{ends}"
+        low, high = (milliseconds(row[f"{median}_{end}"]) for end in ("q25", "q75"))
+        return milliseconds(row[median]) + f" ({low} to {high})" * quartiles
 
     return [" → ".join(text(row, side) for side in SIDES) for _, row in rows.iterrows()]
 
@@ -210,19 +236,20 @@ def _stale(rows: pd.DataFrame, runs: dict[str, FinishedRun]) -> list[str]:
 
 
 def _finding(rows: pd.DataFrame) -> str:
-    """What each method brought, the one that saves most first, and what it cost."""
-    ratio = rows.bytes_before / rows.bytes_after
-    parts = []
-    for method in ratio.groupby(rows.method).median().sort_values(ascending=False).index:
-        of = rows[rows.method == method]
-        least, most = (of.loc[ratio[of.index].agg(place)] for place in ("idxmin", "idxmax"))
-        size = " to ".join(dict.fromkeys([factor(least), factor(most)]))
-        lost = of[of.established & (of.difference < 0)]
-        if len(lost):
-            names = [f"{r.run} ({points(r.difference)} points)" for r in lost.itertuples()]
-            cost = f"with an established loss of accuracy for {listed(names)}"
-        else:
-            worst = f"{points(of.ci95_low.min())} points at worst"
-            cost = f"no loss of accuracy is established ({worst}, by the 95 % intervals)"
-        parts.append(f"{method}: {size}, {cost}")
-    return f"Of {plural(rows.run.nunique(), 'compressed model')}, {'; '.join(parts)}."
+    """How much smaller each method makes files, and which models lost accuracy."""
+    ratio, sizes = rows.bytes_before / rows.bytes_after, []
+    for method, of in ratio.groupby(rows.method, sort=False):
+        least, most = (factor(rows.loc[of.agg(place)]) for place in ("idxmin", "idxmax"))
+        span = f"{least.removesuffix(' times smaller')} to {most}" if least != most else most
+        sizes.append(f"{method} is {span}")
+    lost = rows[rows.established & (rows.difference < 0)]
+    names = [f"{r.run} as {r.method} ({points(r.difference)} points)" for r in lost.itertuples()]
+    text = f"A loss of accuracy is established for {listed(names)}"
+    open_rows = rows[~rows.established]
+    if not names:
+        text = "No loss of accuracy is established"
+    if len(open_rows):
+        of = "of the others" if names else "by the 95 % intervals"
+        worst = decimal(100 * max(0.0, -open_rows.ci95_low.min()), 2)
+        text += f"; {of}, it may be up to {worst} points"
+    return f"{', '.join(sizes)}. {text}."

@@ -30,6 +30,7 @@ from analysis.compression import (
     THREADS,
     WHAT,
     factor,
+    milliseconds,
     outcome,
     paired,
     read_rows,
@@ -81,7 +82,7 @@ def compress_run(
     images = calibration_images(dataset, calibration) if method == "int8" else None
     existed = folder.exists()
     try:
-        with tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".") as place:
+        with tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".part") as place:
             export_run(run, Path(place), "onnx", data_path=data_path)
             files = {"before": Path(place) / ONNX, "after": Path(place) / "smaller.onnx"}
             make_smaller(run, files, method, images)
@@ -239,7 +240,10 @@ def describe(row: dict) -> str:
         for threads in THREADS:
             names = [speed_name(batch, threads, side) for side in SIDES]
             times = " to ".join(
-                f"{row[n]:.3g} ({row[n + '_q25']:.3g} to {row[n + '_q75']:.3g})" for n in names
+                "{} ({} to {})".format(
+                    *(milliseconds(row[n + end]) for end in ("", "_q25", "_q75"))
+                )
+                for n in names
             )
             where = "1 thread" if threads else "all cores"
             lines.append(f"ms, {plural(batch, 'image')}, {where}: {times}")
