@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from analysis.answers import answering, answers
@@ -65,7 +66,7 @@ def export_run(
     made = predictor_of(run)
     facts = _facts_of(run, made, form)
     others = _others(folder, FORMATS[form], facts)
-    images = some_images(load_images(run, "test", data_path))
+    images = _images_of(run, data_path)
     if form != "safetensors":
         facts["compute_dtype"] = "float32"
     model = classifier_from(made.file, facts)
@@ -94,6 +95,16 @@ def export_run(
         if not existed and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return facts["proof"]
+
+
+def _images_of(run: FinishedRun, data_path: str) -> np.ndarray:
+    try:
+        return some_images(load_images(run, "test", data_path))
+    except UserError as error:
+        raise UserError(
+            f"the proof needs the run's test images: {error}\n"
+            "Say where they lie now with --data=PATH."
+        ) from error
 
 
 def _facts_of(run: FinishedRun, predictor: Predictor, form: str) -> dict:

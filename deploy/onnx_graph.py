@@ -78,6 +78,8 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, np.ndarray] = {}
         self._names: dict[tuple, list[str]] = {}  # what is there already
+        self.casts: dict[str, tuple[str, int]] = {}  # of single bytes: from what, to which type
+        self._before: dict[str, str] = {}  # what was reshaped into what
         self._count = 0
 
     def emit(self, op: str, inputs: Sequence[str], outputs: int = 1, **attributes) -> str | list:
@@ -154,10 +156,9 @@ class Graph:
 
     def transposed(self, name: str, order: list[int]) -> str:
         """Transposes pixels while they still are single bytes."""
-        for node in self.nodes:
-            if name == node.output[0] and node.op_type == "Cast" and node.input[0] == INPUT:
-                turned = self.emit("Transpose", [INPUT], perm=order)
-                return self.emit("Cast", [turned], to=node.attribute[0].i)
+        if name in self.casts:
+            source, kind = self.casts[name]
+            return self.emit("Cast", [self.emit("Transpose", [source], perm=order)], to=kind)
         return self.emit("Transpose", [name], perm=order)
 
     def full(self, value: Value) -> Value:
@@ -187,7 +188,10 @@ class Graph:
         sizes = [dim if isinstance(dim, int) else -1 for dim in dims]
         if sizes.count(-1) > 1:
             raise Unsupported(f"an array of the shape {tuple(dims)}")
-        return self.emit("Reshape", [name, self.integers(*sizes)])
+        name = self._before.get(name, name)  # not one reshape after another
+        made = self.emit("Reshape", [name, self.integers(*sizes)])
+        self._before[made] = name
+        return made
 
     # --- the whole ------------------------------------------------------------------------------
 

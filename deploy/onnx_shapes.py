@@ -1,13 +1,15 @@
 """Shapes, sums and pooling as ONNX has them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from deploy.onnx_graph import Deferred, Graph, Unsupported, Value
+
+Handler = Callable[..., Value | list[Value]]  # of a graph, a step and its inputs
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,13 +16,14 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import log_loss, precision_score, recall_score
 
 from analysis import audit
-from analysis.confidence import sets_of_classes
+from analysis.confidence import sets_of_classes, softmax
 from analysis.forward import load_test_images
 from analysis.predict import load_predictor, predict, predictor_of
 from analysis.runs import load_run
 from configs import digits
 from deploy import card as card_of
-from deploy import export
+from deploy import export, onnx_ops
+from deploy.load import load
 from errors import UserError
 from experiment.files import write_json
 from experiment.grid import expand
@@ -382,11 +384,158 @@ def test_the_lines_in_the_card_work_where_neither_run_nor_data_are(
     assert [row.split(",")[0] for row in rows] == files
 
 
-def test_command_exports_and_refuses(workdir, tmp_path, capsys):
+def given(monkeypatch, form="safetensors", probabilities=False, data=""):
+    """Sets the flags of the command."""
+    flags = {"FORMAT": form, "PROBABILITIES": probabilities, "DATA": data}
+    for name, value in flags.items():
+        monkeypatch.setattr(export, name, SimpleNamespace(value=value), raising=False)
+
+
+def test_command_exports_and_refuses(workdir, tmp_path, monkeypatch, capsys):
+    given(monkeypatch)
     assert export.main(["", str(workdir / "linear/seed0"), str(tmp_path / "out")]) == 0
-    assert str(tmp_path / "out") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert str(tmp_path / "out") in said and "0 predictions changed" in said
     assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "model.safetensors"]
     with pytest.raises(UserError, match="usage"):
         export.main(["", "x"])
     with pytest.raises(UserError, match="not the directory of a complete run"):
         export.main(["", str(workdir), str(tmp_path / "other")])
+    trial = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed1")
+    summary = json.loads((trial / "summary.json").read_text())
+    write_json(trial / "summary.json", summary | {"status": "pruned"})
+    with pytest.raises(UserError, match=r"not the directory of a complete run \(pruned"):
+        export.main(["", str(trial), str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def programs(workdir, tmp_path_factory):
+    """The network in all three forms, in one folder."""
+    folder = tmp_path_factory.mktemp("programs") / "cnn"
+    for form in export.FORMATS:
+        export.export_run(load_run(workdir / "cnn/seed0"), folder, form)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["onnx", "stablehlo"])
+def test_a_program_answers_as_the_run_and_says_so(workdir, programs, form):
+    run, file = load_run(workdir / "cnn/seed0"), programs / f"model.{form}"
+    program, images = load(file), load_test_images(run)
+    for count in (1, 3):
+        found = program.answer(images[:count])
+        np.testing.assert_allclose(found["logits"], run.test["logits"][:count], atol=1e-4)
+        assert found["features"].shape == (count, 32) and "probabilities" not in found
+    facts, ours = program.facts, predictor_of(run).facts
+    assert all(facts[key] == ours[key] for key in ours if key != "compute_dtype")
+    assert (facts["format"], facts["run"]) == (form, "cnn/seed0")
+    assert facts["dataset"]["fingerprint"] == run.dataset["fingerprint"]
+    proof = facts["proof"]
+    assert proof["images"] == len(images) and proof["changed_predictions"] == 0
+    assert 0 < proof["relative_difference"] < 1e-4 < proof["tolerance"]
+    assert program.threshold(0.95) == predictor_of(run).threshold(0.95)
+    content = file.read_bytes()
+    assert str(ROOT).encode() not in content and str(workdir).encode() not in content
+    assert not list(programs.glob(".part*"))
+
+
+def test_the_lines_in_the_card_work_without_this_project(workdir, programs, tmp_path, capsys):
+    run, card = load_run(workdir / "cnn/seed0"), (programs / "README.md").read_text("utf-8")
+    Image.fromarray(load_test_images(run)[0]).resize((31, 20)).save(tmp_path / "photo.png")
+    (row,) = predict(load_predictor(run.path), [str(tmp_path / "photo.png")])
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 3
+    for code in blocks[:2]:
+        imported = re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
+        assert set(imported) <= {"json", "zipfile", "numpy", "onnxruntime", "jax", "PIL"}
+        code = code.replace("FOLDER", str(programs)).replace("PHOTO", str(tmp_path / "photo.png"))
+        exec(compile(code, "card", "exec"), {})
+        name, confidence = capsys.readouterr().out.rsplit(" ", 1)
+        assert name == row["class"] and abs(float(confidence) - row["confidence"]) < 1e-4
+    for name in ("model.onnx", "model.stablehlo", "model.safetensors"):
+        assert re.search(rf"\| {name} \| .* \| {len(run.test['labels'])} test images \|", card)
+
+
+def test_probabilities_are_those_of_the_fitted_temperature(workdir, tmp_path):
+    run = load_run(workdir / "linear/seed0")
+    export.export_run(run, tmp_path / "out", "onnx", probabilities=True)
+    program, images = load(tmp_path / "out/model.onnx"), load_test_images(run)[:4]
+    found = program.answer(images)
+    wanted = softmax(found["logits"], program.facts["temperature"])
+    assert program.facts["temperature"] != 1
+    np.testing.assert_allclose(found["probabilities"], wanted, atol=1e-6)
+    with pytest.raises(UserError, match="--probabilities is of onnx and stablehlo"):
+        export.export_run(run, tmp_path / "out", probabilities=True)
+
+
+def test_a_run_of_bfloat16_is_exported_in_float32_and_says_so(
+    workdir, tmp_path, monkeypatch, capsys
+):
+    run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
+    config = json.loads((run_dir / "config.json").read_text())
+    write_json(run_dir / "config.json", config | {"compute_dtype": "bfloat16"})
+    stored = read_own(run_dir / "weights.safetensors")
+    arrays = stored.pop("arrays")
+    write_own(run_dir / "weights.safetensors", arrays, stored | {"compute_dtype": "bfloat16"})
+    given(monkeypatch, "onnx")
+    assert export.main(["", str(run_dir), str(tmp_path / "out")]) == 0
+    assert "bfloat16 in training; the file computes in float32" in capsys.readouterr().out
+    assert load(tmp_path / "out").facts["compute_dtype"] == "float32"
+
+
+def test_two_models_do_not_share_a_folder(workdir, programs, tmp_path):
+    folder = shutil.copytree(programs, tmp_path / "cnn")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="is an export of cnn/seed0, and one card cannot tell"):
+        export.export_run(load_run(workdir / "linear/seed0"), folder, "onnx")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("why", ["wrong", "full"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_fails_leaves_nothing_and_what_was_there(
+    workdir, exports, tmp_path, monkeypatch, exists, why
+):
+    folder, before = tmp_path / "out", {}
+    if exists:
+        shutil.copytree(exports / "linear", folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if why == "wrong":  # a converter that makes a mistake
+        adding = onnx_ops.arithmetic("Sub")
+        monkeypatch.setitem(onnx_ops.TABLE, "add", adding)
+        message = "the exported file answers differently: the largest difference is"
+    else:
+
+        def full(path, content):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        message = "cannot export to .* No space left on device"
+    with pytest.raises(UserError, match=message):
+        export.export_run(load_run(workdir / "linear/seed0"), folder, "onnx")
+    assert folder.exists() == exists
+    assert {path.name: path.read_bytes() for path in folder.glob("*")} == before
+
+
+def test_a_missing_extra_is_named_before_anything_is_read(workdir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"onnxruntime is not installed .*'.\[onnx\]'"):
+        export.export_run(load_run(workdir / "linear/seed0"), tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_gone_are_asked_for(workdir, tmp_path):
+    run_dir = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed0")
+    config = json.loads((run_dir / "config.json").read_text())
+    (tmp_path / "moved").mkdir()
+    moved = Path(shutil.copy(config["data"]["path"], tmp_path / "moved"))
+    config["data"]["path"] = str(tmp_path / "gone.npz")
+    write_json(run_dir / "config.json", config)
+    with pytest.raises(UserError, match=r"gone.npz[\s\S]*--data=PATH"):
+        export.export_run(load_run(run_dir), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export.export_run(load_run(run_dir), tmp_path / "out", data_path=str(moved))
+    assert (tmp_path / "out/model.safetensors").exists()
