@@ -93,7 +93,7 @@ def speed_name(batch: int, threads: int, side: str) -> str:
 
 def milliseconds(value: float) -> str:
     """Returns three digits, thousands in full."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def outcome(row: dict | pd.Series) -> str:
