@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from analysis import costs, ensembles, gradcam, inside, labels, latency, robustness, sizes, tuning
 from analysis.calibration import calibration_section
 from analysis.compare import Comparison, compare, write_tables
+from analysis.compression import compression_section
 from analysis.explain import packages
 from analysis.folds import first_folds
 from analysis.page import chapters
@@ -69,6 +70,7 @@ CHAPTERS = (  # in the order of the page
     Chapter("Robustness", _robustness, "robustness.json", ("robustness_images", "baseline")),
     Chapter("Inside the networks", _inside, "inspect.json", ("look_inside",)),
     Chapter("Calibration", calibration_section),
+    Chapter("Compression", compression_section),
     Chapter("Label errors", labels.labels_section),
     Chapter("Data", chapters.data),
     Chapter("Reproduce", chapters.reproduce),
