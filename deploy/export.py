@@ -17,6 +17,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,12 @@ def export_run(
     images = _images_of(run, data_path)
     if form != "safetensors":
         facts["compute_dtype"] = "float32"
-    model = classifier_from(made.file, facts)
-    temperature = facts["temperature"] if probabilities else None
-    write = {"safetensors": _safetensors, "onnx": _onnx, "stablehlo": _stablehlo}[form](
-        model, facts["image_size"], temperature
-    )
     existed = folder.exists()
     try:
         with tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".part") as part:
             file = Path(part) / FORMATS[form]
-            write(file, facts)
-            ours, theirs = _expected(model, temperature), load(file).answer
-            facts["proof"] = prove(ours, theirs, images, votes=not model.trained_by_gradient)
-            write(file, facts)
+            with _exactly():
+                facts["proof"] = _write_proven(file, facts, made, images, probabilities)
             load(file)
             card = Path(part) / CARD
             files = {**others, file.name: facts}
@@ -95,6 +89,30 @@ def export_run(
         if not existed and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return facts["proof"]
+
+
+def _write_proven(
+    file: Path, facts: dict, made: Predictor, images: np.ndarray, probabilities: bool
+) -> dict:
+    """Writes the file, compares, and writes it again with the proof among its facts."""
+    model, temperature = classifier_from(made.file, facts), None
+    if probabilities:
+        temperature = facts["temperature"]
+    prepare = {"safetensors": _safetensors, "onnx": _onnx, "stablehlo": _stablehlo}[facts["format"]]
+    write = prepare(model, facts["image_size"], temperature)
+    write(file, facts)
+    ours, theirs = _expected(model, temperature), load(file).answer
+    proof = prove(ours, theirs, images, votes=not model.trained_by_gradient)
+    write(file, facts | {"proof": proof})
+    return proof
+
+
+def _exactly() -> AbstractContextManager:
+    """Computes on the processor: others multiply float32 with fewer digits."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # it was switched off by JAX_PLATFORMS
+        return jax.default_matmul_precision("highest")
 
 
 def _images_of(run: FinishedRun, data_path: str) -> np.ndarray:

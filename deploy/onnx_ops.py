@@ -202,7 +202,7 @@ def layer_norm(graph: Graph, step: Step, x: Value, scale: Value, bias: Value) ->
 SIMPLE = {
     "abs": "Abs", "neg": "Neg", "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "tanh": "Tanh",
     "logistic": "Sigmoid", "erf": "Erf", "sin": "Sin", "cos": "Cos", "tan": "Tan", "floor": "Floor",
-    "ceil": "Ceil", "sign": "Sign", "pow": "Pow", "rem": "Mod", "eq": "Equal", "lt": "Less",
+    "ceil": "Ceil", "sign": "Sign", "pow": "Pow", "eq": "Equal", "lt": "Less",
     "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "and": "And", "or": "Or",
     "not": "Not", "xor": "Xor", "sinh": "Sinh", "cosh": "Cosh", "atan": "Atan", "asin": "Asin",
     "acos": "Acos",

@@ -139,6 +139,14 @@ OPERATIONS = {
         jnp.floor(x),
         -x,
     ],
+    "angles": lambda x: [f(x) for f in (jnp.cos, jnp.tan, jnp.arcsin, jnp.arccos, jnp.arctan)],
+    "hyperbolic": lambda x: [
+        jnp.sinh(x),
+        jnp.cosh(x),
+        x ** (x + 1),
+        abs(x - 0.5),
+        (x > 0.5) ^ (x < 0.6),
+    ],
     "comparisons": lambda x: [
         jnp.where(x > 0.5, x, 2 * x),
         x != 0.5,
