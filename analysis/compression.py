@@ -4,6 +4,8 @@ The chapter of WORKDIR/deploy/compression.csv, which `python -m deploy.compress`
 """
 
 import hashlib
+import math
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from analysis.compare import Comparison
+from analysis.latency import busy
 from analysis.page.section import Details, Section, as_table
 from analysis.page.tables import NONE, decimal, intervals, p_value, percent, points, times
 from analysis.runs import FinishedRun
@@ -22,6 +25,7 @@ from training.weights import find_weights
 FILE = Path("deploy/compression.csv")  # in a workdir
 BATCHES, THREADS = (1, 32), (1, 0)  # at which speed is measured; 0 threads are all cores
 SIDES = ("before", "after")
+TEXTS = ("run", "method", "weights", "cpu", "onnxruntime", "date")  # columns
 SMALLER = 1.05  # times: a file that is closer to the old one is not called smaller
 WHAT = {
     "int8": "weights, by channel, and activations, by ranges of calibration images, are 8-bit "
@@ -43,12 +47,13 @@ HOW = (
     "as well. Both answer the whole test part; MB are 1,000,000 bytes.",
     "The difference is paired: the same images, one training. Its interval is over other test "
     "images, with two made-up images that differ in opposite ways (Bonett and Price 2012), and for "
-    "each row alone. p is McNemar's exact test of the images that one of the two gets right. A "
-    "difference that is not established may still be there: the interval says how large.",
+    "each row alone. p is McNemar's exact test of the images that one of the two gets right, left "
+    "out for images in groups, which it would take as independent. A difference that is not "
+    "established may still be there: the interval says how large.",
     "Temperature, review thresholds and sets of classes of a compressed model are fitted anew, to "
     "its own answers to the validation images.",
-    "Times are those of whole answers, from pixels to logits and features, of {cpu}: before and "
-    "after take turns; median, and in brackets quartiles.",
+    "Times are those of whole answers, from pixels to logits and features, of {cpu} with ONNX "
+    "Runtime {versions} ({dates}): before and after take turns; median, and in brackets quartiles.",
 )
 
 
@@ -64,12 +69,14 @@ def paired(
     """Returns what logits [N, K] `after` compression changed beside those `before` it.
 
     Accuracies and their difference are shares in 0..1; `lost` and `won` count the images that only
-    the model before, or only that after, gets right; `changed` counts other predictions.
+    the model before, or only that after, gets right; `changed` counts other predictions. `p` is
+    NaN with clusters, int [N], for McNemar's test takes images as independent.
     """
     said = {"before": before.argmax(axis=1), "after": after.argmax(axis=1)}
     right = {side: (classes == labels)[None] for side, classes in said.items()}
     pair = Family(right, clusters, fixed=SIDES).pair("after", "before")
     lost, won = (int((right[a] & ~right[b]).sum()) for a, b in (SIDES, SIDES[::-1]))
+    p = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
     return {
         "test_images": len(labels),
         "accuracy_before": float(right["before"].mean()),
@@ -80,7 +87,7 @@ def paired(
         "established": bool(pair.established),
         "lost": lost,
         "won": won,
-        "p": float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0,
+        "p": p if clusters is None else math.nan,
         "changed": int((said["before"] != said["after"]).sum()),
         "largest_difference": float(np.abs(after - before).max(initial=0)),
     }
@@ -118,9 +125,9 @@ def read_rows(workdir: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame()
     try:
-        table = pd.read_csv(path, dtype={"run": str, "method": str, "weights": str})
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str))
         _ = table[["run", "method", "weights", "bytes_before", "bytes_after", "difference"]]
-        return table
+        return table.reindex(columns=table.columns.union([*TEXTS, "cores_had"], sort=False))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): delete it, and compress the runs again"
@@ -128,7 +135,10 @@ def read_rows(workdir: Path) -> pd.DataFrame:
 
 
 def compression_section(comparison: Comparison) -> Section | None:
-    """What each compressed model is, beside what it was."""
+    """What each compressed model is, beside what it was.
+
+    Rows of weights that are not the run's, and of runs that are gone, are left out with a warning.
+    """
     try:
         rows = read_rows(comparison.workdir)
     except UserError as error:
@@ -137,11 +147,17 @@ def compression_section(comparison: Comparison) -> Section | None:
         return None
     runs = {run.name: run for every in comparison.runs for run in every.folds or (every,)}
     runs |= {run.name: run for run in comparison.smaller}
-    places = {name: place for place, name in enumerate([*runs, *rows.run])}
+    rows, warnings = _current(rows, runs)
+    if rows.empty:
+        return Section(finding="Not shown.", warnings=warnings)
+    places = {name: place for place, name in enumerate(runs)}
     methods = {name: place for place, name in enumerate(dict.fromkeys([*WHAT, *rows.method]))}
     rows = rows.assign(place=rows.run.map(places), way=rows.method.map(methods))
     rows = rows.sort_values(["place", "way"]).reset_index(drop=True)
-    cpu = listed(dict.fromkeys(rows.cpu.astype(str)))
+    known = rows[list(TEXTS)].astype(object).fillna("unknown")  # rows of older versions
+    said = {"cpu": known.cpu, "versions": known.onnxruntime, "dates": known.date.str[:10]}
+    said = {name: listed(dict.fromkeys(of)) for name, of in said.items()}
+    warnings += filter(None, [busy(rows.cores_had)])
     return Section(
         text=[
             f"{method}: {what}." for method, what in WHAT.items() if (rows.method == method).any()
@@ -150,9 +166,9 @@ def compression_section(comparison: Comparison) -> Section | None:
         details=[
             Details("Predictions that changed", table=as_table(_changed(rows))),
             Details("Speed at other batches and threads", table=as_table(_speeds(rows))),
-            Details("How it is measured", [line.format(cpu=cpu) for line in HOW]),
+            Details("How it is measured", [line.format(**said) for line in HOW]),
         ],
-        warnings=_stale(rows, runs),
+        warnings=warnings,
         finding=_finding(rows),
     )
 
@@ -174,6 +190,7 @@ def _columns(rows: pd.DataFrame) -> dict:
         "established": rows.established.map({True: "yes", False: "no"}),
         "changed": rows.changed.map("{:,}".format),
         "ms": _times(rows, 1, 1),
+        **({"machine": rows.cpu} if rows.cpu.nunique() > 1 else {}),
     }
 
 
@@ -196,6 +213,7 @@ def _megabytes(count: float) -> str:
 
 def _speeds(rows: pd.DataFrame) -> dict:
     columns = {"model": rows.run, "method": rows.method}
+    columns |= {"machine": rows.cpu} if rows.cpu.nunique() > 1 else {}
     for batch in BATCHES:
         for threads in THREADS:
             images = "1 image" if batch == 1 else f"{batch} images"
@@ -217,22 +235,22 @@ def _times(rows: pd.DataFrame, batch: int, threads: int, quartiles: bool = False
     return [" → ".join(text(row, side) for side in SIDES) for _, row in rows.iterrows()]
 
 
-def _stale(rows: pd.DataFrame, runs: dict[str, FinishedRun]) -> list[str]:
-    """Says which rows are of weights that the workdir no longer holds."""
-    gone = [name for name in dict.fromkeys(rows.run) if name not in runs]
-    old = []
-    for name, group in rows.groupby("run", sort=False):
-        try:
-            if name in runs and (group.weights != weights_digest(runs[name])).any():
-                old.append(name)
-        except (OSError, UserError):  # weights were deleted to save space: the run is the same
-            continue
-    again = "compress again, or delete the rows"
-    return [
-        f"Compression: {', '.join(names)}: measured of {what}: {again}."
-        for names, what in ((old, "other weights than the run now has"), (gone, "a run not here"))
-        if names
+def _current(rows: pd.DataFrame, runs: dict[str, FinishedRun]) -> tuple[pd.DataFrame, list[str]]:
+    """Returns the rows of weights that the workdir holds, and which runs it has others of."""
+    now = {}
+    for name in runs.keys() & set(rows.run):
+        # Weights may have been deleted to save space: the run is the same.
+        with suppress(OSError, UserError):
+            now[name] = weights_digest(runs[name])
+    gone = ~rows.run.isin(runs)
+    old = rows.run.isin(now) & (rows.weights != rows.run.map(now))
+    again = "it is not shown: compress again, or delete the rows"
+    warnings = [
+        f"Compression: {', '.join(rows.run[which].unique())}: measured of {what}: {again}."
+        for which, what in ((old, "other weights than the run now has"), (gone, "a run not here"))
+        if which.any()
     ]
+    return rows[~old & ~gone], warnings
 
 
 def _finding(rows: pd.DataFrame) -> str:

@@ -62,8 +62,13 @@ def compiled_prediction(model: Classifier, image_size: int, batch: int) -> Calla
     return lambda: program(weights, images)
 
 
-def time_in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Returns the seconds of one call of each, for every round; a slow one sits out the last."""
+def time_in_turn(
+    calls: dict[str, Callable], rounds: int, settle: float = 0.0
+) -> dict[str, list[float]]:
+    """Returns the seconds of one call of each, for every round; a slow one sits out the last.
+
+    `settle` are seconds before each turn, until threads of the one before have gone to sleep.
+    """
     repeats, seconds = {}, {label: [] for label in calls}
     for label, call in calls.items():
         jax.block_until_ready(call())
@@ -77,6 +82,7 @@ def time_in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[floa
             spent = sum(seconds[label]) * repeats[label]
             if spent > SECONDS and len(seconds[label]) >= LEAST_ROUNDS:
                 continue
+            time.sleep(settle)
             began = time.perf_counter()
             for _ in range(repeats[label]):
                 jax.block_until_ready(calls[label]())

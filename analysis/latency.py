@@ -20,7 +20,7 @@ from training.weights import find_weights
 FILE = Path("deploy", "latency.csv")  # in a workdir
 KEY = ["run", "runtime", "threads", "batch", "machine"]  # what a row is of; a later one replaces it
 PERCENTILES = ["p50_ms", "p90_ms", "p99_ms"]
-UNDISTURBED = 80  # percent of the time of calls on one thread that a core works for them
+UNDISTURBED = 80  # percent of the cores that calls ask for which they have, if they are alone
 READ = {  # columns that the report reads; the file has more
     **dict.fromkeys(["run", "runtime", "machine", "version", "date"], str),
     **dict.fromkeys(["threads", "batch", "calls"], int),
@@ -33,7 +33,7 @@ def read_latencies(path: Path) -> pd.DataFrame:
     if not path.exists():
         return pd.DataFrame(columns=list(READ))
     try:
-        rows = pd.read_csv(path, dtype=READ)
+        rows = pd.read_csv(path, dtype=READ, encoding_errors="surrogateescape")
         absent = [name for name in READ if name not in rows]
     except (OSError, ValueError) as error:  # no CSV, no text
         raise UserError(f"{path} cannot be read ({error}): move it away") from error
@@ -46,12 +46,18 @@ def read_latencies(path: Path) -> pd.DataFrame:
 
 def disturbed(rows: pd.DataFrame) -> str:
     """Returns a remark on calls that had to share their core with other processes, or ""."""
-    shares = 100 * rows.cores_used[(rows.threads == 1) & rows.device_memory_mb.isna()]
-    if not (shares < UNDISTURBED).any():
+    return busy(rows.cores_used[(rows.threads == 1) & rows.device_memory_mb.isna()])
+
+
+def busy(shares: pd.Series) -> str:
+    """Returns that remark of the shares, in 0..1, of the cores asked for that calls had."""
+    least, most = (round(100 * x) if pd.notna(x) else 100 for x in (shares.min(), shares.max()))
+    if least >= UNDISTURBED:
         return ""
     return (
-        f"The machine was busy: calls on one thread had {shares.min():.0f} to {shares.max():.0f} % "
-        "of a core. Milliseconds are too long, and best measured again; models were timed in turn."
+        f"The machine was busy: calls had {least}{f' to {most}' * (most > least)} % of the cores "
+        "that they asked for. Milliseconds are too long, and best measured again; models were "
+        "timed in turn."
     )
 
 

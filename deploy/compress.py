@@ -12,10 +12,15 @@ Exit codes: 0 compressed, 2 a mistake.
 """
 
 import json
+import math
 import os
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +45,7 @@ from analysis.compression import (
 from analysis.costs import time_in_turn
 from analysis.evaluate import temperature_of
 from analysis.forward import load_data, load_images
+from analysis.latency import busy
 from analysis.page.tables import p_value, percent
 from analysis.predict import CARD, Predictor, predictor_of
 from analysis.runs import FinishedRun, load_run
@@ -48,7 +54,7 @@ from data.splits import subset
 from deploy.card import model_card
 from deploy.export import export_run
 from deploy.load import ONNX, facts_in, load, package
-from deploy.proof import answered
+from deploy.proof import Answer, answered
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
 from experiment.files import plain
@@ -61,6 +67,7 @@ COMPUTED = {"int8": "int8", "int8_dynamic": "int8"}  # the others store weights,
 FITTED = ("temperature", "review_thresholds", "sets")  # to answers to the validation images
 CALIBRATION = 128  # images
 ROUNDS = 15  # of timing
+SETTLE = 0.1  # seconds between turns on all cores: ONNX Runtime's threads spin for a while
 ANSWERED = 64  # images at once
 
 
@@ -78,30 +85,48 @@ def compress_run(
     workdir = run.path.resolve().parents[1]
     output_folder((workdir / FILE).parent, "WORKDIR/deploy")
     read_rows(workdir)  # a damaged file is said now, not after minutes
-    dataset = load_data(run, data_path)
-    images = calibration_images(dataset, calibration) if method == "int8" else None
+    with saying(f"cannot read the images of {run.path}"):
+        dataset = load_data(run, data_path)
+        images = calibration_images(dataset, calibration) if method == "int8" else None
     existed = folder.exists()
     try:
-        with tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".part") as place:
-            export_run(run, Path(place), "onnx", data_path=data_path)
-            files = {"before": Path(place) / ONNX, "after": Path(place) / "smaller.onnx"}
+        with saying(f"cannot write to {folder}"):
+            place = tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".part")
+        with place:
+            files = {"before": Path(place.name, ONNX), "after": Path(place.name, "smaller.onnx")}
+            export_run(run, Path(place.name), "onnx", data_path=data_path)
             make_smaller(run, files, method, images)
-            row, smaller = measure(run, files, method, data_path)
+            with saying(f"cannot read the images of {run.path}"):
+                row, smaller = measure(run, files, method, data_path)
             row["calibration_images"] = 0 if images is None else len(images)
-            row["bytes_after"], facts = write_facts(files, predictor_of(smaller), row)
-            card = Path(place) / CARD
-            known = replace(predictor_of(smaller), facts=facts)
-            text = model_card(smaller, known, facts["licence"], {ONNX: facts})
-            card.write_text(f"{text}\n## Compression\n\n```text\n{describe(row)}\n```\n", "utf-8")
-            os.replace(files["after"], folder / ONNX)
-            os.replace(card, folder / CARD)
-        write_row(workdir, row)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} or {workdir / FILE}: {error}") from error
+            with saying(f"cannot write to {folder}"):
+                publish(files, folder, smaller, row)
+        with saying(f"cannot write to {workdir / FILE}"):
+            write_row(workdir, row)
     finally:
         if not existed and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return row
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Raises UserError with what could not be done where the system refuses it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error}") from error
+
+
+def publish(files: dict[str, Path], folder: Path, smaller: FinishedRun, row: dict) -> None:
+    """Puts the compressed file and its card into the folder, and its last size into the row."""
+    row["bytes_after"], facts = write_facts(files, predictor_of(smaller), row)
+    card = files["after"].with_name(CARD)
+    known = replace(predictor_of(smaller), facts=facts)
+    text = model_card(smaller, known, facts["licence"], {ONNX: facts})
+    card.write_text(f"{text}\n## Compression\n\n```text\n{describe(row)}\n```\n", "utf-8")
+    os.replace(files["after"], folder / ONNX)
+    os.replace(card, folder / CARD)
 
 
 def check_folder(folder: Path, method: str) -> None:
@@ -154,6 +179,8 @@ def measure(
         "method": method,
         "weights": weights_digest(run),
         "cpu": f"{cpu_model() or 'a CPU'}, {plural(os.cpu_count() or 1, 'core')}",
+        "onnxruntime": metadata.version("onnxruntime"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         **{f"bytes_{side}": file.stat().st_size for side, file in files.items()},
         **paired(run.test["labels"], *logits, run.clusters),
         "least_correlation_of_features": min(_correlation(*pair) for pair in features),
@@ -193,19 +220,52 @@ def calibration_images(dataset: Dataset, count: int) -> np.ndarray:
 
 
 def measure_speed(files: dict[str, Path], side: int) -> dict[str, float]:
-    """Returns medians and quartiles in milliseconds of two models that take turns."""
-    columns = {}
+    """Returns medians and quartiles in milliseconds of two models that take turns.
+
+    `_cpu` is the mean processor time of a call in milliseconds, which other processes do not
+    lengthen; `cores_had` the least share of the cores asked for that the calls had, NaN if unknown.
+    """
+    columns, had = {}, []
     for threads in THREADS:
         models = {name: load(file, threads=threads) for name, file in files.items()}
         for batch in BATCHES:
             images = np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
-            calls = {name: partial(model.answer, images) for name, model in models.items()}
-            for name, seconds in time_in_turn(calls, ROUNDS).items():
+            used: dict[str, list[float]] = {name: [] for name in models}
+            calls = {
+                name: partial(counted, model.answer, images, used[name])
+                for name, model in models.items()
+            }
+            before = clocks()
+            timed = time_in_turn(calls, ROUNDS, 0.0 if threads == 1 else SETTLE)
+            wall, cpu, waited = clocks() - before
+            had.append(cpu / (cpu + waited) if threads != 1 else min(1.0, cpu / wall))
+            for name, seconds in timed.items():
                 column = speed_name(batch, threads, name)
                 quartiles = 1000 * np.quantile(seconds, (0.5, 0.25, 0.75))
                 for suffix, value in zip(("", "_q25", "_q75"), quartiles, strict=True):
                     columns[column + suffix] = float(value)
-    return columns
+                columns[f"{column}_cpu"] = 1000 * float(np.mean(used[name][1:]))  # the first warms
+    return columns | {"cores_had": float(np.nanmin(had))}
+
+
+def counted(answer: Answer, images: np.ndarray, used: list[float]) -> dict[str, np.ndarray]:
+    """Returns the answer to images, and adds the processor seconds that it took to a list."""
+    began = time.process_time()
+    found = answer(images)
+    used.append(time.process_time() - began)
+    return found
+
+
+def clocks() -> np.ndarray:
+    """Returns seconds: passed, of processors, and in which threads waited for one, NaN if unknown.
+
+    Threads that are ready and have no core, which Linux counts, are other processes' work.
+    """
+    waits = []
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread ended
+            waits.append(int(file.read_text().split()[1]) / 1e9)
+    return np.array([time.perf_counter(), time.process_time(), sum(waits) if waits else math.nan])
 
 
 def write_row(workdir: Path, row: dict) -> None:
@@ -226,12 +286,13 @@ def describe(row: dict) -> str:
     sizes = " to ".join(f"{row[f'bytes_{side}']:,}" for side in SIDES)
     accuracy = " % to ".join(percent(row[f"accuracy_{side}"]) for side in SIDES)
     temperature = " to ".join(f"{row[f'temperature_{side}']:.3g}" for side in SIDES)
+    exact = "" if math.isnan(row["p"]) else f" (McNemar's exact p {p_value(row['p'])})"
     lines = [
         f"{row['method']}: {WHAT[row['method']]}",
         f"size: {sizes} bytes, {factor(row)}",
         f"accuracy on {row['test_images']:,} test images: {accuracy} %, {outcome(row)}",
         f"other predictions: {row['changed']:,} of {row['test_images']:,}; right only before: "
-        f"{row['lost']:,}, only after: {row['won']:,} (McNemar's exact p {p_value(row['p'])})",
+        f"{row['lost']:,}, only after: {row['won']:,}{exact}",
         f"temperature: {temperature}; review thresholds and sets are fitted anew, too",
     ]
     if row["calibration_images"]:
@@ -245,9 +306,10 @@ def describe(row: dict) -> str:
                 )
                 for n in names
             )
+            used = " to ".join(milliseconds(row[f"{n}_cpu"]) for n in names)
             where = "1 thread" if threads else "all cores"
-            lines.append(f"ms, {plural(batch, 'image')}, {where}: {times}")
-    return "\n".join(lines)
+            lines.append(f"ms, {plural(batch, 'image')}, {where}: {times}; of processors: {used}")
+    return "\n".join([*lines, *filter(None, [busy(pd.Series([row["cores_had"]]))])])
 
 
 def main(argv: list[str]) -> int:

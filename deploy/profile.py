@@ -3,7 +3,8 @@
     python -m deploy.profile RUN_OR_FILE... [--batches=1,8,32] [--threads=1,0] [--runtime=jax,onnx]
         [--photos=FOLDER] [--seconds=3] [--output=FILE.csv]
 
-Of a run: JAX and, with the extra [onnx], ONNX Runtime; a file that `deploy.export` wrote: itself.
+Of a run: JAX and, with the extra [onnx], ONNX Runtime, of the float32 file that `deploy.export`
+would write, if it answers the photos as the run does; a file that `deploy.export` wrote: itself.
 Each batch size and number of threads (0: all) is measured in a process of its own that may use so
 many cores; all models and runtimes take turns. A call is pixels in, uint8, logits and features out:
 preprocessing is part of the program, and measured alone beside it. Decoding is of one photo, bytes
@@ -12,8 +13,8 @@ probability: p50 takes 5 calls, p90 29, p99 299; more --seconds give more calls.
 mean processor time of a call, which other processes do not lengthen.
 
 The table goes into WORKDIR/deploy/latency.csv of the run, where it replaces older rows of the same
-kind and `analysis.report` reads it, or beside the file. Exit codes: 0 all was measured, 1 something
-could not be, 2 a mistake.
+kind and `analysis.report` reads it, or beside the file. Rows of another model of the same name in
+--output are a mistake. Exit codes: 0 all was measured, 1 something could not be, 2 a mistake.
 """
 
 import itertools
@@ -35,19 +36,19 @@ import numpy as np
 import pandas as pd
 from absl import flags
 
-from analysis.answers import answers
 from analysis.benchmark import cpu_model
 from analysis.latency import FILE, KEY, PERCENTILES, disturbed, read_latencies, version_of
 from analysis.page.tables import NONE
-from analysis.predict import open_output, predictor_of
+from analysis.predict import open_output
 from analysis.runs import load_run
 from analysis.speed.turns import Timing, time_in_turn
-from deploy.load import ONNX, load, package
+from deploy.load import load, package
+from deploy.profile_onnx import write_onnx
 from deploy.profile_photos import photos_in, write_photos
 from deploy.profile_worker import Spec
 from errors import UserError, choose
 from experiment.command import arguments, output_folder, run_command
-from models.weights.own import KEY as METADATA
+from experiment.machine import locked
 
 RUNTIMES = {"jax": "jax", "onnx": "onnxruntime"}  # and their packages
 ROUNDS = 5  # in which all take turns
@@ -60,7 +61,7 @@ FAIR = 1.05  # cores that one thread may keep busy, as far as clocks can tell
 class Subject:
     """A model in one runtime."""
 
-    run: str  # its name, or that of a file
+    run: str  # its name, or that of a file and its folder
     model: str
     version: str
     runtime: str
@@ -68,6 +69,7 @@ class Subject:
     photos: Path  # folder of encoded photos
     decoded: str  # what these are
     table: Path
+    source: Path  # the run or file, as it was given
     preprocess: Path | None = None  # preprocessing alone, where it is a file of its own
 
 
@@ -104,7 +106,7 @@ def row_of(subject: Subject, threads: int, batch: int, timing: Timing, about: di
         "memory_before_mb": ready["memory_before"] / 1e6,
         "device_memory_mb": (ready["device_memory"] or math.nan) / 1e6,
         "cores_used": sum(spent["cpu"]) / sum(network),
-        **{"version": subject.version, "seconds": sum(network)},
+        **{"version": subject.version, "path": str(subject.source), "seconds": sum(network)},
         **about,
     }
 
@@ -148,33 +150,23 @@ def subjects_of(path: Path, runtimes: list[str], given: list[bytes], folder: Pat
     else:
         predictor = load(path)
         facts, path, version = predictor.facts, predictor.file, predictor.version
-        name, model, table = path.name, facts["model"], path.with_name(FILE.name)
+        name, model = f"{path.parent.name}/{path.name}", facts["model"]
+        table = path.with_name(FILE.name)
         own = "onnx" if path.suffix == ".onnx" else "jax"
         if own not in runtimes:
             raise UserError(f"{path} runs in {own}, which --runtime leaves out")
         runtimes = [own]
     photos, decoded = write_photos(folder / "photos", facts, run, given)
-    subject = Subject(name, model, version, "", path, photos, decoded, table)
+    subject = Subject(name, model, version, "", path, photos, decoded, table, path)
     return [replace(subject, runtime=runtime) for runtime in runtimes]
 
 
 def converted(subject: Subject) -> Subject:
-    """Returns a run as its ONNX file beside its photos, if it is to be measured so."""
+    """Returns a run as its ONNX file, if it is to be measured so; raises UserError if it cannot."""
     if subject.runtime != "onnx" or subject.path.is_file():
         return subject
-    package("onnx", "onnx")
-    from deploy.onnx_convert import to_onnx  # an extra
-    from deploy.onnx_graph import with_metadata
-
-    predictor, folder = predictor_of(load_run(subject.path)), subject.photos.parent
-    functions = {
-        ONNX: partial(answers, predictor.model),
-        "preprocess.onnx": lambda images: {"pixels": predictor.model.preprocess(images)},
-    }
-    side, stated = predictor.facts["image_size"], {METADATA: json.dumps(predictor.facts)}
-    for name, function in functions.items():
-        (folder / name).write_bytes(with_metadata(to_onnx(function, side), stated))
-    return replace(subject, path=folder / ONNX, preprocess=folder / "preprocess.onnx")
+    program, preprocess = write_onnx(load_run(subject.path), subject.photos)
+    return replace(subject, path=program, preprocess=preprocess)
 
 
 def measure(
@@ -182,13 +174,18 @@ def measure(
 ) -> list[Timing]:
     """Times subjects in turn, each in a process of its own."""
     commands = {}
+
+    def start(command: list[str], side: str, _: dict) -> list[str]:
+        say(f"{side}: starts, and compiles")  # which may take minutes on an accelerator
+        return command
+
     for i, subject in enumerate(subjects):
         paths = {"path": subject.path, "photos": subject.photos, "preprocess": subject.preprocess}
         paths = {key: str(path or "") for key, path in paths.items()}
         spec = Spec(threads=threads, batch=batch, seconds=seconds / ROUNDS, **paths)
         side = f"{i + 1} {subject.runtime} {subject.run}".replace("/", " ")[:200]  # names its log
         worker = [sys.executable, "-m", "deploy.profile_worker", json.dumps(asdict(spec))]
-        commands[side] = worker
+        commands[side] = partial(start, worker, side)
     with tempfile.TemporaryDirectory() as folder:
         timings = time_in_turn(commands, Path(folder), ROUNDS, seconds / ROUNDS, say)
     return list(timings.values())
@@ -204,13 +201,14 @@ def store(path: Path, rows: list[dict]) -> None:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"cannot write --output={path}: {error.strerror}") from error
-    table = read_latencies(path)
     if not rows:
+        read_latencies(path)
         return
-    new = pd.DataFrame(rows)
-    table = pd.concat([table, new]) if len(table) else new
-    with open_output(str(path)) as file:
-        table.drop_duplicates(KEY, keep="last").to_csv(file, index=False, float_format="%.6g")
+    with locked(path.with_name(f".{path.name}.lock"), wait=True):
+        table, new = read_latencies(path), pd.DataFrame(rows)
+        table = pd.concat([table, new]) if len(table) else new
+        with open_output(str(path)) as file:
+            table.drop_duplicates(KEY, keep="last").to_csv(file, index=False, float_format="%.6g")
 
 
 def printed(rows: list[dict]) -> str:
@@ -278,8 +276,10 @@ def profile_models(paths: Sequence[str], plan: Plan) -> tuple[list[dict], list[s
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    # Workers share an accelerator with this process, which takes memory as it needs it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with tempfile.TemporaryDirectory() as name:
-        subjects = []
+        subjects, tables = [], []
         for number, path in enumerate(dict.fromkeys(Path(x).expanduser().resolve() for x in paths)):
             (folder := Path(name, str(number))).mkdir()
             subjects += subjects_of(path, plan.runtimes, given, folder)
@@ -287,6 +287,8 @@ def profile_models(paths: Sequence[str], plan: Plan) -> tuple[list[dict], list[s
             table = Path(plan.output).expanduser().resolve()
             subjects = [replace(subject, table=table) for subject in subjects]
         check(subjects)
+        if plan.output:
+            check_output(table, subjects, about["machine"])
         for subject in subjects.copy():
             try:
                 subjects[subjects.index(subject)] = converted(subject)
@@ -303,9 +305,10 @@ def profile_models(paths: Sequence[str], plan: Plan) -> tuple[list[dict], list[s
                     continue
                 rows.append(row := row_of(subject, threads, batch, timing, about))
                 store(subject.table, [row])
+                tables.append(subject.table)
                 if threads and row["cores_used"] > FAIR * threads:
                     lost.append(f"not limited: {what} kept {row['cores_used']:.2f} cores busy")
-    return rows, lost, list(dict.fromkeys(subject.table for subject in subjects))
+    return rows, lost, list(dict.fromkeys(tables))
 
 
 def check(subjects: list[Subject]) -> None:
@@ -316,6 +319,23 @@ def check(subjects: list[Subject]) -> None:
         raise UserError(f"{table} would hold two models called {run}: profile each in its own call")
     for table in dict.fromkeys(subject.table for subject in subjects):
         store(table, [])
+
+
+def check_output(path: Path, subjects: list[Subject], machine: str) -> None:
+    """Raises UserError for a table with another model's rows in the place of what is to come.
+
+    A model that was trained again has its old path, one that was moved has its old version.
+    """
+    rows = read_latencies(path).reindex(columns=[*KEY, "version", "path"])
+    rows = rows[rows.machine.str.startswith(machine)]
+    for subject in subjects:
+        other = rows[(rows.run == subject.run) & (rows.runtime == subject.runtime)]
+        other = other[(other.version != subject.version) & (other.path != str(subject.source))]
+        if len(other):
+            raise UserError(
+                f"--output={path} holds another model called {subject.run} "
+                f"({other.path.iloc[0]}), whose rows would be replaced: give another file"
+            )
 
 
 def chosen_runtimes(names: list[str]) -> list[str]:
@@ -341,6 +361,8 @@ def numbers(option: str, texts: list[str], least: int, most: float = math.inf) -
 
 def main(argv: list[str]) -> int:
     """Measures runs and files; returns 1 if one of them could not be."""
+    if not math.isfinite(SECONDS_FLAG.value):
+        raise UserError(f"--seconds={SECONDS_FLAG.value}: give a number")
     usage = "deploy.profile RUN_OR_FILE... [--batches=1,8,32] [--threads=1,0] [--output=FILE.csv]"
     paths = arguments(argv, usage, least=1, most=None)
     plan = Plan(

@@ -1,7 +1,6 @@
 """The photos that `deploy.profile` decodes: of a folder, of the run's test part, or drawn."""
 
 import io
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ def write_photos(
     """
     images, what = given, "photos of --photos"
     if not given and run:
-        images, what = _test_photos(run), "the run's test images"
+        images, what = _test_photos(run)
     sound = [image for image in images if _sound(facts, image)]
     if given and not sound:
         raise UserError("--photos: none of the images looked at can be read; give other photos")
@@ -47,16 +46,17 @@ def write_photos(
     return folder, what
 
 
-def _test_photos(run: FinishedRun) -> Iterable[bytes]:
-    """Returns test images as they are stored, arrays as JPEG; none where the data are gone."""
+def _test_photos(run: FinishedRun) -> tuple[list[bytes], str]:
+    """Returns test images as they are stored, arrays as JPEG, in words, too; none without data."""
     try:
         listing = list_source(ConfigDict(run.config["data"]))
         rows = {name: row for row, name in enumerate(listing.ids)}
         known = [rows[name] for name in run.test["ids"].tolist() if name in rows]
         images = [listing.read(known[i]) for i in evenly_spaced(len(known), MOST)]
     except (UserError, OSError):
-        return []
-    return [x if isinstance(x, bytes) else _jpeg(x) for x in images]
+        return [], ""
+    what = "the run's test images" + ", as JPEG" * any(not isinstance(x, bytes) for x in images)
+    return [x if isinstance(x, bytes) else _jpeg(x) for x in images], what
 
 
 def _jpeg(image: np.ndarray) -> bytes:

@@ -63,6 +63,7 @@ def test_images_of_one_group_count_as_one():
     together = paired(labels, before, after, np.repeat(np.arange(6), 12))
     assert alone["established"] and not together["established"]
     assert together["difference"] == alone["difference"]
+    assert alone["p"] < 0.001 and math.isnan(together["p"])  # it would contradict the interval
 
 
 # --- the chapter ----------------------------------------------------------------------------------
@@ -132,16 +133,39 @@ def test_rows_of_other_weights_and_of_runs_that_are_gone_are_named(workdir):
     fresh = digest_of(workdir, "mlp/seed0")
     write_rows(
         workdir,
-        row_of("cnn/seed0", "int8"),
+        row_of("cnn/seed0", "int8", (60, 30, 0, 10)),
         row_of("mlp/seed0", "int8", weights=fresh),
         row_of("vgg16/seed1", "int8"),
     )
     comparison = compare(workdir, load_runs(workdir))
     assert compression.compression_section(replace(comparison, folder="reviewed")) is None
-    text = "\n".join(compression.compression_section(comparison).warnings)
+    section = compression.compression_section(comparison)
+    text = "\n".join(section.warnings)
     assert "Compression: cnn/seed0: measured of other weights than the run now has" in text
     assert "Compression: vgg16/seed1: measured of a run not here" in text
     assert "mlp/seed0: measured" not in text
+    assert [row[0] for row in section.tables[0].rows] == ["mlp/seed0"]
+    assert "(-30" not in section.finding and "vgg16" not in section.finding
+    assert "ONNX Runtime unknown (unknown)" in section.details[-1].lines[-1]  # an old row
+    write_rows(workdir, row_of("vgg16/seed1", "int8"))
+    assert section_of(workdir).tables == [] and section_of(workdir).warnings
+
+
+def test_rows_of_two_machines_are_told_apart_and_a_busy_one_is_named(workdir):
+    known = {"weights": digest_of(workdir, "mlp/seed0"), "date": "2026-01-02 03:04:05 +0000"}
+    rows = [
+        row_of("mlp/seed0", "int8", **known, onnxruntime="1.2.3", cores_had=0.99),
+        row_of("mlp/seed0", "float16", **known, onnxruntime="1.2.4", cores_had=0.45, cpu="another"),
+    ]
+    write_rows(workdir, rows[0])
+    section = section_of(workdir)
+    assert "machine" not in section.tables[0].columns and not section.warnings
+    write_rows(workdir, *rows)
+    section = section_of(workdir)
+    machines = [row[section.tables[0].columns.index("machine")] for row in section.tables[0].rows]
+    assert machines == ["a CPU, 2 cores", "another"]
+    assert "1.2.3 and 1.2.4 (2026-01-02)" in section.details[-1].lines[-1]
+    assert "calls had 45 to 99 % of the cores" in section.warnings[0]
 
 
 def test_a_damaged_file_spoils_no_report(workdir):

@@ -117,7 +117,7 @@ def test_what_was_not_timed_in_turn_is_said_to_be_so(workdir):
 def test_calls_that_shared_their_core_are_said_to_be_so(workdir):
     rows = [row(workdir, "cnn", 4.0), row(workdir, "mlp", 1.0, cores_used=0.41)]
     write(workdir, *rows)
-    assert "had 41 to 99 % of a core" in section_of(workdir).warnings[0]
+    assert "had 41 to 99 % of the cores that they asked for" in section_of(workdir).warnings[0]
     write(workdir, *(r | {"device_memory_mb": 9.0} for r in rows))  # it waits for an accelerator
     assert not section_of(workdir).warnings
 

@@ -1,6 +1,7 @@
 """Compressed models: what they are, what they answer, and what is said of them."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+from sklearn.datasets import load_digits
 
 from analysis.compression import read_rows
 from analysis.confidence import fit_sets, fit_temperature
@@ -28,15 +30,19 @@ INT8, FLOAT = onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
 
 @pytest.fixture(scope="module")
 def workdir(cache_dir, tmp_path_factory):
-    """A CNN trained on the digits for two epochs."""
-    folder = tmp_path_factory.mktemp("runs")
-    return train_digits(folder, cache_dir, "cnn", "none", epochs=2)
+    """A CNN trained on 600 digits of 8x8 pixels for three epochs."""
+    folder, source = tmp_path_factory.mktemp("runs"), load_digits()
+    images = np.round(source.images[:600] * (255 / 16)).astype(np.uint8)
+    np.savez(folder / "few.npz", images=images, labels=source.target[:600])
+    data = {"data__source": "npz", "data__path": str(folder / "few.npz")}
+    return train_digits(folder, cache_dir, "cnn", "none", epochs=3, **data)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compress, "ROUNDS", 3)
+        patch.setattr(compress, "SETTLE", 0.0)
         patch.setattr("analysis.costs.SECONDS", 0.01)
         yield
 
@@ -102,6 +108,24 @@ def test_calibration_images_are_a_stratified_sample_of_the_training_part(run):
     np.testing.assert_array_equal(images, compress.calibration_images(dataset, 60))
 
 
+def test_a_row_says_what_processors_did_and_a_busy_machine_is_named(written):
+    row = written[1]["int8"]
+    assert 0 < row["cores_had"] <= 1 and row["onnxruntime"] and row["date"][:2] == "20"
+    assert row["ms_after_batch1_threads1_cpu"] > 0 and row["ms_before_batch32_threads_all_cpu"] > 0
+    quiet, loud = (compress.describe(row | {"cores_had": share}) for share in (0.97, 0.4))
+    assert "was busy" not in quiet and "calls had 40 % of the cores" in loud
+    assert "; of processors: " in quiet and "McNemar" in quiet
+    assert "McNemar" not in compress.describe(row | {"p": math.nan})
+
+
+def test_calls_count_what_others_take_from_them():
+    before, used = compress.clocks(), []
+    answer = compress.counted(lambda images: {"sum": np.sort(images)}, np.arange(10**6), used)
+    wall, cpu, waited = compress.clocks() - before
+    assert len(answer["sum"]) == 10**6 and 0 < used[0] <= cpu + 1e-6
+    assert math.isnan(waited) or waited >= 0
+
+
 def test_rows_are_replaced_by_run_and_method(run, written, tmp_path):
     rows = read_rows(run.path.parents[1])
     assert sorted(rows.method) == sorted(METHODS) and set(rows.run) == {"cnn/seed0"}
@@ -160,6 +184,27 @@ def test_folders_of_others_are_left_alone(run, tmp_path, file):
 def test_a_model_of_another_method_is_not_overwritten(run, written):
     with pytest.raises(UserError, match="holds no int8 model alone"):
         compress.compress_run(run, written[0] / "float16", "int8")
+
+
+def test_only_what_cannot_be_written_is_called_so(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "calibration_images", refuse)
+        with pytest.raises(UserError, match="cannot read the images of .*the disk is gone"):
+            compress.compress_run(run, tmp_path / "out", "int8")
+    for name in ("export_run", "make_smaller"):
+        monkeypatch.setattr(compress, name, lambda *_, **__: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "measure", refuse)
+        with pytest.raises(UserError, match="cannot read the images of .*the disk is gone"):
+            compress.compress_run(run, tmp_path / "out", "float16")
+    monkeypatch.setattr(compress, "measure", lambda *_: ({}, run))
+    monkeypatch.setattr(compress, "write_facts", refuse)
+    with pytest.raises(UserError, match="cannot write to .*out: the disk is gone"):
+        compress.compress_run(run, tmp_path / "out", "float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_weights_cannot_be_compressed(tmp_path):

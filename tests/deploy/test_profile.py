@@ -21,8 +21,9 @@ from deploy.load import load
 from deploy.profile import Plan, percentile, profile_models
 from deploy.profile_photos import photos_in, write_photos
 from errors import UserError
+from experiment.machine import held
 from models import create_model
-from models.weights.own import arrays_of
+from models.weights.own import arrays_of, read_own, write_own
 from tests.analysis.fabricate import CLASSES, write_run
 from tests.conftest import paint
 from training.weights import save_weights
@@ -98,6 +99,7 @@ def test_a_row_tells_everything_of_a_model_in_its_surroundings(run_dir, measured
     stored = read_latencies(tables[0])
     assert stored.p50_ms.tolist() == [1.0] * 4 and set(KEY) < set(stored)
     text = profile.printed(rows)
+    assert row["path"] == str(run_dir)
     assert "linear/seed0" in text and "p99" in text and "random JPEG" in text and "nan" not in text
 
 
@@ -163,6 +165,42 @@ def test_two_models_of_one_name_are_refused_and_one_that_is_given_twice_is_one(r
         profile_models(both, replace(PLAN, output=str(run_dir.parents[2] / "all.csv")))
 
 
+def test_rows_of_another_model_of_the_same_name_are_not_replaced(run_dir, measured, tmp_path):
+    twin = shutil.copytree(run_dir, tmp_path / "v/linear/seed0")
+    output = tmp_path / "all.csv"
+    plan = replace(PLAN, output=str(output))
+    profile_models([str(run_dir)], plan)
+    profile_models([str(twin)], plan)  # the same weights: it may have been moved
+    retrain(twin)
+    profile_models([str(twin)], plan)  # the same place: it was trained again
+    before = output.read_bytes()
+    with pytest.raises(UserError, match=r"all.csv holds another model called linear/seed0 \(.*/v/"):
+        profile_models([str(run_dir)], plan)
+    assert output.read_bytes() == before and len(read_latencies(output)) == 1
+    retrain(run_dir)
+    for _ in range(2):  # in its own table a moved workdir may hold paths of before
+        own = profile_models([str(run_dir)], PLAN)[2][0]
+        read_latencies(own).assign(path="elsewhere", version="0").to_csv(own, index=False)
+    assert len(read_latencies(own)) == 1
+
+
+def retrain(run_dir):
+    """Changes the weights, and so the version."""
+    file = run_dir / "weights.safetensors"
+    file.write_bytes(file.read_bytes() + b" ")
+
+
+def test_a_table_is_written_by_one_process_at_a_time(run_dir, measured, monkeypatch):
+    """A row that comes while another process holds the table is not lost."""
+    own, inside = profile_models([str(run_dir)], PLAN)[2][0], []
+    monkeypatch.setattr(
+        profile, "read_latencies", lambda path: inside.append(held(lock)) or read_latencies(path)
+    )
+    lock = own.with_name(f".{own.name}.lock")
+    profile.store(own, [read_latencies(own).iloc[0].to_dict()])
+    assert inside == [True] and not held(lock)
+
+
 def test_options_are_checked():
     assert profile.numbers("batches", ["8", "1", "8"], 1) == [8, 1]
     for texts in (["0"], ["x"], [], ["-1"], ["1.5"]):
@@ -201,7 +239,7 @@ def test_photos_are_those_of_the_test_part_or_of_a_folder(run_dir, tmp_path):
     (run_dir / "config.json").write_text(json.dumps(config))
     folder, what = write_photos(tmp_path / "of run", facts, load_run(run_dir), [])
     files = [root / f"test/{x}.png" for x in ("a/test0", "a/test1", "b/test0")]
-    assert what == "the run's test images"
+    assert what == "the run's test images"  # as they lie there
     assert [f.read_bytes() for f in sorted(folder.iterdir())] == [f.read_bytes() for f in files]
     given = photos_in(str(root / "train"))
     folder, what = write_photos(tmp_path / "given", facts, load_run(run_dir), given)
@@ -242,10 +280,34 @@ def test_a_run_becomes_onnx_with_its_preprocessing_apart(run_dir, tmp_path):
     pixels = load(onnx.preprocess).answer(images)["pixels"]
     np.testing.assert_allclose(pixels, expected.model.preprocess(images), atol=1e-5)
     assert onnx.version == run.version == expected.version  # by which the report knows it
+    assert onnx.source == run.path == run_dir
     (own,) = profile.subjects_of(onnx.path, ["jax", "onnx"], [], tmp_path)
     assert own.runtime == "onnx" and own.table == folder / "latency.csv"
+    assert own.run == "0/model.onnx"  # files of two folders have two names
     with pytest.raises(UserError, match="runs in onnx, which --runtime leaves out"):
         profile.subjects_of(onnx.path, ["jax"], [], tmp_path)
+
+
+def test_onnx_is_proven_in_float32_before_it_is_measured(run_dir, measured, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from deploy import onnx_convert
+
+    facts = read_own(file := run_dir / "weights.safetensors")
+    arrays = arrays_of(predictor_of(load_run(run_dir)).model)
+    del facts["arrays"]
+    write_own(file, arrays, facts | {"compute_dtype": "bfloat16"})
+    plan = replace(PLAN, runtimes=["onnx"])
+    rows, lost, _ = profile_models([str(run_dir)], plan)
+    assert lost == [] and len(rows) == 1
+    to_onnx = onnx_convert.to_onnx
+
+    def wrong(function, side):
+        return to_onnx(lambda x: {key: 1.01 * value for key, value in function(x).items()}, side)
+
+    monkeypatch.setattr(onnx_convert, "to_onnx", wrong)
+    rows, lost, tables = profile_models([str(run_dir)], plan)
+    assert rows == [] and tables == []
+    assert lost[0].startswith("not measured: linear/seed0 in onnx: the exported file answers diff")
 
 
 def test_what_onnx_has_no_form_for_is_named_and_the_rest_measured(run_dir, measured, monkeypatch):
@@ -265,11 +327,12 @@ def test_calls_end_after_a_number_or_a_time():
     assert len(profile_worker.calls(lambda: None, 7, seconds=0)) == 1
 
 
-def test_one_thread_is_one_core(run_dir, monkeypatch):
+def test_one_thread_is_one_core(run_dir, monkeypatch, capsys):
     """The whole way, in a process of its own."""
     monkeypatch.setattr(turns, "SETTLE", 0.0)
     rows, lost, tables = profile_models([str(run_dir)], replace(PLAN, threads=[1]))
     assert lost == []  # it kept no more than one core busy
+    assert "1 jax linear seed0: starts" in capsys.readouterr().err  # compiling may take minutes
     (row,) = rows
     assert row["calls"] >= 5 and row["p50_ms"] > 0 and row["preprocess_p50_ms"] > 0
     assert 0 < row["of_which_compiling_ms"] <= row["first_call_ms"]
