@@ -158,11 +158,8 @@ def why_incomplete(path: Path, state: str) -> str:
         return state
     if path.is_file() or any(path.glob("model.*")):
         return "an export: give its run, and to deploy.monitor the export with --model"
-    summaries = [
-        file for deep in ("*", "*/*") for file in sorted(path.glob(f"{deep}/summary.json"))
-    ]
-    complete = (file.parent for file in summaries if read_status(file.parent) == "complete")
-    run = next(complete, None)
+    files = (file for deep in ("*", "*/*") for file in sorted(path.glob(f"{deep}/summary.json")))
+    run = next((f.parent for f in files if read_status(f.parent) == "complete"), None)
     return f"it holds runs: did you mean {run}?" if run else state
 
 
