@@ -23,6 +23,7 @@ from analysis.forward import use_compilation_cache
 from analysis.runs import incomplete, load_runs
 from errors import Interrupted, UserError
 from experiment import launch
+from experiment.checks import check_teachers
 from experiment.command import config_overrides, run_command
 from experiment.fields import stored_config
 from experiment.files import read_json, read_status, write_json
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> int:
         print(search.describe())
     stages = [stage for stage in (searches, [run.name for run in runs]) if stage]
     if DRY_RUN.value:
+        for run in runs:
+            check_teachers(run.config)
         print(launch.shown(stages) if options.launch else shown(runs))
         return 0
     if not runs and SHARD.value:

@@ -62,7 +62,7 @@ class AnswerLog:
     """
 
     def __init__(self, path: Path | str):
-        self.path = Path(path).expanduser()
+        self.path, self.written = Path(path).expanduser(), 0  # answers, by this object
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
         self._opened: tuple[int, int] | None = None
@@ -75,6 +75,7 @@ class AnswerLog:
             rows = [answer.row() for answer in answers]
             fill = f"INSERT INTO answers VALUES ({','.join('?' * 9)})"
             self._change(lambda connection: connection.executemany(fill, rows))
+            self.written += len(rows)
         except (UserError, ValueError, TypeError) as error:
             return str(error)
         return ""
@@ -114,6 +115,12 @@ class AnswerLog:
           FROM answers a WHERE version = ? AND time >= ? AND time < ?
           ORDER BY time DESC, rowid DESC LIMIT ?"""
         table = self._read(query, version, since, until, last or -1)[::-1].reset_index(drop=True)
+        whole = [isinstance(blob, bytes) and len(blob) == 4 * WIDTH for blob in table.features]
+        if not all(whole):
+            raise UserError(
+                f"the log {self.path} holds {whole.count(False)} damaged answers: choose another "
+                "time, or move it away, and a new one is begun"
+            )
         table["features"] = [np.frombuffer(blob, "<f4") for blob in table.features]
         return table
 
@@ -172,6 +179,11 @@ class AnswerLog:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(sqlite3.Error):  # its file may be gone
+                if self._opened != self._inode():
+                    # Of a file that was moved, SQLite drops at the end what is not yet inside it.
+                    connection.rollback()
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with suppress(sqlite3.Error):
                 connection.close()  # a transaction that was begun is undone
 
     def _connect(self) -> sqlite3.Connection:

@@ -328,6 +328,10 @@ def main(argv: list[str]) -> int:
         return 0
     if reason := predictor.not_promised(target):
         print(reason, file=sys.stderr)
+    if log:
+        log.close()
+        text = f"{log.written} answers of version {predictor.version} added"
+        print(f"log: {LOG.value}: {text}", file=sys.stderr)
     print(
         f"{counts['images']} images, {counts['review']} to review, of which {counts['error']} "
         "could not be read" + (f": {output}" if output not in ("", "-") else ""),

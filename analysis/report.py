@@ -28,6 +28,7 @@ from analysis.page.render import render
 from analysis.page.section import Section, remembered
 from analysis.page.tables import printed_table
 from analysis.runs import load_runs
+from analysis.teachers import teachers_section
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 from experiment.machine import locked
@@ -61,7 +62,7 @@ CHAPTERS = (  # in the order of the page
     Chapter("Data size", sizes.sizes_section),
     Chapter("Tuning", tuning.tuning_section),
     Chapter("Pretrained weights", chapters.transfer),
-    Chapter("Teachers", chapters.teachers),
+    Chapter("Teachers", teachers_section),
     Chapter("Confusion", chapters.classes),
     Chapter("Pairs of models", chapters.pairs_of_models),
     Chapter("Heat maps", gradcam.heat_maps, "gradcam.json", ("gradcam_images",)),

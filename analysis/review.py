@@ -89,5 +89,9 @@ def table_rows(path: Path, needed: set[str], what: str) -> list[tuple[int, dict[
                 (reader.line_num, {key: (row[key] or "").strip() for key in reader.fieldnames})
                 for row in reader
             ]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: give {what}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not in UTF-8: save it as CSV UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: need {what} in UTF-8 ({error})") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from analysis.criterion import criterion_of, values
 from errors import UserError
+from experiment.checks import why_incomplete
 from experiment.files import read_json, read_lines, run_dirs
 from experiment.grid import family
 
@@ -150,8 +151,8 @@ def load_run(run_dir: Path) -> FinishedRun:
     """Returns the complete run of one directory; raises UserError if it is none."""
     run = _read_run(run_dir)
     if run.status != "complete":
-        state = run.state if run_dir.is_dir() else "no such folder"
-        raise UserError(f"{run_dir} is not the directory of a complete run ({state})")
+        why = why_incomplete(run_dir, run.state)
+        raise UserError(f"{run_dir} is not the directory of a complete run ({why})")
     return run
 
 

@@ -2,9 +2,9 @@
 
 Validation images choose, test images judge. Of the models that none is established to beat on the
 test images, the best on validation images leads. Recommended is the cheapest of those that cannot
-be told apart from it, lie within one standard error of it on validation images (Breiman et al.
-1984), and are rather not worse than it by a margin that matters on the test images. A model of
-which a seed failed or diverged is not recommended.
+be told apart from it, that none is established to beat either, that lie within one standard error
+of it on validation images (Breiman et al. 1984), and are rather not worse than it by a margin that
+matters on the test images. A model of which a seed failed or diverged is not recommended.
 """
 
 import math
@@ -84,12 +84,14 @@ def recommend(
     near = [
         label
         for label in level
-        if family.probability(duels[label], margin) < 0.5
+        if label not in beaten
+        and family.probability(duels[label], margin) < 0.5
         and _near(groups, best, label, criterion, margin)
     ]
     cheap = [label for label in near if costs[label] * CHEAPER < costs[best]]
     use = min(cheap, key=costs.get) if cheap else best
-    worse = [label for label in candidates if label != best and duels[label].established]
+    differs = {x: family.pair(use, x).established for x in candidates if x != use}
+    level, worse = ([x for x, apart in differs.items() if apart == of] for of in (False, True))
     lost = [label for label in compared if label not in candidates]
     judged = _Judgement(
         rows, family, baseline, criterion, margin, best, use, level, worse, costs, lost
@@ -138,8 +140,8 @@ class _Judgement:
     margin: float
     best: str  # on validation images, of those that none beats
     use: str
-    level: list[str]  # cannot be told apart from the best
-    worse: list[str]
+    level: list[str]  # cannot be told apart from the recommended one
+    worse: list[str]  # than that; none is better
     costs: dict[str, float]
     lost: list[str]  # are not recommended, because of failed or diverged seeds
 
@@ -152,7 +154,7 @@ class _Judgement:
 
     def what(self) -> str:
         """Returns what to use, and why."""
-        use, best, others = self.use, self.best, [x for x in self.level if x != self.use]
+        use, best, others = self.use, self.best, [x for x in self.level if x != self.best]
         if not self.level and not self.worse:
             return f"{use} is the only model " + (
                 "without failed or diverged seeds." if self.lost else "to choose."
@@ -297,7 +299,8 @@ class _Judgement:
         rows, base = self.rows, self.baseline
         texts = self._of_runs(compared, sound, absent)
         first = rows.label.iloc[0]
-        if first in sound and first != self.best and first not in self.level:
+        beside = first in sound and first != self.best
+        if beside and self.family.pair(self.best, first).established:
             texts.append(
                 f"{first} is the best on validation images, but {self.best} is better on the test "
                 "images: the validation images misled."

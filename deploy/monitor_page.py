@@ -13,9 +13,9 @@ from analysis.page.render import page
 from analysis.page.section import Picture, Section, Table
 from analysis.page.tables import decimal, p_value, percent, percents, points
 from analysis.uncertainty import wilson
-from analysis.verdict import listed
+from analysis.verdict import listed, plural
 from deploy.drift import LEAST_CORRECTED, Sample, Test, strata
-from deploy.window import Finding, when
+from deploy.window import Finding, iso, when
 from experiment.files import write_json
 
 DRAWN = 30  # classes with bars
@@ -48,22 +48,25 @@ def effect_of(test: Test) -> str:
         "class mix": f"total variation {number}",
         "confidence": f"largest difference of shares {number}",
         "features": f"a classifier tells them apart with AUC {number}",
-        "accuracy": f"{number} points lost against equally sure validation images",
+        "accuracy": f"{number} than equally sure validation images",
     }[test.name]
 
 
 def _effect(test: Test, value: float) -> str:
-    return percent(value, 1) if test.name == "accuracy" else decimal(value)
+    if test.name == "accuracy":  # what is lost
+        return f"{percent(abs(value), 1)} points {'less' if value >= 0 else 'more'}"
+    return decimal(value)
 
 
 def verdict(found: Finding) -> str:
     """Returns the result in one sentence."""
     alarms = [test.name for test in found.tests if test.alarm]
-    rate = f"of windows like validation, at most {100 * found.rate:g} % alarm"
+    text = f"Alarm by {listed(alarms)}: not as on validation images"
     if not alarms:
         names = listed([test.name for test in found.tests])
-        return f"No alarm: {names} may be as on validation images ({rate})."
-    return f"Alarm by {listed(alarms)}: not as on validation images ({rate})."
+        text = f"No alarm: {names} may be as on validation images"
+    text += "; features could not be compared" * ("features" in found.untested)
+    return f"{text}. Where nothing changed, at most {100 * found.rate:g} % of windows alarm."
 
 
 def accuracy_of(reference: Sample, window: Sample) -> str:
@@ -71,15 +74,18 @@ def accuracy_of(reference: Sample, window: Sample) -> str:
     if np.isnan(window.correct).all():
         return ""
     of = strata(reference, window)
-    images, right = of.images.sum(), of.right.sum()
+    images, right = int(of.images.sum()), int(of.right.sum())
+    if images < LEAST_CORRECTED:
+        return (
+            f"Accuracy: {plural(images, 'corrected image')} of {LEAST_CORRECTED} that it takes to "
+            "say anything."
+        )
     text = (
         f"Of {images} corrected images {right} were right: {percent(right / images, 1)} % (95 % "
         f"interval {percents(*wilson(right, images), 1)}). Of validation images that the model is "
         f"as sure of, {percent(of.expected, 1)} % are right; of all, "
         f"{percent(reference.correct.mean(), 1)} %."
     )
-    if images < LEAST_CORRECTED:
-        text += f" Accuracy is tested from {LEAST_CORRECTED} corrected images on."
     if not right:
         text += " If only mistakes are reported, this says nothing: confirm right answers, too."
     return text
@@ -139,7 +145,8 @@ def write_page(output: Path, found: Finding) -> Path:
         Section("Versions", left_out(found), [_versions(found)], finding=_others(found)),
         Section("How to read this", list(MEANING), finding="What holds, and when it does not."),
     ]
-    facts = [("model", found.run.name), ("version", found.version), ("window", window_of(found))]
+    facts = [("model", f"{found.run.name}, {found.file.name}"), ("version", found.version)]
+    facts += [("window", window_of(found))]
     facts += [("reference", f"{len(found.reference):,} validation images")]
     facts += [("made", f"{when(time.time())} UTC")]
     accuracy = accuracy_of(found.reference, found.window.sample)
@@ -153,11 +160,38 @@ def write_page(output: Path, found: Finding) -> Path:
         warnings=[found.lack] if found.lack else [],
         opened=[section.title for section in sections],
     )
+    write_json(output / "monitor.json", numbers_of(found))
     (output / "index.html").write_text(content, encoding="utf-8")
-    numbers = {"run": found.run.name, "version": found.version, "rate": found.rate}
-    numbers |= {"images": len(found.window.table), "tests": [asdict(test) for test in found.tests]}
-    write_json(output / "monitor.json", numbers)
     return output / "index.html"
+
+
+def numbers_of(found: Finding) -> dict:
+    """Returns the content of monitor.json; times are UTC, ISO 8601."""
+    sample, table, versions = found.window.sample, found.window.table, found.window.versions
+    corrected = np.isfinite(sample.correct)
+    others = versions[versions.version != found.version]
+    return {
+        "alarm": any(test.alarm for test in found.tests),
+        "verdict": verdict(found),
+        "rate": found.rate,
+        "made": iso(time.time()),
+        "run": found.run.name,
+        "model": found.run.model,
+        "file": str(found.file),
+        "version": found.version,
+        "images": len(table),
+        "window": {"first": iso(table.time.iloc[0]), "last": iso(table.time.iloc[-1])},
+        "repeated": found.window.repeated,
+        "other_versions": others[["version", "model", "answers"]].to_dict("records"),
+        "reference_images": len(found.reference),
+        "tests": [asdict(test) for test in found.tests],
+        "not_tested": found.untested,
+        "classes": moved(found).to_dict("records"),
+        "corrections": {
+            "images": int(corrected.sum()),
+            "right": int(sample.correct[corrected].sum()),
+        },
+    }
 
 
 def _tests(found: Finding) -> Table:
@@ -242,7 +276,7 @@ def _over_time(output: Path, found: Finding) -> Section:
         measures["shift of features"] = shift_from(reference.features)
     draw, size = np.random.default_rng(0), min(len(blocks[0]), len(reference))
     drawn = [draw.choice(len(reference), size, replace=False) for _ in range(400)]
-    figure, axes = plt.subplots(len(measures), figsize=(9, 2.2 * len(measures)), squeeze=False)
+    figure, axes = plt.subplots(len(measures), figsize=(7, 2.2 * len(measures)), squeeze=False)
     place = [block.mean() + 1 for block in blocks]
     for axis, (name, measure) in zip(axes[:, 0], measures.items(), strict=True):
         band = np.quantile([measure(reference, rows) for rows in drawn], [0.025, 0.975])
@@ -253,15 +287,16 @@ def _over_time(output: Path, found: Finding) -> Section:
         axis.set_xticks(ticks + 1, [])
         axis.set(ylabel=name)
     times = found.window.table.time.iloc[ticks].map(when)
-    axes[-1, 0].set_xticklabels(times.str[5:16], fontsize=8)
-    axes[-1, 0].set_xlabel("images in order of time, UTC")
+    day = times.iloc[0][:10] if times.str[:10].nunique() == 1 else ""
+    axes[-1, 0].set_xticklabels(times.str[11:] if day else times.str[5:16], fontsize=8)
+    axes[-1, 0].set_xlabel(f"images in order of time, {day} UTC".replace("  ", " "))
     save(figure, output / "time.svg")
     caption = (
         f"Blocks of {len(blocks[0])} images. Shaded: where 95 of 100 such blocks of validation "
         "images lie. Shift: distance of the block's mean from that of validation images, in units "
         "of what chance gives."
     )
-    return Section("Over time", pictures=[Picture("time.svg", caption, wide=True)],
+    return Section("Over time", pictures=[Picture("time.svg", caption)],
                    finding=f"{len(blocks)} blocks of images in order of time.")  # fmt: skip
 
 
@@ -285,7 +320,7 @@ def _versions(found: Finding) -> Table:
     columns = ["version", "model", "answers", "first, UTC", "last, UTC"]
     rows = [[v.version, v.model, f"{v.answers:,}", when(v.first), when(v.last)]
             for v in found.window.versions.itertuples()]  # fmt: skip
-    return Table(columns, rows, "All answers of that time in the log.")
+    return Table(columns, rows, "Answers in the log of the window's time.")
 
 
 def _others(found: Finding) -> str:

@@ -1,5 +1,7 @@
 """What the monitor compares: a window of a log, and the model's answers to validation images."""
 
+import difflib
+import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,15 +12,17 @@ import pandas as pd
 
 from analysis.answer_log import AnswerLog
 from analysis.confidence import softmax
+from analysis.evaluate import temperature_of
 from analysis.forward import cache_dir_of, load_images
-from analysis.predict import Predictor
+from analysis.predict import Predictor, predictor_of
 from analysis.review import table_rows
 from analysis.runs import FinishedRun
-from deploy.drift import LEAST, Sample, Test, compare_samples
+from deploy.drift import LEAST, LEAST_CORRECTED, Sample, Test, compare_samples
 from errors import UserError
 
 BATCH = 128  # images at once
 NAMED = 10  # mistakes in one message
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run what begins so
 
 
 @dataclass(frozen=True)
@@ -37,20 +41,52 @@ class Finding:
 
     run: FinishedRun
     version: str  # of the model
+    file: Path  # of the model
     window: Window
     reference: Sample
     lack: str  # of the reference: "" or what could not be had
     tests: list[Test]
     rate: float  # of false alarms
 
+    @property
+    def untested(self) -> dict[str, str]:
+        """Tests that could not be made, and why."""
+        corrected = np.isfinite(self.window.sample.correct).sum()
+        few = f"{corrected} corrected images, {LEAST_CORRECTED} are needed"
+        reasons = {"features": self.lack, "accuracy": few}
+        made = {test.name for test in self.tests}
+        return {name: why for name, why in reasons.items() if name not in made}
+
 
 def examine(
     run: FinishedRun, predictor: Predictor, window: Window, rate: float, data_path: str = ""
 ) -> Finding:
-    """Compares a window with the model's answers to the validation images of its run."""
+    """Compares a window with the model's answers to the validation images of its run.
+
+    Raises UserError where `data_path` is given and does not hold these images.
+    """
     reference, lack = reference_of(run, predictor, data_path)
     tests = compare_samples(reference, window.sample, rate)
-    return Finding(run, predictor.version, window, reference, lack, tests, rate)
+    return Finding(run, predictor.version, predictor.file, window, reference, lack, tests, rate)
+
+
+def check_origin(predictor: Predictor, run: FinishedRun) -> None:
+    """Raises a UserError if a model is not that of a run, nor an export of it."""
+    own, facts = predictor_of(run), predictor.facts
+    if facts.get("run_version", predictor.version) == own.version:
+        return
+    # Fitted on another processor, numbers may differ in their last digits.
+    numbers, others = _fitted(own.facts), _fitted(facts)
+    alike = len(numbers) == len(others) and np.allclose(numbers, others, 1e-6, 0)
+    if facts["class_names"] != run.class_names or facts.get("run") != run.name or not alike:
+        raise UserError(
+            f"{predictor.file} is not of {run.path}: as RUN, give the run that it was exported from"
+        )
+
+
+def _fitted(facts: dict) -> list[float]:
+    thresholds = [entry["confidence"] for entry in facts["review_thresholds"]]
+    return [facts["temperature"], *(np.inf if t is None else t for t in thresholds)]
 
 
 def read_window(
@@ -67,6 +103,9 @@ def read_window(
             f"answered in this time, and {LEAST} are needed; its versions: "
             f"{', '.join(found) or 'none'}. Choose another time, or the model with --model"
         )
+    if last:  # what else answered since its first one
+        versions = log.versions(table.time.min(), until)
+        versions.loc[versions.version == version, "answers"] = len(answers)
     names = predictor.facts["class_names"]
     classes = pd.Index(names).get_indexer(table.label)
     if (classes < 0).any():
@@ -80,11 +119,17 @@ def read_window(
 def reference_of(run: FinishedRun, predictor: Predictor, data_path: str = "") -> tuple[Sample, str]:
     """Returns the model's answers to the run's validation images, and "" or what they lack.
 
-    They are kept in the cache, so that the next call needs no images.
+    They are kept in the cache, so that the next call needs no images. Without images and it, they
+    are what the run said; but where `data_path` is given, that is a UserError.
     """
     labels, fingerprint = run.validation["labels"], run.dataset["fingerprint"][:16]
     file = Path(cache_dir_of(run), "answers", f"{predictor.version}-{fingerprint}.npz")
-    answers, lack = _kept(file, len(labels)), ""
+    answers, lack, temperature = _kept(file, len(labels)), "", predictor.facts["temperature"]
+    is_path = run.config["data"]["source"] in ("folder", "npz")
+    if data_path and is_path and not Path(data_path).expanduser().exists():
+        raise UserError(
+            f"--data={data_path} does not exist: say where the images of {run.path} lie"
+        )
     if answers is None:
         try:
             images = load_images(run, "validation", data_path)
@@ -93,12 +138,15 @@ def reference_of(run: FinishedRun, predictor: Predictor, data_path: str = "") ->
             answers = {k: np.concatenate([p[k] for p in parts]) for k in ("logits", "features")}
             _keep(file, answers)
         except UserError as error:
+            if data_path:
+                raise UserError(f"--data={data_path} cannot be used: {error}") from error
+            temperature = temperature_of(run)
             answers = {"logits": run.validation["logits"], "features": None}
             lack = f"Without the validation images, features cannot be compared ({error})."
             if predictor.model is None:
                 lack += f" The reference is what {run.name} says, not its compiled form."
     logits = answers["logits"]
-    probabilities, classes = softmax(logits, predictor.facts["temperature"]), logits.argmax(axis=1)
+    probabilities, classes = softmax(logits, temperature), logits.argmax(axis=1)
     correct = (classes == labels).astype(float)
     return Sample(classes, probabilities.max(axis=1), answers["features"], correct), lack
 
@@ -128,22 +176,30 @@ def when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def iso(seconds: float) -> str:
+    """Returns a time as programs read it."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
 def read_corrections(path: Path, log: AnswerLog, classes: list[str]) -> list[tuple[str, str]]:
     """Returns pairs of hash and class of a table; rows without a label are left out.
 
-    Raises UserError that names each unknown image and class by its line.
+    Classes may differ in capitals, if that leaves one. Raises UserError that names each unknown
+    image and class by its line.
     """
     rows = table_rows(path, {"image", "label"}, "a table with the columns image and label")
     rows = [(line, cells["image"], cells["label"]) for line, cells in rows if cells["label"]]
-    known = log.known([name for _, name, _ in rows])
+    known = log.known([text for _, name, _ in rows for text in (name, name.removeprefix("'"))])
     by_name = {**known.groupby("name").image.agg(set), **{i: {i} for i in known.image}}
     pairs, mistakes = {}, []
     for line, name, label in rows:
+        name = name if name in by_name else name.removeprefix("'")
+        label, near = _class_named(label, classes)
         images = by_name.get(name, set())
         image = min(images, default="")
         problem = ""
         if label not in classes:
-            problem = f"class {label!r} is not one of {', '.join(classes[:20])}"
+            problem = f"class {label!r} is not one of {', '.join(classes[:20])}{near}"
         elif len(images) != 1:
             many = f"{len(images)} images are called {name!r}: give the hash"
             problem = many if images else f"no image {name!r} in {log.path}"
@@ -156,11 +212,31 @@ def read_corrections(path: Path, log: AnswerLog, classes: list[str]) -> list[tup
     return list(pairs.items())
 
 
+def _class_named(label: str, classes: list[str]) -> tuple[str, str]:
+    """Returns the class that a person means, or the label as it is; and a question, or ""."""
+    plain: dict[str, list[str]] = {}
+    for name in classes:
+        plain.setdefault(_plain(name), []).append(name)
+    meant = plain.get(_plain(label), [])
+    if label in classes or len(meant) == 1:
+        return label if label in classes else meant[0], ""
+    close = meant or [plain[n][0] for n in difflib.get_close_matches(_plain(label), plain, 1)]
+    return label, f": did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def write_to_label(window: Window, folder: Path) -> Path:
-    """Writes to_label.csv: the images without correction, least sure first."""
+    """Writes to_label.csv: the images without correction, least sure first.
+
+    A name that a spreadsheet would take for a formula gets a ' in front.
+    """
     table = window.table[window.table.correction == ""].sort_values("confidence", kind="stable")
     table = table.assign(label="", time=table.time.map(when), predicted=table.pop("label"))
-    columns = ["image", "name", "time", "predicted", "confidence", "label"]
+    table["name"] = [f"'{n}" if n.startswith(FORMULA) else n for n in table.name]
+    columns = ["image", "name", "source", "time", "predicted", "confidence", "label"]
     try:
         table[columns].round({"confidence": 4}).to_csv(folder / "to_label.csv", index=False)
     except OSError as error:

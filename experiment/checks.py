@@ -10,7 +10,7 @@ from data.augmentation import crops
 from data.folders import LAYOUTS
 from errors import UserError, choose
 from experiment.fields import flatten, phase_config, phase_names
-from experiment.files import read_json
+from experiment.files import read_json, read_status
 from models.classifier import MISTAKES
 from models.weights.download import digest
 from models.weights.own import WEIGHTS
@@ -148,6 +148,30 @@ def teachers_of(text: str) -> list[Path]:
             "or several different ones, run:DIR,run:DIR, or '' for none"
         )
     return paths
+
+
+def why_incomplete(path: Path, state: str) -> str:
+    """Returns what a path is that is no complete run's directory; `state` is what a run's would."""
+    if not path.exists():
+        return "no such folder"
+    if (path / "config.json").exists():
+        return state
+    if path.is_file() or any(path.glob("model.*")):
+        return "an export: give its run, and to deploy.monitor the export with --model"
+    files = (file for deep in ("*", "*/*") for file in sorted(path.glob(f"{deep}/summary.json")))
+    run = next((f.parent for f in files if read_status(f.parent) == "complete"), None)
+    return f"it holds runs: did you mean {run}?" if run else state
+
+
+def check_teachers(config: ConfigDict) -> None:
+    """Raises a UserError if a teacher of a run is not complete; needs no data."""
+    for path in teachers_of(config.distill.teacher):
+        status = read_json(path / "summary.json").get("status", "not finished")
+        if status != "complete":
+            why = why_incomplete(path, f"{status}: train it first, or take another")
+            raise UserError(
+                f"config.distill.teacher=run:{path} is not the directory of a complete run ({why})"
+            )
 
 
 def check_taught(run_dir: Path) -> None:

@@ -204,15 +204,19 @@ def _variants(config: ConfigDict, model: str) -> list[Variant]:
 
 
 def _teacher_names(values: list[str]) -> list[str]:
-    """Returns short names of values of `distill.teacher`: ends of paths that tell them apart."""
+    """Returns short names of values of `distill.teacher`, the last two parts of each path.
+
+    A name depends on its value alone: it is that of a run, which a longer sweep must find again.
+    """
     groups = [teachers_of(str(parse(value, "", "distill.teacher", "sweep"))) for value in values]
-    longest = max(len(path.parts) for group in groups for path in (*group, Path("two/parts")))
-    for length in range(2, longest + 1):
-        names = ["+".join("/".join(path.parts[-length:]) for path in group) for group in groups]
-        names = [re.sub(r"\{(seed|fold)\}", "*", name) for name in names]
-        if len(set(names)) == len(names):
-            break
-    return [name or "none" for name in names]
+    names = ["+".join("/".join(path.parts[-2:]) for path in group) for group in groups]
+    names = [re.sub(r"\{(seed|fold)\}", "*", name) or "none" for name in names]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(
+            f"config.sweep: two values of distill.teacher would be called {twice[0]!r}: use "
+            "another --workdir for one of them, or name them in config.variants of a config's file"
+        )
+    return names
 
 
 def run_config(

@@ -186,6 +186,9 @@ class Search:
         config = run_config(self.config, plan.model, plan.variant, self.overrides, values)
         config.predict_test = False
         check_config(config)
+        # Trials have a seed of their own, of which there is no teacher.
+        first = config.distill.teacher.replace("{seed}", str(self.config.seeds[0]))
+        config.distill.teacher = first
         return with_seed(config, TRIAL_SEED + self.options.seed)
 
     # --- the trials -------------------------------------------------------------------------------

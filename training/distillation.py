@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from data.augmentation import crops
 from data.identity import read_table
 from errors import UserError
-from experiment.checks import TAUGHT, check_taught, teachers_of
+from experiment.checks import TAUGHT, check_taught, check_teachers, teachers_of
 from experiment.fields import flatten
 from experiment.files import read_json, write_json
 from input_pipeline import Dataset
@@ -92,22 +92,26 @@ def find_teachers(config: ConfigDict, dataset: Dataset) -> list[Teacher]:
       UserError: a teacher is no complete run, answers another question, or knows images on which
         the student is judged.
     """
-    return [_find(path, config, dataset) for path in teachers_of(config.distill.teacher)]
+    paths = teachers_of(config.distill.teacher)
+    if paths:
+        _check_student(config)
+        check_teachers(config)
+    return [_find(path, config, dataset) for path in paths]
+
+
+def _check_student(config: ConfigDict) -> None:
+    name = config.model.name
+    if name not in MODELS or not MODELS[name].trained_by_gradient:
+        raise UserError(
+            f"config.distill.teacher={config.distill.teacher}: {name} is not trained by gradient, "
+            "so it cannot learn from a teacher: leave it out of config.models, or set "
+            f"--config.per_model.{name}.distill.teacher='' (in a sweep, name the others: "
+            "per_model.cnn.distill.teacher=...)"
+        )
 
 
 def _find(path: Path, config: ConfigDict, dataset: Dataset) -> Teacher:
     where = f"config.distill.teacher=run:{path}"
-    if config.model.name not in MODELS or not MODELS[config.model.name].trained_by_gradient:
-        name = config.model.name
-        raise UserError(
-            f"{where}: {name} is not trained by gradient, so it cannot learn from a teacher: leave "
-            f"it out of config.models, or set --config.per_model.{name}.distill.teacher='' (in a "
-            "sweep, name the others: per_model.cnn.distill.teacher=...)"
-        )
-    status = read_json(path / "summary.json").get("status", "not finished")
-    if status != "complete":
-        state = f"{status}: train it first, or take another" if path.is_dir() else "no such folder"
-        raise UserError(f"{where} is not the directory of a complete run ({state})")
     file = find_weights(path)
     stat = file.stat()
     digest, facts = _read(file, stat.st_mtime_ns, stat.st_size)

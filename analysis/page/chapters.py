@@ -235,34 +235,6 @@ def transfer(comparison: Comparison) -> Section | None:
     return Section(text=[text], tables=[table], warnings=warnings, finding=finding)
 
 
-def teachers(comparison: Comparison) -> Section | None:
-    """From whom students learned: see `training/distillation.py`."""
-    rows = []
-    for label, runs in comparison.groups.items():
-        told = runs[0].summary.get("distill")
-        if not told:
-            continue
-        summaries = [single.summary for run in runs for single in run.folds or (run,)]
-        every = [teacher for summary in summaries for teacher in summary["distill"]["teachers"]]
-        names = dict.fromkeys(f"{teacher['run']} ({teacher['digest'][:8]})" for teacher in every)
-        stored = all(phase["stored_logits"] for phase in runs[0].summary["phases"])
-        asked = "once an image and view" if stored else "at each step"
-        numbers = (f"{told[name]:g}" for name in ("temperature", "weight"))
-        rows.append([label, listed(names), *numbers, asked])
-    if not rows:
-        return None
-    text = (
-        "A student's loss is (1 - weight) times that of its labels, and weight times temperature^2 "
-        "times its distance from the mean probabilities of its teachers, all softened by the "
-        "temperature (Hinton et al. 2015). Training seconds include the teachers' answers; "
-        "parameters, multiply-adds and speed are the student's own. How a student differs from the "
-        "same model without a teacher holds for these teachers: others may teach more, or less."
-    )
-    columns = ["model", "teachers", "softened by", "weight", "teachers are asked"]
-    finding = f"{plural(len(rows), 'model')} learned from finished runs."
-    return Section(text=[text], tables=[Table(columns, rows)], finding=finding)
-
-
 def data(comparison: Comparison) -> Section | None:
     """What the audit found in the images, and what augmentation makes of them."""
     audit = comparison.audit

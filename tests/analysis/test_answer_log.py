@@ -112,6 +112,25 @@ def test_a_log_damaged_in_the_middle_is_said_and_a_new_one_begun(log, path):
     assert log.write([answer(1)]) == "" and len(log.read("a" * 16)) == 1
 
 
+@pytest.mark.parametrize("ends", ["written", "closed"])
+def test_a_log_that_is_moved_away_keeps_its_last_answers(log, path, ends):
+    assert log.write([answer(i) for i in range(100)]) == ""
+    path.rename(path.with_name("old.sqlite"))
+    if ends == "written":
+        assert log.write([answer(100)]) == "" and len(log.read("a" * 16)) == 1
+    log.close()
+    assert len(AnswerLog(path.with_name("old.sqlite")).read("a" * 16)) == 100
+
+
+def test_an_answer_with_damaged_features_is_said(log, path):
+    log.write([answer(1), answer(2)])
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE answers SET features = x'00' WHERE time = 2")
+    with pytest.raises(UserError, match="holds 1 damaged answers"):
+        log.read("a" * 16)
+    assert len(log.read("a" * 16, until=2)) == 1
+
+
 def test_what_does_not_fit_is_said_and_nothing_of_it_written(log):
     assert "shape (3,)" in log.write([answer(1), answer(2, features=np.zeros(3))])
     assert "NOT NULL" in log.write([answer(1), answer(2, confidence=np.nan)])

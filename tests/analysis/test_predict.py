@@ -355,8 +355,11 @@ def test_command_writes_a_row_an_image_and_says_by_its_exit_code(moved, call, tm
     assert "no confidence promises" in told  # by so few validation images
     (tmp_path / "bad.png").write_bytes(b"bad")
     arguments = [sys.executable, "-m", "analysis.predict", run, photos / NAMES[1], tmp_path]
+    arguments.append(f"--log={tmp_path / 'log.sqlite'}")
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True)
     assert result.returncode == 1, result.stderr
     streamed = list(csv.DictReader(io.StringIO(result.stdout.decode(), newline="")))
     assert [r for r in rows if NAMES[1] in r["path"]] == streamed[:-1]
     assert streamed[-1]["path"].endswith("bad.png") and streamed[-1]["error"]
+    version = load_predictor(run).version
+    assert f"{len(streamed) - 1} answers of version {version} added" in result.stderr.decode()

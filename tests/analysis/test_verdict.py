@@ -165,6 +165,27 @@ def test_equal_models_cannot_be_told_apart_and_the_cheapest_is_used(tmp_path, im
     assert "better than every other" not in str(result)
 
 
+@pytest.mark.parametrize("beaten", [False, True])
+def test_the_sentence_says_what_holds_of_the_model_that_it_recommends(tmp_path, beaten):
+    """The best ties with both others, of which one is established to be better than the other."""
+    labels, rows = np.random.default_rng(0).integers(0, 2, 400), np.arange(400)
+    wrong = {"best": rows < 28, "better": rows >= 370, "other": rows >= 358}
+    for model, of_model in wrong.items():
+        answer(write_run(tmp_path, model, 0, count=400, classes=["x", "y"]), ~of_model, labels)
+    set_costs(tmp_path, **{"best": 8e6, "better": 8e6, "other" if beaten else "better": 1e5})
+    options = base.get_config().compare
+    options.margin = 10.0
+    comparison = compare.compare(tmp_path, load_runs(tmp_path), options)
+    (pair,) = comparison.pairs[comparison.pairs.established].itertuples()
+    assert {pair.first, pair.second} == {"better", "other"}
+    text = comparison.recommendation.sentences[0]
+    if beaten:  # so it is not recommended, cheap as it is
+        assert text.startswith("Use best: it is ") and "better and other cannot be told" in text
+    else:
+        assert text.startswith("Use better: it cannot be told apart from best on these test images")
+        assert text.endswith("; other is worse.")
+
+
 def test_unbalanced_classes_are_judged_against_the_majority(tmp_path):
     """95 to 5: who always answers the same has the highest accuracy, and no worth."""
     labels = (np.random.default_rng(0).random(600) < 0.05).astype(int)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,22 @@ from PIL import Image
 
 from analysis.answer_log import Answer, AnswerLog
 from analysis.forward import cache_dir_of, load_images
-from analysis.predict import predict
+from analysis.predict import predict, predictor_of
 from analysis.runs import load_run
 from configs import digits
+from deploy import drift, monitor
 from deploy import window as windows
 from deploy.load import load
 from deploy.monitor import read_time
-from deploy.monitor_page import described, moved
-from deploy.window import examine, read_corrections, read_window, reference_of, write_to_label
+from deploy.monitor_page import accuracy_of, described, effect_of, moved, numbers_of, verdict
+from deploy.window import (
+    check_origin,
+    examine,
+    read_corrections,
+    read_window,
+    reference_of,
+    write_to_label,
+)
 from errors import UserError
 from experiment.grid import expand
 from tests.conftest import ROOT
@@ -103,7 +112,10 @@ def test_unchanged_photos_raise_no_alarm_and_each_image_counts_once(run, predict
     found = examine(run, predictor, read_window(log, predictor), 0.05)
     lines = list(described(found))
     assert [test.name for test in found.tests] == ["class mix", "confidence", "features"]
-    assert lines[0].startswith("window: 120 images") and lines[-1].startswith("No alarm")
+    assert lines[0].startswith("window: 120 images") and lines[-1].startswith(
+        "No alarm: class mix,"
+    )
+    assert "could not be compared" not in lines[-1]
     assert "left out: 30 earlier answers to the same images count once" in lines
     assert f"left out: 1 answers of version {'f' * 16} (another)" in lines
 
@@ -127,7 +139,12 @@ def test_the_command_finds_dark_photos_and_writes_the_page(run, predictor, photo
     assert "Alarm by" in page and page.count("data:image/svg+xml;base64") == 4
     assert "src=\"http" not in page and "href=\"http" not in page  # fmt: skip
     content = json.loads((tmp_path / "page" / "monitor.json").read_text())
-    assert {t["name"]: t["alarm"] for t in content["tests"]}["features"]
+    assert {t["name"]: t["alarm"] for t in content["tests"]}["features"] and content["alarm"]
+    assert content["verdict"] in done.stdout and content["rate"] == 0.05
+    assert content["corrections"]["images"] == 20 and content["not_tested"] == {}
+    assert content["window"]["first"] <= content["window"]["last"] <= content["made"]
+    assert sum(row["window"] for row in content["classes"]) == pytest.approx(1)
+    assert "source predict" in done.stdout and "source serve" not in done.stdout
     rows = list(csv.DictReader((tmp_path / "to_label.csv").read_text().splitlines()))
     confidences = [float(row["confidence"]) for row in rows]
     assert len(rows) == COUNT - 20 and confidences == sorted(confidences)
@@ -152,6 +169,12 @@ def test_the_reference_is_kept_and_without_images_or_it_features_are_left_out(
     found = examine(run, predictor, read_window(log, predictor), 0.05)
     assert [test.name for test in found.tests] == ["class mix", "confidence"]
     assert "the data are gone" in found.lack and found.lack in list(described(found))
+    assert "; features could not be compared." in verdict(found)
+    numbers = numbers_of(found)
+    assert numbers["not_tested"]["features"] == found.lack and not numbers["alarm"]
+    assert numbers["not_tested"]["accuracy"].startswith("0 corrected images")
+    with pytest.raises(UserError, match="--data=elsewhere cannot be used: the data are gone"):
+        reference_of(run, predictor, "elsewhere")
     np.testing.assert_allclose(found.reference.confidence, first.confidence, atol=1e-5)
     file.unlink()
 
@@ -175,6 +198,68 @@ def test_a_filled_in_list_is_taken_back(run, predictor, log, tmp_path):
     assert pairs == [(row["image"], "3") for row in rows[:4]] and log.correct(pairs) == 4
     left = write_to_label(read_window(log, predictor), tmp_path)
     assert len(left.read_text().splitlines()) == 1 + COUNT - 4
+
+
+def test_capitals_of_classes_may_differ_and_near_names_are_asked_for(
+    predictor, log, photos, tmp_path
+):
+    table = tmp_path / "corrections.csv"
+    write = lambda label: table.write_text(f"image,label\n{photos['same'][0]},{label}\n")  # noqa: E731
+    write("SEA")
+    assert [label for _, label in read_corrections(table, log, ["sea", "street"])] == ["sea"]
+    for label, classes, question in (
+        ("streat", ["sea", "street"], "did you mean 'street'"),
+        ("SEA", ["sea", "Sea"], "did you mean 'sea' or 'Sea'"),
+    ):
+        write(label)
+        with pytest.raises(UserError, match=question):
+            read_corrections(table, log, classes)
+    table.write_text("image,label\nx,sea\n", encoding="utf-16")
+    with pytest.raises(UserError, match="save it as CSV UTF-8"):
+        read_corrections(table, log, ["sea"])
+    with pytest.raises(UserError, match=r"nofile\.csv does not exist"):
+        read_corrections(tmp_path / "nofile.csv", log, ["sea"])
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet(predictor, log, tmp_path):
+    name = '=HYPERLINK("http://x")'
+    log.write([Answer(time.time(), predictor.version, "m", "1", 0.0, np.zeros(32), "a" * 64, name)])
+    file = write_to_label(read_window(log, predictor), tmp_path)
+    first = next(csv.DictReader(file.read_text().splitlines()))
+    assert first["name"] == f"'{name}" and first["source"] == "serve"
+    with open(file, "w", newline="") as out:
+        csv.writer(out).writerows([["image", "label"], [first["name"], "3"]])
+    assert read_corrections(file, log, ["3"]) == [("a" * 64, "3")]
+
+
+def test_a_model_of_another_run_is_refused(run, predictor, tmp_path):
+    """Its answers would be compared with what RUN says."""
+    check_origin(predictor, run)
+    facts = predictor_of(run).facts | {"run": run.name, "run_version": predictor.version}
+    exported = replace(
+        predictor, facts=facts, file=Path(shutil.copy(run.path / "config.json", tmp_path))
+    )
+    assert exported.version != predictor.version
+    check_origin(exported, run)
+    facts["run_version"] = "0" * 16  # fitted elsewhere: the same but for the last digits
+    facts["temperature"] *= 1 + 1e-9
+    check_origin(exported, run)
+    facts["temperature"] *= 1.1
+    with pytest.raises(UserError, match=r"config\.json is not of .*seed0: as RUN, give"):
+        check_origin(exported, run)
+
+
+def test_few_corrections_say_nothing_and_effects_have_their_direction(
+    run, predictor, log, tmp_path
+):
+    table = log.read(predictor.version)
+    log.correct([(table.image[0], run.class_names[0])])
+    found = examine(run, predictor, read_window(log, predictor), 0.05)
+    assert "1 corrected image of 10" in accuracy_of(found.reference, found.window.sample)
+    texts = [effect_of(drift.Test("accuracy", 20, 1.0, lost, 0.1)) for lost in (0.016, -0.016)]
+    assert texts[0].startswith("1.6 points less than") and texts[1].startswith(
+        "1.6 points more than"
+    )
 
 
 def test_mistakes_in_corrections_are_named_by_line_and_none_is_taken(run, predictor, log, photos, tmp_path):  # fmt: skip
@@ -205,6 +290,23 @@ def test_a_window_without_enough_images_names_the_versions_that_are_there(predic
         read_window(log, predictor, until=100)
     with pytest.raises(UserError, match="19 images"):
         read_window(log, predictor, last=19)
+    log.write([Answer(1.0, predictor.version, "m", "1", 0.5, np.zeros(32), "1" * 64)])
+    assert log.versions().answers.tolist() == [1, COUNT + 1]
+    versions = read_window(log, predictor, last=30).versions  # of its time, not of the whole log
+    assert versions[["version", "answers"]].values.tolist() == [[predictor.version, 30]]
+
+
+def test_a_page_never_lies_among_other_results(run, tmp_path):
+    with pytest.raises(UserError, match="--output=.*seed0 is the directory of a run"):
+        monitor._folder(run.path, "--output")
+    (tmp_path / "index.html").write_text("a report")
+    with pytest.raises(UserError, match="holds another page"):
+        monitor._folder(tmp_path, "--output")
+
+
+def test_what_nobody_foresaw_is_no_alarm(monkeypatch):
+    monkeypatch.setattr(monitor, "main", lambda argv: 1 // 0)
+    assert monitor.guarded([]) == 2
 
 
 def test_times_are_read():

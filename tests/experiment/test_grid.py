@@ -212,8 +212,9 @@ def test_a_teacher_is_named_by_the_end_of_its_path():
     assert runs[2].name == "linear/seed0_teacher=cnn_seed0"
     assert runs[0].config.distill.teacher == ""
     assert runs[5].config.distill.teacher == "run:x/W/mlp/seed1,run:b/cnn"  # one a seed
-    alike = expand(small(sweep="distill.teacher=run:/a/W/cnn/seed0,run:/a/V/cnn/seed0"))
-    assert {run.config.variant for run in alike} == {"teacher=W/cnn/seed0", "teacher=V/cnn/seed0"}
+    for values in ("run:/a/W/cnn/seed0,run:/a/V/cnn/seed0", "run:m/s{seed},run:m/s{fold}"):
+        with pytest.raises(UserError, match="would be called '(cnn/seed0|m/s.)': use another"):
+            expand(small(sweep=f"distill.teacher={values}"))
     named = small(variants={"plain": {}, "taught": {"distill": {"teacher": "run:W/fold{fold}_s"}}})
     named.data.folds = 2
     told = {run.name: run.config.distill.teacher for run in expand(named)}

@@ -369,6 +369,14 @@ def test_mistakes_end_before_anything_is_trained(optuna, tmp_path, options, mess
     assert not (tmp_path / "search").exists()
 
 
+def test_trials_learn_from_the_teacher_of_the_first_seed(optuna, tmp_path):
+    config = experiment()
+    config.seeds, config.distill.teacher = (3, 4), "run:W/mlp/seed{seed}"
+    configs = Search(config, {}, tmp_path, 2).check()
+    told = {c.distill.teacher for c in configs if c.seed >= TRIAL_SEED}
+    assert told == {"run:W/mlp/seed3"}
+
+
 def test_seeds_and_budgets_that_cannot_be(optuna, tmp_path):
     config = experiment()
     with pytest.raises(UserError, match="--tune=-3: give a number of trials"):

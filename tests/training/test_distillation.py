@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy.special import log_softmax, softmax
 
+from analysis.runs import load_run
 from configs import digits
 from data.identity import write_table
 from errors import Interrupted, UserError
-from experiment.checks import TAUGHT
+from experiment.checks import TAUGHT, check_teachers
 from experiment.files import read_json, read_lines, write_json
 from experiment.grid import Run, check_run_dir, expand
 from input_pipeline import load_dataset
@@ -218,6 +220,23 @@ def test_a_teacher_must_be_complete(alone):
     refused(student(), "not finished: train it first")
     shutil.rmtree(run_dir)
     refused(student(), "seed0 is not the directory of a complete run .no such folder")
+    with pytest.raises(UserError, match="no such folder"):
+        check_teachers(student())  # as a dry run does, without data
+
+
+@pytest.mark.parametrize("check", [load_run, lambda path: check_teachers(taught_by(path))])
+def test_a_folder_of_runs_or_an_export_is_no_run(taught, tmp_path, check):
+    for folder in (taught[0], taught[0].parent):
+        with pytest.raises(UserError, match=rf"it holds runs: did you mean {taught[0]}/seed\d\?"):
+            check(folder)
+    (tmp_path / "model.onnx").touch()
+    for export in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(UserError, match="complete run .an export: give its run"):
+            check(export)
+
+
+def taught_by(path):
+    return ConfigDict({"distill": {"teacher": f"run:{path}"}})
 
 
 def test_a_teacher_must_answer_the_same_question(alone):
