@@ -1,6 +1,7 @@
 """What every request passes before a model sees it: key, rate, size and time; and its log line."""
 
 import asyncio
+import re
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from starlette.routing import Match
 
 from deploy.service.events import say
 from deploy.service.keys import given_key, name_of
-from deploy.service.limits import Buckets, Limits
+from deploy.service.limits import Buckets, Limits, is_loopback
 from deploy.service.metrics import Metrics
 
 PUBLIC = ("/", "/healthz", "/readyz")  # they say nothing of models or images
@@ -39,13 +40,30 @@ class Refused(Exception):
             self.headers["WWW-Authenticate"] = "Bearer"
 
 
+def refuse_others(headers: dict[bytes, bytes]) -> None:
+    """Raises Refused for what a page of another site makes a browser ask of this machine.
+
+    Such a page can send forms, and read the answers where its own name comes to point here.
+    """
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    name = re.sub(r":\d*$", "", host).strip("[]")
+    if host and not is_loopback(name):
+        text = "without keys or --open only http://localhost and http://127.0.0.1 are answered"
+        raise Refused(421, text)
+    origin = headers.get(b"origin", b"").decode("latin-1").lower()
+    if origin and origin != f"http://{host}":
+        raise Refused(403, "a page of another site may not ask a server without keys")
+
+
 class Gate:
     """An ASGI application around another one."""
 
     def __init__(
-        self, app: FastAPI, limits: Limits, keys: dict[str, str], metrics: Metrics
+        self, app: FastAPI, limits: Limits, keys: dict[str, str], metrics: Metrics,
+        local: bool = False,
     ):  # fmt: skip
         self.app, self.limits, self.keys, self.metrics = app, limits, keys, metrics
+        self.local = local  # no page of another site may ask through a browser of this machine
         self.buckets = Buckets(limits.rate, limits.burst)
         self.draining = False  # /readyz says no
         self.stopping = False  # no request is taken any more
@@ -81,6 +99,10 @@ class Gate:
         scope = exchange.scope
         if self.stopping:
             raise Refused(503, "the server is stopping", retry=5)
+        if exchange.ambiguous:
+            raise Refused(400, "Content-Length and Transfer-Encoding exclude each other")
+        if self.local:
+            refuse_others(dict(scope["headers"]))
         if scope["path"] in PUBLIC:
             return
         client = (scope.get("client") or ("",))[0]
@@ -97,7 +119,8 @@ class Gate:
         most = int(self.limits.max_body_mb * 2**20)
         if exchange.scope["path"] in PUBLIC:  # whoever has no key takes no memory
             most = 1024
-        too_large = Refused(413, f"the body is larger than {most / 2**20:g} MB")
+        size = f"{most / 2**20:g} MB" if most >= 2**20 else f"{most / 2**10:.3g} KB"
+        too_large = Refused(413, f"the body is larger than {size}")
         if exchange.length > most:
             raise too_large
         try:
@@ -150,7 +173,9 @@ class _Exchange:
         length = headers.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else 0
         self.ended = not self.length and b"transfer-encoding" not in headers
-        self.waits = b"expect" in headers  # with its body, for a sign to send it
+        self.ambiguous = {b"content-length", b"transfer-encoding"} <= headers.keys()
+        # With its body, for a sign to send it; and a body without a sure end is not read.
+        self.waits = b"expect" in headers or self.ambiguous
         scope.setdefault("state", {})
 
     async def receive(self) -> bytes:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from PIL import Image
 from analysis.answer_log import AnswerLog
 from analysis.confidence import softmax
 from analysis.predict import decode_image
+from data.decoding import to_rgb
 from deploy import serve
 from deploy.load import load
 from deploy.service.keys import new_key, read_keys
@@ -47,6 +49,13 @@ def bomb(side: int = 10_000) -> bytes:
     return file.getvalue()
 
 
+def icon(side: int = 10_000) -> bytes:
+    """An ICO that says 64x64 and holds a PNG of very many pixels."""
+    inside = bomb(side)
+    entry = struct.pack("<4B2H2I", 64, 64, 0, 0, 1, 32, len(inside), 22)
+    return struct.pack("<3H", 0, 1, 1) + entry + inside
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("serve") / "tiny")
@@ -68,7 +77,7 @@ def server(predictor):
 def predict(server, *images: bytes, query: str = "", **options):
     files = [("file", (f"{i}.png", image)) for i, image in enumerate(images)]
     return requests.post(
-        f"{server.url}/v1/models/m/predict{query}", files=files, timeout=30, **options
+        f"{server.url}/v1/models/m/predict{query}", files=files, **{"timeout": 30} | options
     )
 
 
@@ -173,6 +182,8 @@ BAD = {
     "truncated": (png(size=(300, 300))[:-5000], "image/png", 422),
     "empty": (b"", "image/png", 400),
     "no image": (b"%PDF-1.4 of no use", "image/png", 422),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image/png", 422),
+    "a larger image in an ICO": (icon(), "image/x-icon", 422),
     "text": (b"hello", "text/plain", 415),
     "form": (b"a=b", "application/x-www-form-urlencoded", 415),
     "no boundary": (b"--x", "multipart/form-data", 400),
@@ -194,6 +205,17 @@ def test_a_bad_body_gets_a_4xx_and_the_next_request_its_answer(server, name):
     assert refused.status_code == status and refused.json()["detail"]
     assert "config." not in refused.text
     assert predict(server, png()).status_code == 200
+
+
+def test_no_image_starts_ghostscript(server, tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    assert "no image" in predict(server, BAD["EPS"][0]).json()["detail"]
+    with pytest.raises(ValueError, match="no image"):
+        to_rgb(BAD["EPS"][0], (0, 0, 0))
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_jpeg_beyond_the_limit_is_read_at_a_smaller_size_unless_it_is_far_beyond(server):
@@ -247,6 +269,7 @@ def test_slow_and_endless_senders_are_sent_away(server):
         "nothing at all": (),
         "half a head": (b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: 1",),
         "half a body": (head + b"Content-Length: 1000\r\n\r\n", b"\x89PNG"),
+        "two lengths": (head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", b"0\r\n\r\n"),
         "half a chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"100\r\nabc"),
         "a body that nobody asked for": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"x"),
         "a head after an answer": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"GET /heal"),
@@ -257,12 +280,29 @@ def test_slow_and_endless_senders_are_sent_away(server):
             zip(slow, pool.map(lambda parts: raw(server.port, *parts), slow.values()), strict=True)
         )
     assert found.pop("without end").startswith(b"HTTP/1.1 413")
+    assert found.pop("two lengths").startswith(b"HTTP/1.1 400")
     first, second = found.pop("a head after an answer").split(b'{"alive":true}')
     assert first.startswith(b"HTTP/1.1 200") and second.startswith(b"HTTP/1.1 408")
     for name, answer in found.items():
         assert answer.startswith(b"HTTP/1.1 408"), (name, answer)
     assert raw(server.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n").startswith(b"HTTP/1.1 400")
     assert predict(server, png()).status_code == 200
+
+
+def test_a_client_that_never_reads_is_cut_off(server):
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.setblocking(False)
+        with pytest.raises((BlockingIOError, ConnectionError)):
+            while True:
+                connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+        mine, kept = connection.getsockname()[1], server.server_state.connections
+        ports = lambda: {one.client[1] for one in list(kept)}  # noqa: E731
+        until = time.monotonic() + 20
+        while mine in ports() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert mine not in ports()
 
 
 def test_a_client_that_leaves_disturbs_nobody(server):
@@ -332,6 +372,26 @@ def test_above_its_rate_a_key_is_asked_to_wait(tmp_path):
         assert server.metrics.registry.get_sample_value("archcompare_requests_total", count) == 1
         assert 1 <= int(found[2].headers["Retry-After"]) <= 2
         assert requests.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_without_keys_no_page_of_another_site_is_answered(tmp_path):
+    with running(fake(folder=tmp_path), local=True) as server:
+        own = f"127.0.0.1:{server.port}"
+        for host in (own, "localhost:9", "LOCALHOST", "[::1]:9"):
+            assert requests.get(server.url, headers={"Host": host}).status_code == 200
+        for host in (
+            "evil.example",
+            f"evil.example:{server.port}",
+            "localhost.evil.example",
+            "10.0.0.1",
+        ):
+            assert requests.get(server.url, headers={"Host": host}).status_code == 421
+        for origin, status in ((server.url, 200), ("http://evil.example", 403), ("null", 403),
+                               ("http://localhost:3000", 403)):  # fmt: skip
+            assert predict(server, png(), headers={"Origin": origin}).status_code == status
+    with running(fake(folder=tmp_path)) as server:
+        anywhere = {"Host": "photos.example", "Origin": "https://photos.example"}
+        assert predict(server, png(), headers=anywhere).status_code == 200
 
 
 def test_without_keys_only_this_machine_is_answered():
@@ -408,6 +468,36 @@ def test_an_answer_that_takes_too_long_is_a_504_and_its_place_is_free_again(tmp_
         slow.may.set()
         assert predict(server, png()).status_code == 200
         assert server.service.workers["m"]._held == 0
+
+
+def test_a_client_that_leaves_gives_its_place_back(tmp_path):
+    slow = Slow(tmp_path)
+    with running(fake(slow, tmp_path)) as server:
+        slow.may.clear()
+        slow.sizes.clear()
+        with pytest.raises(requests.Timeout):
+            predict(server, png(), timeout=0.2)
+        worker = server.service.workers["m"]
+        assert slow.sizes and worker._held == 1
+        slow.may.set()
+        assert predict(server, png()).status_code == 200
+        while worker._held:
+            time.sleep(0.01)
+
+
+def test_an_answer_that_is_no_number_is_an_error_of_its_image_and_not_logged(tmp_path):
+    def answer(images):
+        found = mean(images)
+        found["logits"][images.max(axis=(1, 2, 3)) == 0] = np.nan
+        return found
+
+    mean, log = fake(folder=tmp_path).answer, AnswerLog(tmp_path / "log.sqlite")
+    with running(fake(answer, tmp_path), log=log) as server:
+        Image.new("RGB", (9, 9)).save(black := io.BytesIO(), "PNG")
+        lost, found = predict(server, black.getvalue(), png()).json()["images"]
+        assert "no number" in lost["error"] and found["top"]
+        version = server.service.workers["m"].predictor.version
+    assert list(AnswerLog(tmp_path / "log.sqlite").read(version).image) == [found["image"]]
 
 
 def test_a_model_that_fails_on_a_batch_answers_the_next(tmp_path, capsys):
@@ -613,16 +703,22 @@ def test_answers_are_logged_without_images_and_corrected_by_feedback(tmp_path):
         url = f"{server.url}/v1/feedback"
         right = {"image": row["image"], "label": "dog"}
         answer = requests.post(url, json=[right, {"image": "0" * 64, "label": "cat"}])
-        assert answer.json() == {"received": 2, "known": 1}
+        assert answer.json() == {"received": 2, "known": 1, "unknown": ["0" * 64]}
+        assert requests.post(url, json=right).json() == {"received": 1, "known": 1}
         assert requests.post(url, json={"image": "0" * 64, "label": "cat"}).status_code == 404
         for wrong in ([], {}, {"image": "0", "label": "cat"}, right | {"label": "bird"}):
-            assert requests.post(url, json=wrong).status_code in (400, 422)
+            assert requests.post(url, json=wrong).status_code == (400 if wrong == [] else 422)
+        for many, status in (([1] * 200_000, 413), ([1] * 1001, 413), ([1] * 999, 422)):
+            refused = requests.post(url, json=many)  # short, however long the body is
+            assert refused.status_code == status and len(refused.content) < 200
+        deep = requests.post(url, "[" * 100_000, headers={"Content-Type": "application/json"})
+        assert deep.status_code == 422
         # A page of another site can send this without asking; it must not count.
         assert (
             requests.post(
                 url, json.dumps(right), headers={"Content-Type": "text/plain"}
             ).status_code
-            == 422
+            == 415
         )
         assert requests.get(f"{server.url}/readyz").json()["log"] == "ok"
     table = AnswerLog(file).read(model.version)
@@ -665,6 +761,8 @@ def test_a_log_that_fails_stops_nothing_and_is_told_once(tmp_path, capsys, troub
     with running(fake(folder=tmp_path), log=trouble(tmp_path / "log.sqlite")) as server:
         for seed in range(60):
             assert predict(server, png(seed), png(seed + 100)).status_code == 200
+            if server.service.recorder.trouble:
+                break
         server.service.recorder._pool.submit(int).result()  # all is written, or not
         assert requests.get(f"{server.url}/readyz").json() | {"models": 0} == {
             "ready": True, "draining": False, "models": 0, "log": "failing",
@@ -672,6 +770,10 @@ def test_a_log_that_fails_stops_nothing_and_is_told_once(tmp_path, capsys, troub
         failures = server.metrics.registry.get_sample_value("archcompare_log_failures_total")
         assert 0 < failures <= 120
         feedback = {"image": "0" * 64, "label": "cat"}
-        assert requests.post(f"{server.url}/v1/feedback", json=feedback).status_code in (404, 503)
+        server.service.recorder.log.correct = lambda pairs: 1 / 0
+        refused = requests.post(f"{server.url}/v1/feedback", json=feedback)
+        assert refused.status_code == 503 and refused.json() == {
+            "detail": "the log cannot be written now"
+        }
     events = [json.loads(line).get("event") for line in capsys.readouterr().out.splitlines()]
     assert events.count("answers are not logged") == 1
