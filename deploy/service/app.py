@@ -90,7 +90,7 @@ def create_app(service: Service, keys: dict[str, str], local: bool = False) -> G
         title="archcompare", lifespan=service.lifespan, docs_url=None, redoc_url=None,
         redirect_slashes=False,
     )  # fmt: skip
-    gate = Gate(app, service.limits, keys, service.metrics, local)
+    gate = Gate(app, service.limits, keys, service.metrics, service.workers, local)
     _add_predict(app, service)
     add_feedback(app, service.workers, service.recorder)
     _add_errors(app)
@@ -103,28 +103,7 @@ def create_app(service: Service, keys: dict[str, str], local: bool = False) -> G
         feedback = service.recorder.log is not None
         return JSONResponse(plain({"models": found, "limits": limits, "feedback": feedback}))
 
-    @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz")
-    async def healthz() -> dict:
-        """Whether the process lives."""
-        return {"alive": True}
-
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
-        """Whether requests are welcome."""
-        states = [worker.state for worker in service.workers.values()]
-        ready = not gate.draining and all(state == "ready" for state in states)
-        counts = {state: states.count(state) for state in states}
-        body = {"ready": ready, "draining": gate.draining, "models": counts}
-        return JSONResponse(body | {"log": service.recorder.state}, 200 if ready else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """What Prometheus reads."""
-        text = generate_latest(service.metrics.registry)
-        return Response(text, media_type=None, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
+    _add_health(app, service, gate)
     text = PAGE.read_text(encoding="utf-8")
     policy = policy_of(text)
 
@@ -149,6 +128,30 @@ def policy_of(page: str) -> str:
         "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
+
+
+def _add_health(app: FastAPI, service: Service, gate: Gate) -> None:
+    @app.head("/healthz", include_in_schema=False)
+    @app.get("/healthz")
+    async def healthz() -> dict:
+        """Whether the process lives."""
+        return {"alive": True}
+
+    @app.head("/readyz", include_in_schema=False)
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether requests are welcome."""
+        states = [worker.state for worker in service.workers.values()]
+        ready = not gate.draining and all(state == "ready" for state in states)
+        counts = {state: states.count(state) for state in states}
+        body = {"ready": ready, "draining": gate.draining, "models": counts}
+        return JSONResponse(body | {"log": service.recorder.state}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        text = generate_latest(service.metrics.registry)
+        return Response(text, media_type=None, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -186,15 +189,8 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         asks for alone.
         """
         worker = service.worker(name)
-        if unknown := set(request.query_params) - {"top", "target", "explain"}:
-            text = f"no such option: {min(unknown)[:100]!r}, only top, target and explain"
-            raise HTTPException(422, text)
         target = service.limits.target_accuracy if target is None else target
-        try:
-            least = worker.predictor.threshold(target)
-        except UserError:
-            known = [str(one["target"]) for one in worker.facts["review_thresholds"]]
-            raise HTTPException(400, f"target must be one of {', '.join(known)}") from None
+        least = _threshold(worker, request, target)
         if explain and worker.why_no_map:
             raise HTTPException(400, worker.why_no_map)
         picture = request.headers.get("accept", "").startswith("image/png")
@@ -231,6 +227,18 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         if not known:
             body["detail"] = f"no image could be read: {rows[0]['error']}"
         return JSONResponse(plain(body), 200 if known else 422)
+
+
+def _threshold(worker: Worker, request: Request, target: float) -> float:
+    """Returns the confidence below which to review; raises HTTPException for a wrong option."""
+    if unknown := set(request.query_params) - {"top", "target", "explain"}:
+        text = f"no such option: {min(unknown)[:100]!r}, only top, target and explain"
+        raise HTTPException(422, text)
+    try:
+        return worker.predictor.threshold(target)
+    except UserError:
+        known = [str(one["target"]) for one in worker.facts["review_thresholds"]]
+        raise HTTPException(400, f"target must be one of {', '.join(known)}") from None
 
 
 def _log(service: Service, worker: Worker, known: list[tuple[dict, Answer]]) -> None:

@@ -98,6 +98,7 @@ class Worker:
         self._heat_map, self.why_no_map = heat_maps(predictor)
         self.state = "warming up"  # then "ready" or "failed"
         self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
+        metrics.know(name, predictor.version, self.facts["class_names"])
         metrics.queue.labels(name).set_function(lambda: self._held)
 
     def start(self, failed: Callable[[Exception], None]) -> None:

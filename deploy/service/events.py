@@ -29,6 +29,7 @@ class Recorder:
         self.trouble = ""  # why the last answers were not logged
         self._pool = ThreadPoolExecutor(1, "log")
         self._waiting, self._lock = 0, threading.Lock()
+        metrics.log_failing.set_function(lambda: bool(self.trouble))
 
     @property
     def state(self) -> str:

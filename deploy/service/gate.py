@@ -7,7 +7,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -60,14 +60,18 @@ class Gate:
 
     def __init__(
         self, app: FastAPI, limits: Limits, keys: dict[str, str], metrics: Metrics,
-        local: bool = False,
+        models: Collection[str] = (), local: bool = False,
     ):  # fmt: skip
         self.app, self.limits, self.keys, self.metrics = app, limits, keys, metrics
-        self.local = local  # no page of another site may ask through a browser of this machine
+        self.models, self.local = (
+            models,
+            local,
+        )  # no page of another site may ask through a browser of this machine
         self.buckets = Buckets(limits.rate, limits.burst)
         self.draining = False  # /readyz says no
         self.stopping = False  # no request is taken any more
         self.pending = 0  # bytes of bodies in memory
+        metrics.pending.set_function(lambda: self.pending)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Handles one request."""
@@ -142,22 +146,26 @@ class Gate:
     def _note(self, exchange: "_Exchange") -> None:
         self.pending -= exchange.taken
         seconds, known = time.perf_counter() - exchange.began, exchange.scope["state"]
-        route = self._route(exchange.scope)
-        self.metrics.requests.labels(route, exchange.status).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
+        route, model = self._place(exchange.scope)
+        self.metrics.requests.labels(route, model, exchange.status).inc()
+        self.metrics.seconds.labels(route, model).observe(seconds)
         say(
             id=exchange.id, key=exchange.key, method=exchange.scope["method"], route=route,
             status=exchange.status, ms=round(seconds * 1000, 1), bytes=exchange.taken,
             **{name: known[name] for name in ("model", "images") if name in known},
         )  # fmt: skip
 
-    def _route(self, scope: dict) -> str:
-        """Returns the pattern of a path, also of a request that was refused before it got there."""
-        known = scope.get("route")
-        if known is None:
-            routes = self.app.router.routes
-            known = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
-        return getattr(known, "path", "none")
+    def _place(self, scope: dict) -> tuple[str, str]:
+        """Returns the pattern of a path and its model, also if it was refused before it got there.
+
+        A name that is no model's is "", or whoever asks could make any number of series.
+        """
+        for route in self.app.router.routes:
+            match, found = route.matches(scope)
+            if match is not Match.NONE:
+                model = found.get("path_params", {}).get("name", "")
+                return route.path, model if model in self.models else ""
+        return "none", ""
 
 
 class _Exchange:

@@ -164,7 +164,7 @@ def test_metrics_count_what_happened(server):
     def images():
         return sum(value("images_total", model="m", **{"class": name}) for name in CLASSES)
 
-    route = {"route": "/v1/models/{name}/predict", "status": "200"}
+    route = {"route": "/v1/models/{name}/predict", "model": "m", "status": "200"}
     before = images(), value("images_unreadable_total", model="m"), value("requests_total", **route)
     assert predict(server, png(), b"broken", png()).status_code == 200
     after = images(), value("images_unreadable_total", model="m"), value("requests_total", **route)
@@ -173,6 +173,18 @@ def test_metrics_count_what_happened(server):
     assert text.headers["Content-Type"].startswith("text/plain")
     assert 'archcompare_inference_seconds_bucket{le="+Inf",model="m"}' in text.text
     assert 'archcompare_queue_images{model="m"} 0.0' in text.text
+    assert "\nprocess_resident_memory_bytes" in text.text and "_created" not in text.text
+    assert requests.post(f"{server.url}/v1/models/{'x' * 99}/predict", png()).status_code == 404
+    assert "xxx" not in requests.get(f"{server.url}/metrics").text
+
+
+def test_series_of_what_may_happen_begin_at_0(tmp_path):
+    with running(fake(folder=tmp_path)) as server:
+        text = requests.get(f"{server.url}/metrics").text
+    for name in ("images_unreadable_total{%s}", "images_to_review_total{%s}", "log_failing",
+                 "log_failures_total", "pending_bytes", 'images_total{class="dog",%s}'):  # fmt: skip
+        series = name.replace("%s", 'model="m"')
+        assert f"archcompare_{series} 0.0\n" in text
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -239,9 +251,23 @@ def test_too_many_images_and_unknown_models_and_options_are_named(server):
     lost = requests.post(f"{server.url}/v1/models/../models/n/predict", png())
     assert lost.status_code == 404
     assert "only m" in requests.post(f"{server.url}/v1/models/n/predict", png()).json()["detail"]
-    for query in ("?top=0", "?top=x", "?target=nan", "?explain=lime"):
-        assert 400 <= predict(server, png(), query=query).status_code < 500
-    assert requests.get(f"{server.url}/v1/models/m/predict").status_code == 405
+    said = {
+        "?top=0": "top: must be greater than or equal to 1", "?top=x": "top: must be a valid integer",
+        "?target=nan": "target must be one of 0.95, 0.99", "?explain=lime": "explain: must be 'gradcam'",
+        "?topk=3": "no such option: 'topk', only top, target and explain",
+    }  # fmt: skip
+    for query, text in said.items():
+        refused = predict(server, png(), query=query)
+        assert 400 <= refused.status_code < 500 and text in refused.json()["detail"]
+    wrong = requests.get(f"{server.url}/v1/models/m/predict")
+    assert (
+        wrong.status_code == 405 and wrong.json()["detail"] == "GET is not for this path, only POST"
+    )
+    assert "openapi.json" in requests.get(f"{server.url}/nothing").json()["detail"]
+    assert predict(server, png(), headers={"Accept": "image/png"}).status_code == 406
+    assert (
+        "curl" in requests.post(f"{server.url}/v1/models/m/predict", data={"a": 1}).json()["detail"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -299,6 +325,8 @@ def test_a_client_that_never_reads_is_cut_off(server):
                 connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
         mine, kept = connection.getsockname()[1], server.server_state.connections
         ports = lambda: {one.client[1] for one in list(kept)}  # noqa: E731
+        while mine not in ports():
+            time.sleep(0.01)
         until = time.monotonic() + 20
         while mine in ports() and time.monotonic() < until:
             time.sleep(0.05)
@@ -324,6 +352,8 @@ def test_only_a_known_key_opens_and_only_its_digest_is_stored(tmp_path, predicto
     file.write_text(f"# clients\n{line}  # the first\n\n")
     with running(fake(folder=tmp_path), read_keys(str(file), new_key("bob")[1])) as server:
         for path in ("/", "/healthz", "/readyz"):
+            head = requests.head(server.url + path)
+            assert head.status_code == 200 and not head.content
             assert requests.get(server.url + path).status_code == 200
             assert requests.post(server.url + path, b"0" * 2000).status_code == 413
         for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
@@ -368,7 +398,7 @@ def test_above_its_rate_a_key_is_asked_to_wait(tmp_path):
     with running(fake(folder=tmp_path), rate=0.5, burst=2) as server:
         found = [requests.get(f"{server.url}/v1/models") for _ in range(3)]
         assert [one.status_code for one in found] == [200, 200, 429]
-        count = {"route": "/v1/models", "status": "429"}
+        count = {"route": "/v1/models", "model": "", "status": "429"}
         assert server.metrics.registry.get_sample_value("archcompare_requests_total", count) == 1
         assert 1 <= int(found[2].headers["Retry-After"]) <= 2
         assert requests.get(f"{server.url}/healthz").status_code == 200
@@ -640,7 +670,8 @@ def test_the_page_classifies_photos_in_a_browser(tmp_path, predictor):
     photos[1].write_bytes(b"broken")
     key, line = new_key("phone")
     keys = read_keys("", line)
-    with running(predictor, keys) as server, Browser(tmp_path / "profile", 420, 800) as page:
+    log = AnswerLog(tmp_path / "log.sqlite")
+    with running(predictor, keys, log) as server, Browser(tmp_path / "profile", 420, 800) as page:
         page.call("Page.navigate", url=server.url)
         page.until("document.activeElement.id === 'key'")
         page.keys("a wrong key")
@@ -671,6 +702,18 @@ def test_the_page_classifies_photos_in_a_browser(tmp_path, predictor):
         assert "could not be read" in page.run(
             "document.querySelectorAll('.result')[1].textContent"
         )
+        assert page.run("document.getElementById('message').textContent") == (
+            f"2 photos, {int(expected['review'])} for a person to look at, 1 could not be read."
+        )
+        page.until("document.querySelectorAll('.result')[1].classList.contains('alone')")
+        assert "names and answers are logged" in page.run("document.body.textContent")
+        page.run("document.querySelector('.result button').click()")
+        page.run("document.querySelector('.result select').value = 'dog'")
+        page.run("document.querySelector('.result button').click()")
+        page.until("document.querySelector('.result').textContent.includes('Noted: it is dog.')")
+        assert list(log.read(predictor.version).correction) == ["dog"] * 3
+        if folder := os.environ.get("ARCHCOMPARE_PICTURES"):  # to look at
+            page.picture(Path(folder) / "page_two.png")
         assert page.run("document.querySelectorAll('.result i, .result b').length") == 0
         assert page.run("document.documentElement.scrollWidth") <= 420
         page.run(
