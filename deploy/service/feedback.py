@@ -10,13 +10,11 @@ import re
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 
-from data.formats import printable
 from deploy.service.batching import Worker
 from deploy.service.events import Recorder, say
 
 ENTRIES, SIZE = 1000, 2**18  # of a request; bytes
 HASH = re.compile(r"[0-9a-f]{64}")
-LABEL = 1000  # letters
 ENTRY = {
     "type": "object",
     "required": ["image", "label"],
@@ -58,8 +56,11 @@ def _fault(entry: object, classes: set[str]) -> str:
     image, label = entry["image"], entry["label"]
     if not (isinstance(image, str) and HASH.fullmatch(image)):
         return "image must be the 64 hexadecimal digits that its prediction came with"
-    if not isinstance(label, str) or label not in classes:
-        return f"{printable(str(label)[:100])!r} is no class of these models"
+    if not isinstance(label, str):
+        return "label must be the name of a class"
+    if label not in classes:
+        label = label[:100].encode(errors="backslashreplace").decode()
+        return f"{label!r} is no class of these models"
     return ""
 
 

@@ -378,6 +378,9 @@ def test_a_line_that_is_no_key_is_refused_and_not_repeated(tmp_path, text):
     with pytest.raises(UserError, match="ARCHCOMPARE_KEYS") as error:
         read_keys("", text)
     assert "secret" not in str(error.value)
+    (tmp_path / "keys").write_text(new_key("alice")[1])
+    with pytest.raises(UserError, match="alice has a key in"):
+        read_keys(str(tmp_path / "keys"), new_key("alice")[1])
     with pytest.raises(UserError, match="cannot be read"):
         read_keys(str(tmp_path / "none"))
 
@@ -587,6 +590,8 @@ def test_models_are_named_after_their_folders(tmp_path):
     assert list(serve.named([str(export / "model.onnx")])) == ["mine"]
     with pytest.raises(UserError, match="two models are called mine"):
         serve.named([str(export), str(export)])
+    with pytest.raises(UserError, match="'my model' cannot be the name"):
+        serve.named([f"my model={export}"])
     with pytest.raises(UserError, match="give NAME="):
         serve.named([str(tmp_path / "a b")])
 
@@ -749,7 +754,16 @@ def test_answers_are_logged_without_images_and_corrected_by_feedback(tmp_path):
         assert answer.json() == {"received": 2, "known": 1, "unknown": ["0" * 64]}
         assert requests.post(url, json=right).json() == {"received": 1, "known": 1}
         assert requests.post(url, json={"image": "0" * 64, "label": "cat"}).status_code == 404
-        for wrong in ([], {}, {"image": "0", "label": "cat"}, right | {"label": "bird"}):
+        for wrong in (
+            [],
+            {},
+            {"image": "0", "label": "cat"},
+            right | {"label": "bird"},
+            [right, 1],
+            right | {"label": "\ud800"},
+            right | {"label": [[]]},
+            right | {"image": 0},
+        ):
             assert requests.post(url, json=wrong).status_code == (400 if wrong == [] else 422)
         for many, status in (([1] * 200_000, 413), ([1] * 1001, 413), ([1] * 999, 422)):
             refused = requests.post(url, json=many)  # short, however long the body is
