@@ -7,9 +7,10 @@
 MODEL is the directory of a complete run, or what `deploy.export` wrote; NAME is that of the folder
 if none is given (cnn_seed0 for a run); it may hold letters a-z, digits and ._-. / is a page to drop
 photos on. --new_key prints an API key and the line for --keys_file that lets a server know it.
-Without keys only this machine is answered, unless --open says otherwise. Every flag may be given as ARCHCOMPARE_<FLAG> in the environment, the
-models as ARCHCOMPARE_MODELS and the lines of keys as ARCHCOMPARE_KEYS; a flag wins. One process
-serves: batches form only where all requests meet. docs/serving.md tells more.
+Without keys only this machine is answered, unless --open says otherwise. Every flag may be given as
+ARCHCOMPARE_<FLAG> in the environment, the models as ARCHCOMPARE_MODELS and the lines of keys as
+ARCHCOMPARE_KEYS; a flag wins. One process serves: batches form only where all requests meet.
+docs/serving.md tells more.
 Exit codes: 0 stopped by SIGTERM or SIGINT, 1 a model could not be run, 2 a mistake.
 """
 
