@@ -32,6 +32,7 @@ def _endings() -> set[str]:
 
 
 SUFFIXES = _endings()  # in lower case, with the dot
+_FORMATS = [name for name in Image.ID if name not in STUBS]  # whatever a file's name says
 # Photos and drawings that stay unread: they are counted and named, with what would help.
 _HEIF = (".heic", ".heif", ".hif")
 _OTHER = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".jxl", ".svg", ".eps")
@@ -82,7 +83,7 @@ def open_image(data: bytes, max_pixels: int, side: int) -> tuple[Image.Image, st
 
 
 def _load(data: bytes, max_pixels: int, side: int, bare: bool = False) -> tuple[Image.Image, str]:
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = image.size
     mode, stored = image.mode, image.size
     if width * height > max_pixels:

@@ -5,16 +5,16 @@
     python -m deploy.serve --new_key=NAME
 
 MODEL is the directory of a complete run, or what `deploy.export` wrote; NAME is that of the folder
-if none is given (cnn_seed0 for a run). / is a page to drop photos on. --new_key prints an API key
-and the line for --keys_file that lets a server know it. Without keys only this machine is answered,
-unless --open says otherwise. Every flag may be given as ARCHCOMPARE_<FLAG> in the environment, the
-models as ARCHCOMPARE_MODELS and the lines of keys as ARCHCOMPARE_KEYS; a flag wins. One process
-serves: batches form only where all requests meet. docs/serving.md tells more.
+if none is given (cnn_seed0 for a run); it may hold letters a-z, digits and ._-. / is a page to drop
+photos on. --new_key prints an API key and the line for --keys_file that lets a server know it.
+Without keys only this machine is answered, unless --open says otherwise. Every flag may be given as
+ARCHCOMPARE_<FLAG> in the environment, the models as ARCHCOMPARE_MODELS and the lines of keys as
+ARCHCOMPARE_KEYS; a flag wins. One process serves: batches form only where all requests meet.
+docs/serving.md tells more.
 Exit codes: 0 stopped by SIGTERM or SIGINT, 1 a model could not be run, 2 a mistake.
 """
 
 import dataclasses
-import ipaddress
 import os
 import re
 import shlex
@@ -28,7 +28,7 @@ from analysis.predict import TARGETS, Predictor, predictor_of
 from analysis.runs import load_run
 from deploy.load import load, package
 from deploy.service.keys import new_key, read_keys
-from deploy.service.limits import Limits
+from deploy.service.limits import Limits, is_loopback
 from errors import UserError
 from experiment.command import arguments, run_command
 
@@ -43,6 +43,11 @@ def named(arguments: list[str]) -> dict[str, Path]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not (equals and NAME.fullmatch(name)):
+            if equals and re.fullmatch(r"[\w .-]*", name) and not Path(argument).exists():
+                raise UserError(
+                    f"{name!r} cannot be the name of a model: at most 64 letters a-z, digits and "
+                    "._-, and the first no sign"
+                )
             name, path = "", argument
         path = Path(path).expanduser()
         if not name:
@@ -64,7 +69,13 @@ def named(arguments: list[str]) -> dict[str, Path]:
 def loaded_from(path: Path, target_accuracy: float, threads: int) -> Predictor:
     """Returns the model in any form; that of a run also knows the thresholds an export has."""
     if (path / "config.json").exists():
-        return predictor_of(load_run(path), sorted({*TARGETS, target_accuracy}))
+        from deploy.card import licence_of
+
+        run = load_run(path)
+        predictor = predictor_of(run, sorted({*TARGETS, target_accuracy}))
+        licence = licence_of(run.summary.get("weights", "none"))
+        facts = predictor.facts | {"licence": licence, "format": "run"}
+        return dataclasses.replace(predictor, facts=facts)
     return load(path, target_accuracy, threads)
 
 
@@ -84,11 +95,7 @@ def check_limits(limits: Limits) -> None:
 
 def check_open(host: str, keys: dict[str, str], is_open: bool) -> None:
     """Raises UserError for a server that would answer anybody without saying so."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not (loopback or keys or is_open):
+    if not (is_loopback(host) or keys or is_open):
         raise UserError(
             f"--host={host} would answer whoever reaches it: give --keys_file (--new_key=NAME "
             "makes a key), or --open if that is meant"
@@ -97,7 +104,7 @@ def check_open(host: str, keys: dict[str, str], is_open: bool) -> None:
 
 def serve(
     models: dict[str, Path], limits: Limits, keys: dict[str, str], log: str, host: str, port: int,
-    threads: int = 0, drain: float = 0.0,
+    threads: int = 0, drain: float = 0.0, local: bool = False,
 ) -> int:  # fmt: skip
     """Serves until a signal comes; returns the exit code."""
     for name in PACKAGES:
@@ -107,19 +114,20 @@ def serve(
     from deploy.service.metrics import Metrics
     from deploy.service.run import Server, listen
 
+    bound = listen(host, port)  # before the models are read: a mistake is told at once
+    metrics, failures = Metrics(), []
+    recorder = Recorder(AnswerLog(log) if log else None, metrics)
+
     loaded = {
         name: loaded_from(path, limits.target_accuracy, threads) for name, path in models.items()
     }
-    metrics, failures = Metrics(), []
-    bound = listen(host, port)
-    recorder = Recorder(AnswerLog(log) if log else None, metrics)
 
     def failed(error: Exception) -> None:
         failures.append(error)
         server.stop()
 
     service = Service(load_workers(loaded, limits, metrics), limits, metrics, recorder, failed)
-    gate = create_app(service, keys)
+    gate = create_app(service, keys, local)
     server = Server(gate, limits.header_timeout_s, limits.timeout_s + limits.body_timeout_s, drain)
     place = f"[{host}]" if ":" in host else host
     url = f"http://{place}:{bound.getsockname()[1]}"
@@ -165,7 +173,8 @@ def main(argv: list[str]) -> int:
     keys = read_keys(KEYS_FILE.value, os.environ.get(PREFIX + "KEYS", ""))
     check_open(HOST.value, keys, OPEN.value)
     return serve(
-        models, limits, keys, LOG.value, HOST.value, PORT.value, THREADS.value, DRAIN.value
+        models, limits, keys, LOG.value, HOST.value, PORT.value, THREADS.value, DRAIN.value,
+        local=not keys and not OPEN.value,
     )  # fmt: skip
 
 

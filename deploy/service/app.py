@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as RouteError
 
 from analysis.answer_log import Answer as Logged
-from data.formats import printable
 from deploy.service.batching import Answer, Full, Unreadable, Worker
 from deploy.service.events import Recorder
+from deploy.service.feedback import add_feedback
 from deploy.service.gate import Gate
 from deploy.service.limits import Limits
 from deploy.service.metrics import Metrics
@@ -29,13 +30,6 @@ from errors import UserError
 from experiment.files import plain
 
 PAGE = Path(__file__).with_name("page.html")
-
-
-class Correction(BaseModel):
-    """The true class of an image, by the hash that its prediction came with."""
-
-    image: str = Field(pattern="^[0-9a-f]{64}$")
-    label: str = Field(max_length=1000)
 
 
 class Service:
@@ -90,15 +84,16 @@ class Service:
         return found
 
 
-def create_app(service: Service, keys: dict[str, str]) -> Gate:
-    """Returns the application, behind its gate."""
+def create_app(service: Service, keys: dict[str, str], local: bool = False) -> Gate:
+    """Returns the application, behind its gate; a `local` one is for this machine alone."""
     app = FastAPI(
         title="archcompare", lifespan=service.lifespan, docs_url=None, redoc_url=None,
         redirect_slashes=False,
     )  # fmt: skip
-    gate = Gate(app, service.limits, keys, service.metrics)
+    gate = Gate(app, service.limits, keys, service.metrics, service.workers, local)
     _add_predict(app, service)
-    _add_feedback(app, service)
+    add_feedback(app, service.workers, service.recorder)
+    _add_errors(app)
 
     @app.get("/v1/models")
     async def models() -> JSONResponse:
@@ -108,29 +103,11 @@ def create_app(service: Service, keys: dict[str, str]) -> Gate:
         feedback = service.recorder.log is not None
         return JSONResponse(plain({"models": found, "limits": limits, "feedback": feedback}))
 
-    @app.get("/healthz")
-    async def healthz() -> dict:
-        """Whether the process lives."""
-        return {"alive": True}
-
-    @app.get("/readyz")
-    async def readyz() -> JSONResponse:
-        """Whether requests are welcome."""
-        states = [worker.state for worker in service.workers.values()]
-        ready = not gate.draining and all(state == "ready" for state in states)
-        counts = {state: states.count(state) for state in states}
-        body = {"ready": ready, "draining": gate.draining, "models": counts}
-        return JSONResponse(body | {"log": service.recorder.state}, 200 if ready else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """What Prometheus reads."""
-        text = generate_latest(service.metrics.registry)
-        return Response(text, media_type=None, headers={"Content-Type": CONTENT_TYPE_LATEST})
-
+    _add_health(app, service, gate)
     text = PAGE.read_text(encoding="utf-8")
     policy = policy_of(text)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy})
@@ -153,6 +130,49 @@ def policy_of(page: str) -> str:
     )
 
 
+def _add_health(app: FastAPI, service: Service, gate: Gate) -> None:
+    @app.head("/healthz", include_in_schema=False)
+    @app.get("/healthz")
+    async def healthz() -> dict:
+        """Whether the process lives."""
+        return {"alive": True}
+
+    @app.head("/readyz", include_in_schema=False)
+    @app.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether requests are welcome."""
+        states = [worker.state for worker in service.workers.values()]
+        ready = not gate.draining and all(state == "ready" for state in states)
+        counts = {state: states.count(state) for state in states}
+        body = {"ready": ready, "draining": gate.draining, "models": counts}
+        return JSONResponse(body | {"log": service.recorder.state}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """What Prometheus reads."""
+        text = generate_latest(service.metrics.registry)
+        return Response(text, media_type=None, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Makes `detail` of every error one sentence."""
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        said = re.sub(r"^(Input|String|Value) should", "must", first["msg"])
+        return JSONResponse({"detail": f"{first['loc'][-1]}: {said}"}, 422)
+
+    @app.exception_handler(RouteError)
+    async def refused(request: Request, error: RouteError) -> JSONResponse:
+        detail = error.detail
+        if detail == "Not Found":
+            detail = "there is nothing at this path: /openapi.json lists what there is"
+        elif detail == "Method Not Allowed":
+            detail = f"{request.method} is not for this path, only {error.headers['Allow']}"
+        return JSONResponse({"detail": detail}, error.status_code, error.headers)
+
+
 def _add_predict(app: FastAPI, service: Service) -> None:
     @app.post("/v1/models/{name}/predict")
     async def predict(
@@ -170,15 +190,14 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         """
         worker = service.worker(name)
         target = service.limits.target_accuracy if target is None else target
-        try:
-            least = worker.predictor.threshold(target)
-        except UserError as error:
-            raise HTTPException(400, str(error)) from None
+        least = _threshold(worker, request, target)
         if explain and worker.why_no_map:
             raise HTTPException(400, worker.why_no_map)
+        picture = request.headers.get("accept", "").startswith("image/png")
+        if picture and not explain:
+            raise HTTPException(406, "Accept: image/png is for ?explain=gradcam")
         images = await images_of(request, service.limits)
         request.state.model, request.state.images = name, len(images)
-        picture = explain and request.headers.get("accept", "").startswith("image/png")
         if picture and len(images) > 1:
             raise HTTPException(400, "Accept: image/png is for one image at a time")
         found = await service.answers(worker, [content for _, content in images], bool(explain))
@@ -210,6 +229,18 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         return JSONResponse(plain(body), 200 if known else 422)
 
 
+def _threshold(worker: Worker, request: Request, target: float) -> float:
+    """Returns the confidence below which to review; raises HTTPException for a wrong option."""
+    if unknown := set(request.query_params) - {"top", "target", "explain"}:
+        text = f"no such option: {min(unknown)[:100]!r}, only top, target and explain"
+        raise HTTPException(422, text)
+    try:
+        return worker.predictor.threshold(target)
+    except UserError:
+        known = [str(one["target"]) for one in worker.facts["review_thresholds"]]
+        raise HTTPException(400, f"target must be one of {', '.join(known)}") from None
+
+
 def _log(service: Service, worker: Worker, known: list[tuple[dict, Answer]]) -> None:
     if service.recorder.log is None or not known:
         return
@@ -223,36 +254,6 @@ def _log(service: Service, worker: Worker, known: list[tuple[dict, Answer]]) -> 
             for found, answer in known
         ]
     )  # fmt: skip
-
-
-def _add_feedback(app: FastAPI, service: Service) -> None:
-    classes = {
-        name
-        for worker in service.workers.values()
-        for name in worker.predictor.facts["class_names"]
-    }
-
-    @app.post("/v1/feedback")
-    async def feedback(corrections: Correction | list[Correction]) -> JSONResponse:
-        """The true classes of images that were predicted, known by their hash."""
-        given = corrections if isinstance(corrections, list) else [corrections]
-        if service.recorder.log is None:
-            raise HTTPException(409, "this server keeps no log: start it with --log=FILE.sqlite")
-        if not given:
-            raise HTTPException(400, "there is no correction in the request")
-        for one in given:
-            if one.label not in classes:
-                label = printable(one.label)[:100]
-                raise HTTPException(422, f"{label!r} is no class of these models")
-        pairs = [(one.image, one.label) for one in given]
-        try:
-            known = await asyncio.wrap_future(service.recorder.correct(pairs))
-        except Exception as error:  # noqa: BLE001 - a full disk, a corrupt database
-            text = f"the log cannot be written: {error}"
-            raise HTTPException(503, text, {"Retry-After": "10"}) from None
-        if not known:
-            raise HTTPException(404, "none of these images is in the log")
-        return JSONResponse({"received": len(pairs), "known": known})
 
 
 def load_workers(models: dict, limits: Limits, metrics: Metrics) -> dict[str, Worker]:

@@ -20,6 +20,9 @@ from deploy.service.metrics import Metrics
 OVER = " (config.data.max_pixels)"  # how the message of decoding ends, of no use to a client
 
 
+# What is decoded. Others hold images of other sizes than they say (ICO, ICNS), start programs
+# (EPS), or are no format of photos.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF")
 JPEG = 4  # times the limit of pixels, for those that are read at a smaller size
 
 
@@ -64,12 +67,16 @@ class _Item:
             self.future.set_result(result)
 
 
-def _refuse_bomb(content: bytes, most: float) -> None:
-    """Raises ValueError for a JPEG whose coefficients, all in memory at once, would fill it."""
+def _check_head(content: bytes, most: float) -> None:
+    """Raises ValueError for what is none of FORMATS.
+
+    So it does for a JPEG whose coefficients, all in memory at once, would fill it.
+    """
     try:
-        width, height = Image.open(io.BytesIO(content)).size
-    except Exception:  # noqa: BLE001 - decoding will say what is wrong with it
-        return
+        formats = [name for name in FORMATS if name in Image.OPEN]
+        width, height = Image.open(io.BytesIO(content), formats=formats).size
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"this is no image file ({', '.join(formats)})") from None
     if width * height > most:
         raise ValueError(f"{width}x{height} pixels is over the limit of {most:,} pixels")
 
@@ -91,6 +98,7 @@ class Worker:
         self._heat_map, self.why_no_map = heat_maps(predictor)
         self.state = "warming up"  # then "ready" or "failed"
         self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
+        metrics.know(name, predictor.version, self.facts["class_names"])
         metrics.queue.labels(name).set_function(lambda: self._held)
 
     def start(self, failed: Callable[[Exception], None]) -> None:
@@ -125,7 +133,7 @@ class Worker:
         try:
             if item.future.cancelled():
                 raise Unreadable("nobody waits for it")
-            _refuse_bomb(item.content, JPEG * self.facts["data"]["max_pixels"])
+            _check_head(item.content, JPEG * self.facts["data"]["max_pixels"])
             item.pixels = decode_image(self.facts, item.content)
         except BaseException as error:  # noqa: BLE001 - Pillow raises many types on broken files
             text = "it needs more memory than there is"
@@ -202,6 +210,9 @@ class Worker:
         self.metrics.inference.labels(self.name).observe(took)
         self.metrics.batch.labels(self.name).observe(count)
         for i, item in enumerate(items):
+            if not np.isfinite(probabilities[i]).all():
+                item.give(Unreadable("the model has no answer: what it computes is no number"))
+                continue
             waited = began - item.since
             self.metrics.waited.labels(self.name).observe(waited)
             members = None if sets is None else sets[i]

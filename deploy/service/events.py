@@ -29,6 +29,7 @@ class Recorder:
         self.trouble = ""  # why the last answers were not logged
         self._pool = ThreadPoolExecutor(1, "log")
         self._waiting, self._lock = 0, threading.Lock()
+        metrics.log_failing.set_function(lambda: bool(self.trouble))
 
     @property
     def state(self) -> str:
@@ -46,7 +47,7 @@ class Recorder:
             self._pool.submit(self._write, answers)
 
     def correct(self, pairs: Sequence[tuple[str, str]]) -> Future:
-        """Returns the future number of images of (hash, class) that were in the log."""
+        """Returns the future hashes, of those of (hash, class), that are not in the log."""
         return self._pool.submit(self._correct, pairs)
 
     def close(self) -> None:
@@ -56,14 +57,20 @@ class Recorder:
             self.log.close()
 
     def _write(self, answers: Sequence[Answer]) -> None:
-        self._note(self.log.write(answers), len(answers))
+        try:
+            trouble = self.log.write(answers)
+        except Exception as error:  # noqa: BLE001 - the next answers may be well
+            trouble = str(error) or type(error).__name__
+        self._note(trouble, len(answers))
         with self._lock:
             self._waiting -= len(answers)
 
-    def _correct(self, pairs: Sequence[tuple[str, str]]) -> int:
-        known = self.log.correct(pairs)
+    def _correct(self, pairs: Sequence[tuple[str, str]]) -> set[str]:
+        known, images = self.log.correct(pairs), {image for image, _ in pairs}
         self._metrics.corrections.inc(known)
-        return known
+        if known == len(pairs):
+            return set()
+        return images - set(self.log.known(sorted(images))["image"]) if known else images
 
     def _note(self, trouble: str, count: int) -> None:
         if trouble:

@@ -1,12 +1,13 @@
 """What every request passes before a model sees it: key, rate, size and time; and its log line."""
 
 import asyncio
+import re
 import sys
 import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -14,7 +15,7 @@ from starlette.routing import Match
 
 from deploy.service.events import say
 from deploy.service.keys import given_key, name_of
-from deploy.service.limits import Buckets, Limits
+from deploy.service.limits import Buckets, Limits, is_loopback
 from deploy.service.metrics import Metrics
 
 PUBLIC = ("/", "/healthz", "/readyz")  # they say nothing of models or images
@@ -39,17 +40,38 @@ class Refused(Exception):
             self.headers["WWW-Authenticate"] = "Bearer"
 
 
+def refuse_others(headers: dict[bytes, bytes]) -> None:
+    """Raises Refused for what a page of another site makes a browser ask of this machine.
+
+    Such a page can send forms, and read the answers where its own name comes to point here.
+    """
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    name = re.sub(r":\d*$", "", host).strip("[]")
+    if host and not is_loopback(name):
+        text = "without keys or --open only http://localhost and http://127.0.0.1 are answered"
+        raise Refused(421, text)
+    origin = headers.get(b"origin", b"").decode("latin-1").lower()
+    if origin and origin != f"http://{host}":
+        raise Refused(403, "a page of another site may not ask a server without keys")
+
+
 class Gate:
     """An ASGI application around another one."""
 
     def __init__(
-        self, app: FastAPI, limits: Limits, keys: dict[str, str], metrics: Metrics
+        self, app: FastAPI, limits: Limits, keys: dict[str, str], metrics: Metrics,
+        models: Collection[str] = (), local: bool = False,
     ):  # fmt: skip
         self.app, self.limits, self.keys, self.metrics = app, limits, keys, metrics
+        self.models, self.local = (
+            models,
+            local,
+        )  # no page of another site may ask through a browser of this machine
         self.buckets = Buckets(limits.rate, limits.burst)
         self.draining = False  # /readyz says no
         self.stopping = False  # no request is taken any more
         self.pending = 0  # bytes of bodies in memory
+        metrics.pending.set_function(lambda: self.pending)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """Handles one request."""
@@ -81,6 +103,10 @@ class Gate:
         scope = exchange.scope
         if self.stopping:
             raise Refused(503, "the server is stopping", retry=5)
+        if exchange.ambiguous:
+            raise Refused(400, "Content-Length and Transfer-Encoding exclude each other")
+        if self.local:
+            refuse_others(dict(scope["headers"]))
         if scope["path"] in PUBLIC:
             return
         client = (scope.get("client") or ("",))[0]
@@ -97,7 +123,8 @@ class Gate:
         most = int(self.limits.max_body_mb * 2**20)
         if exchange.scope["path"] in PUBLIC:  # whoever has no key takes no memory
             most = 1024
-        too_large = Refused(413, f"the body is larger than {most / 2**20:g} MB")
+        size = f"{most / 2**20:g} MB" if most >= 2**20 else f"{most / 2**10:.3g} KB"
+        too_large = Refused(413, f"the body is larger than {size}")
         if exchange.length > most:
             raise too_large
         try:
@@ -119,22 +146,26 @@ class Gate:
     def _note(self, exchange: "_Exchange") -> None:
         self.pending -= exchange.taken
         seconds, known = time.perf_counter() - exchange.began, exchange.scope["state"]
-        route = self._route(exchange.scope)
-        self.metrics.requests.labels(route, exchange.status).inc()
-        self.metrics.seconds.labels(route).observe(seconds)
+        route, model = self._place(exchange.scope)
+        self.metrics.requests.labels(route, model, exchange.status).inc()
+        self.metrics.seconds.labels(route, model).observe(seconds)
         say(
             id=exchange.id, key=exchange.key, method=exchange.scope["method"], route=route,
             status=exchange.status, ms=round(seconds * 1000, 1), bytes=exchange.taken,
             **{name: known[name] for name in ("model", "images") if name in known},
         )  # fmt: skip
 
-    def _route(self, scope: dict) -> str:
-        """Returns the pattern of a path, also of a request that was refused before it got there."""
-        known = scope.get("route")
-        if known is None:
-            routes = self.app.router.routes
-            known = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
-        return getattr(known, "path", "none")
+    def _place(self, scope: dict) -> tuple[str, str]:
+        """Returns the pattern of a path and its model, also if it was refused before it got there.
+
+        A name that is no model's is "", or whoever asks could make any number of series.
+        """
+        for route in self.app.router.routes:
+            match, found = route.matches(scope)
+            if match is not Match.NONE:
+                model = found.get("path_params", {}).get("name", "")
+                return route.path, model if model in self.models else ""
+        return "none", ""
 
 
 class _Exchange:
@@ -150,7 +181,9 @@ class _Exchange:
         length = headers.get(b"content-length", b"")
         self.length = int(length) if length.isdigit() else 0
         self.ended = not self.length and b"transfer-encoding" not in headers
-        self.waits = b"expect" in headers  # with its body, for a sign to send it
+        self.ambiguous = {b"content-length", b"transfer-encoding"} <= headers.keys()
+        # With its body, for a sign to send it; and a body without a sure end is not read.
+        self.waits = b"expect" in headers or self.ambiguous
         scope.setdefault("state", {})
 
     async def receive(self) -> bytes:

@@ -24,8 +24,8 @@ def new_key(name: str) -> tuple[str, str]:
 def read_keys(file: str, text: str = "") -> dict[str, str]:
     """Returns digests by name, from a file of lines name:digest and from a text of such words.
 
-    `#` begins a comment. Raises UserError for anything else, and does not repeat it, as it may be a
-    key.
+    `#` begins a comment of the file. Raises UserError for anything else, and does not repeat it, as
+    it may be a key; and for two keys of a name.
     """
     found = _parsed(re.split(r"[\s,]+", text.strip()), "ARCHCOMPARE_KEYS: word")
     if file:
@@ -33,9 +33,14 @@ def read_keys(file: str, text: str = "") -> dict[str, str]:
             lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--keys_file={file} cannot be read: {error}") from error
-        found |= _parsed((line.partition("#")[0].strip() for line in lines), f"{file}: line")
-        if not found:
+        more = _parsed((line.partition("#")[0].strip() for line in lines), f"{file}: line")
+        if not more:
             raise UserError(f"--keys_file={file} holds no key: --new_key=NAME makes one")
+        if twice := found.keys() & more:
+            raise UserError(
+                f"{min(twice)} has a key in {file} and one in ARCHCOMPARE_KEYS: remove one of them"
+            )
+        found |= more
     return found
 
 

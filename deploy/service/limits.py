@@ -1,5 +1,6 @@
-"""How much a server takes: of bodies, images, time and requests."""
+"""How much a server takes: of bodies, images, time and requests; and from where."""
 
+import ipaddress
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -45,3 +46,11 @@ class Buckets:
         if len(self._known) > CLIENTS:
             self._known.popitem(last=False)
         return 0.0 if allowed else (1 - tokens) / self.rate
+
+
+def is_loopback(name: str) -> bool:
+    """Returns whether a host's name or address is of this machine alone."""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -25,6 +25,7 @@ class _InMemory(MultiPartParser):
 def about(worker: Worker) -> dict:
     """Returns what a client needs to know of a model."""
     facts, form = worker.facts, worker.predictor.file.suffix[1:]
+    form = "run" if facts.get("format") == "run" else form
     return {
         "name": worker.name,
         "version": worker.predictor.version,
@@ -39,6 +40,7 @@ def about(worker: Worker) -> dict:
         "target_accuracy": worker.limits.target_accuracy,
         "set_level": SET_LEVEL if facts.get("sets") else None,
         "licence": facts.get("licence"),
+        "why_no_explain": worker.why_no_map,
         "explain": [] if worker.why_no_map else ["gradcam"],
     }
 
@@ -55,7 +57,7 @@ def row(worker: Worker, content: bytes, name: str, answer: Answer, top: int, lea
             {"class": names[i], "confidence": round(value, 6)}
             for i, value in zip(best[:top], share, strict=False)
         ],
-        "review": share[0] < least,
+        "review": not share[0] >= least,  # NaN too
         "decode_ms": round(answer.decode * 1000, 3),
         "queue_ms": round(answer.queue * 1000, 3),
         "inference_ms": round(answer.inference * 1000, 3),
@@ -92,7 +94,8 @@ async def images_of(request: Request, limits: Limits) -> list[tuple[str, bytes]]
     elif kind.startswith("image/") or kind == "application/octet-stream":
         found = [("", await request.body())]
     else:
-        raise HTTPException(415, f"send {', '.join(RAW)}, not {kind[:100] or 'no Content-Type'}")
+        text = f"send {', '.join(RAW)}, not {kind[:100] or 'no Content-Type'}"
+        raise HTTPException(415, text + "; curl --data-binary needs -H 'Content-Type: image/jpeg'")
     if len(found) > limits.max_images:
         raise HTTPException(413, f"at most {limits.max_images} images a request")
     if not any(content for _, content in found):

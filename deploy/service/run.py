@@ -21,19 +21,30 @@ LATE = (
 )
 
 
-def protocol_with(seconds: float) -> type[H11Protocol]:
-    """Returns uvicorn's protocol with a limit on how long the head of a request may take.
+def protocol_with(seconds: float, unread: float) -> type[H11Protocol]:
+    """Returns uvicorn's protocol with limits on how long a client may keep it waiting.
 
-    Uvicorn has none: it waits for ever for the first request of a connection, and for a head of
-    which a byte has come.
+    Uvicorn has none: it waits for ever for the first request of a connection, for a head of which a
+    byte has come (here `seconds`), and for an answer to be taken, also when it closes (`unread`).
     """
 
     class Protocol(H11Protocol):
         _late: asyncio.TimerHandle | None = None
+        _stuck: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # so any byte that waits is told
             self._watch(True)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stuck = self.loop.call_later(unread, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._stuck:
+                self._stuck.cancel()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -41,6 +52,8 @@ def protocol_with(seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, error: Exception | None) -> None:
             self._watch(False)
+            if self._stuck:
+                self._stuck.cancel()
             super().connection_lost(error)
 
         def _watch(self, waiting: bool) -> None:
@@ -64,8 +77,9 @@ class Server(uvicorn.Server):
     def __init__(self, gate: Gate, header_timeout: float, grace: float, drain: float = 0.0):
         super().__init__(
             uvicorn.Config(
-                gate, http=protocol_with(header_timeout), loop="asyncio", ws="none",
-                lifespan="on", log_config=None, access_log=False, server_header=False,
+                gate, http=protocol_with(header_timeout, gate.limits.body_timeout_s),
+                loop="asyncio", ws="none", lifespan="on",
+                log_config=None, access_log=False, server_header=False,
                 backlog=BACKLOG, limit_concurrency=CONNECTIONS, proxy_headers=False,
                 timeout_graceful_shutdown=int(grace + 1),
             )

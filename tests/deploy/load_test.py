@@ -5,7 +5,8 @@
 
 PHOTOS/ is searched for .jpg and .png. Every request is one photo, sent to the server's first model.
 With --requests the clients go on to that number, and with --pid the memory of the server's process
-(RssAnon) is printed at each quarter.
+(RssAnon) is printed at each quarter. Start the server with --rate=0: by default it refuses more than
+100 requests a second of a key, or of an address, with 429.
 """
 
 import argparse

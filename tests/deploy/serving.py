@@ -48,7 +48,7 @@ def fake(answer=None, folder: Path = Path()) -> Predictor:
 
 
 @contextlib.contextmanager
-def running(predictor, keys=(), log=None, **limits):
+def running(predictor, keys=(), log=None, local=False, **limits):
     """Serves a model as "m" on a free port; gives the server, with its `url`, `port`, `metrics`."""
     limits = Limits(
         **{"rate": 0, "max_body_mb": 1, "max_images": 3, "queue": 8, "max_batch": 4} | limits
@@ -56,7 +56,7 @@ def running(predictor, keys=(), log=None, **limits):
     metrics, bound = Metrics(), listen("127.0.0.1", 0)
     recorder = Recorder(log, metrics)
     service = Service(load_workers({"m": predictor}, limits, metrics), limits, metrics, recorder)
-    server = Server(create_app(service, dict(keys)), limits.header_timeout_s, 20)
+    server = Server(create_app(service, dict(keys), local), limits.header_timeout_s, 20)
     server.port, server.metrics = bound.getsockname()[1], metrics
     server.url, server.service = f"http://127.0.0.1:{server.port}", service
     thread = threading.Thread(target=server.run, args=([bound],))

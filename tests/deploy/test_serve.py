@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from PIL import Image
 from analysis.answer_log import AnswerLog
 from analysis.confidence import softmax
 from analysis.predict import decode_image
+from data.decoding import to_rgb
 from deploy import serve
 from deploy.load import load
 from deploy.service.keys import new_key, read_keys
@@ -47,6 +49,13 @@ def bomb(side: int = 10_000) -> bytes:
     return file.getvalue()
 
 
+def icon(side: int = 10_000) -> bytes:
+    """An ICO that says 64x64 and holds a PNG of very many pixels."""
+    inside = bomb(side)
+    entry = struct.pack("<4B2H2I", 64, 64, 0, 0, 1, 32, len(inside), 22)
+    return struct.pack("<3H", 0, 1, 1) + entry + inside
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("serve") / "tiny")
@@ -68,7 +77,7 @@ def server(predictor):
 def predict(server, *images: bytes, query: str = "", **options):
     files = [("file", (f"{i}.png", image)) for i, image in enumerate(images)]
     return requests.post(
-        f"{server.url}/v1/models/m/predict{query}", files=files, timeout=30, **options
+        f"{server.url}/v1/models/m/predict{query}", files=files, **{"timeout": 30} | options
     )
 
 
@@ -155,7 +164,7 @@ def test_metrics_count_what_happened(server):
     def images():
         return sum(value("images_total", model="m", **{"class": name}) for name in CLASSES)
 
-    route = {"route": "/v1/models/{name}/predict", "status": "200"}
+    route = {"route": "/v1/models/{name}/predict", "model": "m", "status": "200"}
     before = images(), value("images_unreadable_total", model="m"), value("requests_total", **route)
     assert predict(server, png(), b"broken", png()).status_code == 200
     after = images(), value("images_unreadable_total", model="m"), value("requests_total", **route)
@@ -164,6 +173,18 @@ def test_metrics_count_what_happened(server):
     assert text.headers["Content-Type"].startswith("text/plain")
     assert 'archcompare_inference_seconds_bucket{le="+Inf",model="m"}' in text.text
     assert 'archcompare_queue_images{model="m"} 0.0' in text.text
+    assert "\nprocess_resident_memory_bytes" in text.text and "_created" not in text.text
+    assert requests.post(f"{server.url}/v1/models/{'x' * 99}/predict", png()).status_code == 404
+    assert "xxx" not in requests.get(f"{server.url}/metrics").text
+
+
+def test_series_of_what_may_happen_begin_at_0(tmp_path):
+    with running(fake(folder=tmp_path)) as server:
+        text = requests.get(f"{server.url}/metrics").text
+    for name in ("images_unreadable_total{%s}", "images_to_review_total{%s}", "log_failing",
+                 "log_failures_total", "pending_bytes", 'images_total{class="dog",%s}'):  # fmt: skip
+        series = name.replace("%s", 'model="m"')
+        assert f"archcompare_{series} 0.0\n" in text
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -173,6 +194,8 @@ BAD = {
     "truncated": (png(size=(300, 300))[:-5000], "image/png", 422),
     "empty": (b"", "image/png", 400),
     "no image": (b"%PDF-1.4 of no use", "image/png", 422),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "image/png", 422),
+    "a larger image in an ICO": (icon(), "image/x-icon", 422),
     "text": (b"hello", "text/plain", 415),
     "form": (b"a=b", "application/x-www-form-urlencoded", 415),
     "no boundary": (b"--x", "multipart/form-data", 400),
@@ -196,6 +219,17 @@ def test_a_bad_body_gets_a_4xx_and_the_next_request_its_answer(server, name):
     assert predict(server, png()).status_code == 200
 
 
+def test_no_image_starts_ghostscript(server, tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    assert "no image" in predict(server, BAD["EPS"][0]).json()["detail"]
+    with pytest.raises(ValueError, match="no image"):
+        to_rgb(BAD["EPS"][0], (0, 0, 0))
+    assert not (tmp_path / "started").exists()
+
+
 def test_a_jpeg_beyond_the_limit_is_read_at_a_smaller_size_unless_it_is_far_beyond(server):
     def jpeg(side):
         Image.new("L", (side, side)).save(file := io.BytesIO(), "JPEG", progressive=True)
@@ -217,14 +251,32 @@ def test_too_many_images_and_unknown_models_and_options_are_named(server):
     lost = requests.post(f"{server.url}/v1/models/../models/n/predict", png())
     assert lost.status_code == 404
     assert "only m" in requests.post(f"{server.url}/v1/models/n/predict", png()).json()["detail"]
-    for query in ("?top=0", "?top=x", "?target=nan", "?explain=lime"):
-        assert 400 <= predict(server, png(), query=query).status_code < 500
-    assert requests.get(f"{server.url}/v1/models/m/predict").status_code == 405
+    said = {
+        "?top=0": "top: must be greater than or equal to 1", "?top=x": "top: must be a valid integer",
+        "?target=nan": "target must be one of 0.95, 0.99", "?explain=lime": "explain: must be 'gradcam'",
+        "?topk=3": "no such option: 'topk', only top, target and explain",
+    }  # fmt: skip
+    for query, text in said.items():
+        refused = predict(server, png(), query=query)
+        assert 400 <= refused.status_code < 500 and text in refused.json()["detail"]
+    wrong = requests.get(f"{server.url}/v1/models/m/predict")
+    assert (
+        wrong.status_code == 405 and wrong.json()["detail"] == "GET is not for this path, only POST"
+    )
+    assert "openapi.json" in requests.get(f"{server.url}/nothing").json()["detail"]
+    assert predict(server, png(), headers={"Accept": "image/png"}).status_code == 406
+    assert (
+        "curl" in requests.post(f"{server.url}/v1/models/m/predict", data={"a": 1}).json()["detail"]
+    )
 
 
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "C:\\x\\..\\y.png", "a\0b\udcff.png", "n" * 5000]
-)
+NAMES = {
+    "../../etc/passwd": "../../etc/passwd", "C:\\x\\..\\y.png": "y.png", "a\0b\udcff.png": "a\0bÿ.png",
+    "n" * 400: "n" * 255, "n" * 5000: "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_name_of_a_file_is_only_repeated(server, name):
     head = b'--x\r\nContent-Disposition: form-data; name="f"; filename="'
     body = (
@@ -236,9 +288,10 @@ def test_the_name_of_a_file_is_only_repeated(server, name):
     )
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     answer = requests.post(f"{server.url}/v1/models/m/predict", body, headers=headers)
-    assert answer.status_code in (200, 400)
-    if answer.status_code == 200:
-        assert len(answer.json()["images"][0]["name"]) <= 255
+    if NAMES[name]:
+        assert answer.json()["images"][0]["name"] == NAMES[name]
+    else:
+        assert answer.status_code == 400
 
 
 def test_slow_and_endless_senders_are_sent_away(server):
@@ -247,6 +300,7 @@ def test_slow_and_endless_senders_are_sent_away(server):
         "nothing at all": (),
         "half a head": (b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: 1",),
         "half a body": (head + b"Content-Length: 1000\r\n\r\n", b"\x89PNG"),
+        "two lengths": (head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", b"0\r\n\r\n"),
         "half a chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"100\r\nabc"),
         "a body that nobody asked for": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"x"),
         "a head after an answer": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"GET /heal"),
@@ -257,12 +311,31 @@ def test_slow_and_endless_senders_are_sent_away(server):
             zip(slow, pool.map(lambda parts: raw(server.port, *parts), slow.values()), strict=True)
         )
     assert found.pop("without end").startswith(b"HTTP/1.1 413")
+    assert found.pop("two lengths").startswith(b"HTTP/1.1 400")
     first, second = found.pop("a head after an answer").split(b'{"alive":true}')
     assert first.startswith(b"HTTP/1.1 200") and second.startswith(b"HTTP/1.1 408")
     for name, answer in found.items():
         assert answer.startswith(b"HTTP/1.1 408"), (name, answer)
     assert raw(server.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n").startswith(b"HTTP/1.1 400")
     assert predict(server, png()).status_code == 200
+
+
+def test_a_client_that_never_reads_is_cut_off(server):
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        mine, kept = connection.getsockname()[1], server.server_state.connections
+        ports = lambda: {one.client[1] for one in list(kept)}  # noqa: E731
+        while mine not in ports():
+            time.sleep(0.01)
+        connection.setblocking(False)
+        with pytest.raises((BlockingIOError, ConnectionError)):
+            while True:
+                connection.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+        until = time.monotonic() + 20
+        while mine in ports() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert mine not in ports()
 
 
 def test_a_client_that_leaves_disturbs_nobody(server):
@@ -284,6 +357,8 @@ def test_only_a_known_key_opens_and_only_its_digest_is_stored(tmp_path, predicto
     file.write_text(f"# clients\n{line}  # the first\n\n")
     with running(fake(folder=tmp_path), read_keys(str(file), new_key("bob")[1])) as server:
         for path in ("/", "/healthz", "/readyz"):
+            head = requests.head(server.url + path)
+            assert head.status_code == 200 and not head.content
             assert requests.get(server.url + path).status_code == 200
             assert requests.post(server.url + path, b"0" * 2000).status_code == 413
         for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
@@ -308,6 +383,9 @@ def test_a_line_that_is_no_key_is_refused_and_not_repeated(tmp_path, text):
     with pytest.raises(UserError, match="ARCHCOMPARE_KEYS") as error:
         read_keys("", text)
     assert "secret" not in str(error.value)
+    (tmp_path / "keys").write_text(new_key("alice")[1])
+    with pytest.raises(UserError, match="alice has a key in"):
+        read_keys(str(tmp_path / "keys"), new_key("alice")[1])
     with pytest.raises(UserError, match="cannot be read"):
         read_keys(str(tmp_path / "none"))
 
@@ -328,10 +406,30 @@ def test_above_its_rate_a_key_is_asked_to_wait(tmp_path):
     with running(fake(folder=tmp_path), rate=0.5, burst=2) as server:
         found = [requests.get(f"{server.url}/v1/models") for _ in range(3)]
         assert [one.status_code for one in found] == [200, 200, 429]
-        count = {"route": "/v1/models", "status": "429"}
+        count = {"route": "/v1/models", "model": "", "status": "429"}
         assert server.metrics.registry.get_sample_value("archcompare_requests_total", count) == 1
         assert 1 <= int(found[2].headers["Retry-After"]) <= 2
         assert requests.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_without_keys_no_page_of_another_site_is_answered(tmp_path):
+    with running(fake(folder=tmp_path), local=True) as server:
+        own = f"127.0.0.1:{server.port}"
+        for host in (own, "localhost:9", "LOCALHOST", "[::1]:9"):
+            assert requests.get(server.url, headers={"Host": host}).status_code == 200
+        for host in (
+            "evil.example",
+            f"evil.example:{server.port}",
+            "localhost.evil.example",
+            "10.0.0.1",
+        ):
+            assert requests.get(server.url, headers={"Host": host}).status_code == 421
+        for origin, status in ((server.url, 200), ("http://evil.example", 403), ("null", 403),
+                               ("http://localhost:3000", 403)):  # fmt: skip
+            assert predict(server, png(), headers={"Origin": origin}).status_code == status
+    with running(fake(folder=tmp_path)) as server:
+        anywhere = {"Host": "photos.example", "Origin": "https://photos.example"}
+        assert predict(server, png(), headers=anywhere).status_code == 200
 
 
 def test_without_keys_only_this_machine_is_answered():
@@ -410,6 +508,36 @@ def test_an_answer_that_takes_too_long_is_a_504_and_its_place_is_free_again(tmp_
         assert server.service.workers["m"]._held == 0
 
 
+def test_a_client_that_leaves_gives_its_place_back(tmp_path):
+    slow = Slow(tmp_path)
+    with running(fake(slow, tmp_path)) as server:
+        slow.may.clear()
+        slow.sizes.clear()
+        with pytest.raises(requests.Timeout):
+            predict(server, png(), timeout=0.2)
+        worker = server.service.workers["m"]
+        assert slow.sizes and worker._held == 1
+        slow.may.set()
+        assert predict(server, png()).status_code == 200
+        while worker._held:
+            time.sleep(0.01)
+
+
+def test_an_answer_that_is_no_number_is_an_error_of_its_image_and_not_logged(tmp_path):
+    def answer(images):
+        found = mean(images)
+        found["logits"][images.max(axis=(1, 2, 3)) == 0] = np.nan
+        return found
+
+    mean, log = fake(folder=tmp_path).answer, AnswerLog(tmp_path / "log.sqlite")
+    with running(fake(answer, tmp_path), log=log) as server:
+        Image.new("RGB", (9, 9)).save(black := io.BytesIO(), "PNG")
+        lost, found = predict(server, black.getvalue(), png()).json()["images"]
+        assert "no number" in lost["error"] and found["top"]
+        version = server.service.workers["m"].predictor.version
+    assert list(AnswerLog(tmp_path / "log.sqlite").read(version).image) == [found["image"]]
+
+
 def test_a_model_that_fails_on_a_batch_answers_the_next(tmp_path, capsys):
     def answer(images):
         if images.max() == 0 and len(images) == 1 and state["warm"]:
@@ -467,6 +595,8 @@ def test_models_are_named_after_their_folders(tmp_path):
     assert list(serve.named([str(export / "model.onnx")])) == ["mine"]
     with pytest.raises(UserError, match="two models are called mine"):
         serve.named([str(export), str(export)])
+    with pytest.raises(UserError, match="'my model' cannot be the name"):
+        serve.named([f"my model={export}"])
     with pytest.raises(UserError, match="give NAME="):
         serve.named([str(tmp_path / "a b")])
 
@@ -550,7 +680,8 @@ def test_the_page_classifies_photos_in_a_browser(tmp_path, predictor):
     photos[1].write_bytes(b"broken")
     key, line = new_key("phone")
     keys = read_keys("", line)
-    with running(predictor, keys) as server, Browser(tmp_path / "profile", 420, 800) as page:
+    log = AnswerLog(tmp_path / "log.sqlite")
+    with running(predictor, keys, log) as server, Browser(tmp_path / "profile", 420, 800) as page:
         page.call("Page.navigate", url=server.url)
         page.until("document.activeElement.id === 'key'")
         page.keys("a wrong key")
@@ -581,6 +712,18 @@ def test_the_page_classifies_photos_in_a_browser(tmp_path, predictor):
         assert "could not be read" in page.run(
             "document.querySelectorAll('.result')[1].textContent"
         )
+        assert page.run("document.getElementById('message').textContent") == (
+            f"2 photos, {int(expected['review'])} for a person to look at, 1 could not be read."
+        )
+        page.until("document.querySelectorAll('.result')[1].classList.contains('alone')")
+        assert "names and answers are logged" in page.run("document.body.textContent")
+        page.run("document.querySelector('.result button').click()")
+        page.run("document.querySelector('.result select').value = 'dog'")
+        page.run("document.querySelector('.result button').click()")
+        page.until("document.querySelector('.result').textContent.includes('Noted: it is dog.')")
+        assert list(log.read(predictor.version).correction) == ["dog"] * 3
+        if folder := os.environ.get("ARCHCOMPARE_PICTURES"):  # to look at
+            page.picture(Path(folder) / "page_two.png")
         assert page.run("document.querySelectorAll('.result i, .result b').length") == 0
         assert page.run("document.documentElement.scrollWidth") <= 420
         page.run(
@@ -613,16 +756,31 @@ def test_answers_are_logged_without_images_and_corrected_by_feedback(tmp_path):
         url = f"{server.url}/v1/feedback"
         right = {"image": row["image"], "label": "dog"}
         answer = requests.post(url, json=[right, {"image": "0" * 64, "label": "cat"}])
-        assert answer.json() == {"received": 2, "known": 1}
+        assert answer.json() == {"received": 2, "known": 1, "unknown": ["0" * 64]}
+        assert requests.post(url, json=right).json() == {"received": 1, "known": 1}
         assert requests.post(url, json={"image": "0" * 64, "label": "cat"}).status_code == 404
-        for wrong in ([], {}, {"image": "0", "label": "cat"}, right | {"label": "bird"}):
-            assert requests.post(url, json=wrong).status_code in (400, 422)
+        for wrong in (
+            [],
+            {},
+            {"image": "0", "label": "cat"},
+            right | {"label": "bird"},
+            [right, 1],
+            right | {"label": "\ud800"},
+            right | {"label": [[]]},
+            right | {"image": 0},
+        ):
+            assert requests.post(url, json=wrong).status_code == (400 if wrong == [] else 422)
+        for many, status in (([1] * 200_000, 413), ([1] * 1001, 413), ([1] * 999, 422)):
+            refused = requests.post(url, json=many)  # short, however long the body is
+            assert refused.status_code == status and len(refused.content) < 200
+        deep = requests.post(url, "[" * 100_000, headers={"Content-Type": "application/json"})
+        assert deep.status_code == 422
         # A page of another site can send this without asking; it must not count.
         assert (
             requests.post(
                 url, json.dumps(right), headers={"Content-Type": "text/plain"}
             ).status_code
-            == 422
+            == 415
         )
         assert requests.get(f"{server.url}/readyz").json()["log"] == "ok"
     table = AnswerLog(file).read(model.version)
@@ -665,6 +823,8 @@ def test_a_log_that_fails_stops_nothing_and_is_told_once(tmp_path, capsys, troub
     with running(fake(folder=tmp_path), log=trouble(tmp_path / "log.sqlite")) as server:
         for seed in range(60):
             assert predict(server, png(seed), png(seed + 100)).status_code == 200
+            if server.service.recorder.trouble:
+                break
         server.service.recorder._pool.submit(int).result()  # all is written, or not
         assert requests.get(f"{server.url}/readyz").json() | {"models": 0} == {
             "ready": True, "draining": False, "models": 0, "log": "failing",
@@ -672,6 +832,10 @@ def test_a_log_that_fails_stops_nothing_and_is_told_once(tmp_path, capsys, troub
         failures = server.metrics.registry.get_sample_value("archcompare_log_failures_total")
         assert 0 < failures <= 120
         feedback = {"image": "0" * 64, "label": "cat"}
-        assert requests.post(f"{server.url}/v1/feedback", json=feedback).status_code in (404, 503)
+        server.service.recorder.log.correct = lambda pairs: 1 / 0
+        refused = requests.post(f"{server.url}/v1/feedback", json=feedback)
+        assert refused.status_code == 503 and refused.json() == {
+            "detail": "the log cannot be written now"
+        }
     events = [json.loads(line).get("event") for line in capsys.readouterr().out.splitlines()]
     assert events.count("answers are not logged") == 1

@@ -88,7 +88,17 @@ def test_the_server_is_reached_from_outside_and_stopped_by_its_signal(steps):
     assert environment["ARCHCOMPARE_HOST"] == "0.0.0.0"
     assert environment["ARCHCOMPARE_PORT"] == of(steps, "EXPOSE")[0]
     assert json.loads(of(steps, "ENTRYPOINT")[0]) == ["python", "-m", "deploy.serve"]
-    assert of(steps, "STOPSIGNAL") == ["SIGTERM"] and of(steps, "VOLUME") == ["/models"]
+    assert of(steps, "STOPSIGNAL") == ["SIGTERM"] and not of(steps, "VOLUME")
+
+
+def test_the_log_has_a_folder_that_the_server_owns_and_the_readme_costs_no_layer(steps):
+    (made,) = [run for run in of(steps, "RUN") if "useradd" in run]
+    user = shlex.split(made.split("&&")[0])[-1]
+    assert f"chown {user} /data" in made and "mkdir /models /data" in made
+    assert "LICENSE" in copied(steps) and "README.md" not in copied(steps)
+    readme = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["readme"]
+    (install,) = [run for run in of(steps, "RUN") if "pip install" in run]
+    assert install.startswith(f"touch {readme} && ")
 
 
 @pytest.mark.parametrize("status", [200, 503])
