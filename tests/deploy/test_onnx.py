@@ -109,12 +109,20 @@ def body(total, row):
     return total + row.sum(), row * total
 
 
+def quarters(x):
+    """[B, 6, 4, C] as [B, 3, 2, 2, 2, C]."""
+    return x.reshape(x.shape[0], 3, 2, 2, 2, x.shape[-1])
+
+
 OPERATIONS = {
     "arithmetic": lambda x: (3.0 - x) / (x + 2.0) - 5.0 / (x + 1.0) + (-x) ** 3 + x**-1.5,
     "per_channel": lambda x: (x * jnp.array([1.0, 2, 3]) - jnp.array([3.0, 0, 1])) * 0.5 + 1,
     "per_row": lambda x: x * jnp.arange(6.0)[:, None, None] + jnp.arange(4.0)[:, None],
     "two_per_axis": lambda x: (x + jnp.array([1.0, 2, 3])) * jnp.arange(4.0)[:, None],
-    "after_a_sum": lambda x: jnp.sum(x, axis=2) * 0.25 + jnp.mean(x, axis=(1, 2))[:, None],
+    "after_a_sum": lambda x: [
+        jnp.sum(x, axis=2) * 0.25 + jnp.mean(x, axis=(1, 2))[:, None],
+        (x.sum(3) * jnp.arange(6.0)[:, None])[..., None] + x,
+    ],
     "sums": lambda x: [x.sum((1, 2)), x.mean((1, 2), keepdims=True), x.sum(3), x.prod(1), x.min(2)],
     "means": lambda x: [
         x.mean((1, 2, 3)),
@@ -153,7 +161,13 @@ OPERATIONS = {
         (x < 0.3) & ~(x >= 0.2),
         x == x,
     ],
-    "clipped": lambda x: [jnp.clip(x, 0.2, 0.7), jnp.minimum(nnx.relu(x), 0.4), nnx.relu6(9 * x)],
+    "clipped": lambda x: [
+        jnp.clip(x, 0.2, 0.7),
+        jnp.minimum(nnx.relu(x), 0.4),
+        nnx.relu6(9 * x),
+        jnp.minimum(nnx.relu(x - 0.5) * 2, 0.5),
+        jnp.minimum(nnx.relu(x - 0.5) + 1, 1.2),
+    ],
     "normalised": lambda x: (
         (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3)
     ),
@@ -194,7 +208,16 @@ OPERATIONS = {
         nnx.avg_pool(x, (2, 2), (1, 1), "SAME"),
     ],
     "checkpointed": lambda x: jax.checkpoint(lambda y: jnp.sin(y) * 2)(x),
-    "quarters": lambda x: x.reshape(x.shape[0], 3, 2, 2, 2, 3).sum(axis=(2, 4)),
+    "quarters": lambda x: [
+        quarters(x).sum(axis=(2, 4)),
+        quarters(nnx.relu(x - 0.5)).max(axis=(2, 4)),
+        (quarters(x) * -2 + 1).max(axis=(2, 4)),
+        (quarters(x) * 2 + 1).sum(axis=(2, 4)),
+    ],
+    "patches": lambda x: [
+        quarters(y).swapaxes(2, 3).reshape(x.shape[0], 6, 12)
+        for y in (x * 2 - 1, (x - jnp.array([0.1, 0.2, 0.3])) / jnp.array([0.5, 0.6, 0.7]))
+    ],
 }
 
 
