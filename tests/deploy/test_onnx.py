@@ -135,6 +135,7 @@ OPERATIONS = {
         jax.nn.softmax(x, axis=1),
         jax.nn.log_softmax(x),
         jax.nn.logsumexp(x, 2),
+        jnp.exp(x - x.max(1, keepdims=True)) / jnp.exp(x - x.min(1, keepdims=True)).sum(1)[:, None],
     ],
     "functions": lambda x: [
         f(x) for f in (jnp.log1p, jnp.expm1, jnp.exp2, lax.rsqrt, jnp.sin, jnp.ceil)
@@ -178,7 +179,10 @@ OPERATIONS = {
         x[..., ::-1],
         *jnp.split(x, 2, axis=2),
     ],
-    "padded": lambda x: [jnp.pad(x, ((0, 0), (1, 2), (0, 3), (0, 0)), constant_values=2.0)],
+    "padded": lambda x: [
+        jnp.pad(x, ((0, 0), (1, 2), (0, 3), (0, 0)), constant_values=2.0),
+        jnp.pad(x, ((0, 0), (1, 2), (0, 3), (0, 0)), mode="edge"),
+    ],
     "negative_pad": lambda x: lax.pad(x, 1.0, ((0, 0, 0), (-1, 2, 0), (0, -1, 0), (0, 0, 0))),
     "joined": lambda x: jnp.concatenate([x, jnp.ones((x.shape[0], 2, 4, 3)), x.swapaxes(1, 1)], 1),
     "turned": lambda x: [
@@ -208,6 +212,7 @@ OPERATIONS = {
         nnx.avg_pool(x, (2, 2), (1, 1), "SAME"),
     ],
     "checkpointed": lambda x: jax.checkpoint(lambda y: jnp.sin(y) * 2)(x),
+    "random_and_unused": lambda x: (jax.random.split(jax.random.key(0)), x)[1],
     "quarters": lambda x: [
         quarters(x).sum(axis=(2, 4)),
         quarters(nnx.relu(x - 0.5)).max(axis=(2, 4)),
@@ -302,6 +307,25 @@ def test_an_operation_that_onnx_lacks_is_named_with_its_place_and_the_cure():
     with pytest.raises(UserError, match=r"sort in sort_rows \(deploy/test_onnx.py:\d+\)") as caught:
         converted(model, 8)
     assert "--format=stablehlo or --format=safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda x: lax.fori_loop(0, 3, lambda i, y: y * 1.1 + i, x), "a loop along no array"),
+        (lambda x: (x.astype(jnp.bfloat16) * 2).astype(jnp.float32), "bfloat16"),
+        (lambda x: x + jax.random.normal(jax.random.key(0), (3,)), "random keys"),
+        (lambda x: jnp.sin(x), r"sin in <lambda> .*KeyError\('a mistake of ours'\)"),
+    ],
+)
+def test_what_cannot_be_written_is_a_mistake_and_no_traceback(monkeypatch, function, message):
+    def mistaken(*_):
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setitem(onnx_ops.TABLE, "sin", mistaken)
+    with pytest.raises(UserError, match=message) as caught:
+        to_onnx(lambda images: {"y": function(pixels(images))}, 4)
+    assert "--format=stablehlo" in str(caught.value)
 
 
 def test_a_file_that_would_be_too_large_is_refused(monkeypatch):
