@@ -67,8 +67,9 @@ def ops_of(content: bytes) -> Counter:
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_programs_of_every_family_answer_as_the_network_does(tmp_path, name):
+def test_programs_of_every_family_answer_as_the_network_does(tmp_path, monkeypatch, name):
     model, size = short(name)
+    monkeypatch.setenv("ARCHCOMPARE_LOWERING", "plain")  # patches else take seconds to compile
     forms = ("onnx", "stablehlo") if name in ("vit", "knn_l2") else ("onnx",)
     count = 9 if len(forms) == 1 else 7  # of one batch size, where each takes seconds to compile
     found = compare(model, size, photos(count, size), tmp_path, forms)
@@ -267,7 +268,8 @@ def operations():
     images = np.random.default_rng(2).integers(0, 256, (5, 6, 6, 3), np.uint8)
     content = to_onnx(every, 6)
     content = onnx_graph.with_metadata(content, {"archcompare": json.dumps(FACTS)})
-    return content, images, jax.jit(every)(images)
+    quick = {"xla_backend_optimization_level": 0}  # to compile, and exact
+    return content, images, jax.jit(every, compiler_options=quick)(images)
 
 
 @pytest.mark.parametrize("name", [*OPERATIONS, *CONVOLUTIONS])
