@@ -2,8 +2,9 @@
 
     python -m analysis.predict MODEL PHOTOS... --output=predictions.csv
 
-MODEL is the directory of a complete run, or what `python -m deploy.export` wrote. PHOTOS are
-image files, folders, or quoted patterns such as 'photos/**/*.jpg'. Confidences are probabilities
+MODEL is the directory of a complete run, or the weights that `python -m deploy.export` wrote; for
+ONNX and StableHLO, deploy.serve answers. PHOTOS are image files, folders, or quoted patterns such
+as 'photos/**/*.jpg'. Confidences are probabilities
 after temperature scaling; an answer is to be reviewed if its confidence is below the one that
 promises --target_accuracy, by the run's validation images. `set95` names the classes, likeliest
 first, that hold the true one with 95 % probability; a ; parts them, and " stands around a name that
@@ -51,6 +52,7 @@ from models.weights.own import read_own
 from training.weights import find_weights
 
 WEIGHTS, CARD = "model.safetensors", "README.md"  # what an export writes
+PROGRAMS = (".onnx", ".stablehlo")
 TARGETS = (0.9, 0.95, 0.99)  # accuracies that an export knows review thresholds for
 RANKS = (("class", "confidence"), ("second", "second_confidence"), ("third", "third_confidence"))
 SET_LEVEL = 0.95
@@ -111,6 +113,18 @@ class Predictor:
 def load_predictor(path: Path, target_accuracy: float = 0.95) -> Predictor:
     """Returns the classifier of a run directory, or of an exported folder or its weights."""
     file = path / WEIGHTS if path.is_dir() else path
+    programs = [file] if path.is_file() else sorted(path.glob("model.*"))
+    programs = [program for program in programs if program.suffix in PROGRAMS]
+    if programs and (path.is_file() or not file.exists()):
+        raise UserError(
+            f"{programs[0]} is a compiled model, which deploy.serve answers for: give the "
+            "directory of its run, or export that with --format=safetensors"
+        )
+    if path.is_file() and path.suffix != ".safetensors":
+        raise UserError(
+            f"{path} is no file of weights: give the directory of a run, or what deploy.export "
+            f"wrote for it, {WEIGHTS}"
+        )
     if not file.is_file():
         if (path / CARD).exists():
             raise UserError(f"{file} is missing: copy the folder again, or export the run again")

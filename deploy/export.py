@@ -7,8 +7,9 @@
 ONNX and StableHLO take pixels, uint8 [B, S, S, 3] in batches of any size; preprocessing and weights
 are inside, and with --probabilities the softmax with the run's temperature. Every file states class
 names, how photos become pixels, temperature, review thresholds, sets, and where it comes from.
-Before it appears, its answers to 128 test images are compared with the run's: more than rounding is
-an error, and leaves what was there. Formats may share a folder; README.md is the card of all.
+Before it appears, its answers to 128 test images are compared with the run's, and with those that
+the run stored when it was trained: more than rounding is an error, and leaves what was there.
+Formats may share a folder; README.md is the card of all.
 Exit codes: 0 written and proven, 2 a mistake.
 """
 
@@ -70,12 +71,13 @@ def export_run(
     images = _images_of(run, data_path)
     if form != "safetensors":
         facts["compute_dtype"] = "float32"
-    existed = folder.exists()
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    stored = some_images(run.test["logits"])
     try:
         with tempfile.TemporaryDirectory(dir=output_folder(folder, "OUT"), prefix=".part") as part:
             file = Path(part) / FORMATS[form]
             with _exactly():
-                facts["proof"] = _write_proven(file, facts, made, images, probabilities)
+                facts["proof"] = _write_proven(file, facts, made, images, stored, probabilities)
             load(file)
             card = Path(part) / CARD
             files = {**others, file.name: facts}
@@ -86,13 +88,19 @@ def export_run(
     except OSError as error:
         raise UserError(f"cannot export to {folder}: {error}") from error
     finally:
-        if not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
     return facts["proof"]
 
 
 def _write_proven(
-    file: Path, facts: dict, made: Predictor, images: np.ndarray, probabilities: bool
+    file: Path,
+    facts: dict,
+    made: Predictor,
+    images: np.ndarray,
+    stored: np.ndarray,
+    probabilities: bool,
 ) -> dict:
     """Writes the file, compares, and writes it again with the proof among its facts."""
     model, temperature = classifier_from(made.file, facts), None
@@ -102,7 +110,8 @@ def _write_proven(
     write = prepare(model, facts["image_size"], temperature)
     write(file, facts)
     ours, theirs = _expected(model, temperature), load(file).answer
-    proof = prove(ours, theirs, images, votes=not model.trained_by_gradient)
+    options = {"stored": stored, "dtype": made.facts["compute_dtype"]}
+    proof = prove(ours, theirs, images, votes=not model.trained_by_gradient, **options)
     write(file, facts | {"proof": proof})
     return proof
 
@@ -152,6 +161,11 @@ def _others(folder: Path, name: str, facts: dict) -> dict[str, dict]:
             "folder, or empty it"
         )
     for file, stated in found.items():
+        if "method" in stated:
+            raise UserError(
+                f"{folder / file} is a model that deploy.compress made with --method="
+                f"{stated['method']}: name another folder"
+            )
         if file != name and stated.get("run_version") != facts["run_version"]:
             raise UserError(
                 f"{folder / file} is an export of {stated.get('run', 'another model')}, and one "

@@ -20,6 +20,7 @@ from models.weights.own import KEY
 
 ONNX, STABLEHLO = "model.onnx", "model.stablehlo"  # names in an exported folder
 FILES = (WEIGHTS, ONNX, STABLEHLO)
+NEEDED = ("temperature", "review_thresholds", "class_names", "image_size", "data")  # facts
 PROGRAM, FACTS = "program.bin", "facts.json"  # members of a .stablehlo file, which is a zip
 
 
@@ -57,7 +58,7 @@ def _read_onnx(file: Path, threads: int) -> Predictor:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else its maker is told of its use
     runtime = package("onnxruntime", "onnx")
     options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
     try:
         session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises types of its own
@@ -77,10 +78,15 @@ def _read_stablehlo(file: Path, threads: int) -> Predictor:
 
     try:
         with zipfile.ZipFile(file) as members:
-            program = jax.export.deserialize(bytearray(members.read(PROGRAM)))
             facts = _facts(file, members.read(FACTS).decode())
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is no StableHLO file of this project ({error})") from error
+            program = jax.export.deserialize(bytearray(members.read(PROGRAM)))
+    except UserError:
+        raise
+    except Exception as error:  # bytes that are no program raise nearly any type
+        raise UserError(
+            f"{file} is damaged, or no StableHLO file of this project ({error!r}): "
+            "export the run again"
+        ) from error
     call = jax.jit(program.call)
     return Predictor(facts, file, lambda images: jax.tree.map(np.asarray, call(images)))
 
@@ -110,8 +116,8 @@ def _stated(file: Path) -> dict:
 def _facts(file: Path, text: str | None) -> dict:
     try:
         facts = json.loads(text or "")
-        return {"temperature": facts["temperature"]} | facts
+        return {key: facts[key] for key in NEEDED} | facts
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} does not say how to use it: it was not written by deploy.export"
+            f"{file} does not say how to use it ({error!r}): it was not written by deploy.export"
         ) from error

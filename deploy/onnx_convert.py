@@ -9,7 +9,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from onnx import helper
+from onnx import checker, helper
 
 from deploy.onnx_graph import Graph, Unsupported, Value
 from deploy.onnx_ops import SIMPLE, TABLE
@@ -38,7 +38,7 @@ def to_onnx(function: Callable, side: int) -> bytes:
         outputs = run(graph, traced, [pixels])
         named = jax.tree.unflatten(jax.tree.structure(shapes), outputs)
         return graph.model(side, named)
-    except Unsupported as error:
+    except (Unsupported, checker.ValidationError) as error:
         raise UserError(
             f"cannot write as ONNX: {error}: export with --format=stablehlo or "
             "--format=safetensors, which hold whatever JAX computes"
@@ -57,11 +57,20 @@ def run(graph: Graph, traced: core.ClosedJaxpr, arguments: list[Value]) -> list[
         single = [isinstance(atom, int) and uses[atom] == 1 for atom in taken]
         step = replace(traced_step.step, single=single)
         try:
+            _check_types([*step.dtypes, *(value.dtype for value in values)])
             made = _write(graph, step, values)
-        except Unsupported as error:
-            raise Unsupported(f"{step.name}{traced_step.place} ({error})") from error
+        except Exception as error:  # no architecture may end in a traceback
+            reason = f"{error}" if isinstance(error, Unsupported) else repr(error)
+            raise Unsupported(f"{step.name}{traced_step.place} ({reason})") from error
         known |= dict(zip(traced_step.made, made, strict=True))
     return [known[atom] if isinstance(atom, int) else atom for atom in results]
+
+
+def _check_types(kinds: list) -> None:
+    if not all(isinstance(kind, np.dtype) for kind in kinds):
+        raise Unsupported("random keys")
+    if "bfloat16" in (kind.name for kind in kinds):
+        raise Unsupported("bfloat16, in which ONNX Runtime cannot compute on a CPU")
 
 
 def _write(graph: Graph, step: Step, values: list[Value]) -> list[Value]:
@@ -109,6 +118,8 @@ def _scan(graph: Graph, step: Step, values: list[Value]) -> list[Value]:
     if p["reverse"]:
         raise Unsupported("a loop that runs backwards")
     fixed, states = p["num_consts"], p["num_carry"]
+    if len(values) == fixed + states:
+        raise Unsupported("a loop along no array")
     constants = [
         value
         if value.const is not None

@@ -103,7 +103,7 @@ def largest(graph: Graph, step: Step, left: Value, right: Value) -> Value:
 def smallest(graph: Graph, step: Step, left: Value, right: Value) -> Value:
     """`min`, which with a Relu is a Clip."""
     x, other = (right, left) if left.const is not None else (left, right)
-    if _number(other) is not None and isinstance(x.later, Rectified):
+    if _number(other) is not None and isinstance(x.later, Rectified) and not x.waits:
         ends = [graph.weight(np.array(end, np.float32)) for end in (0.0, _number(other))]
         name = graph.emit("Clip", [x.later.taken, *ends])
         return step.value(name=name, perm=x.perm, extent=x.extent)

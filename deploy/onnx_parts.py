@@ -91,7 +91,9 @@ def gather(graph: Graph, step: Step, x: Value, indices: Value) -> Value:
 
 def concatenate(graph: Graph, step: Step, *parts: Value) -> Value:
     """`concatenate`, in the order of axes of the first part that is no constant."""
-    parts = [whole(graph, part) for part in parts]
+    parts = [whole(graph, part) for part in parts if 0 not in part.shape]
+    if len(parts) == 1:
+        return parts[0]
     order = next((graph.settle(part).perm for part in parts if part.const is None), ())
     axis = order.index(step.params["dimension"])
     names = [graph.name(part, order) for part in parts]

@@ -112,7 +112,8 @@ def reshaped(graph: Graph, x: Value, target: tuple) -> Value:
     ]:
         kept = x.later.kept(target)
         if kept is not None:
-            axis = len(target) - 1 if x.axis >= 0 else -1
+            old, new = ([i for i, n in enumerate(of) if n != 1] for of in (x.shape, target))
+            axis = new[old.index(x.axis)] if x.axis in old else -1
             return replace(kept, scale=x.scale, shift=x.shift, axis=axis)
     graph.written(x)
     made = Value(target, x.dtype, **_waiting(graph, x, target))
@@ -120,7 +121,7 @@ def reshaped(graph: Graph, x: Value, target: tuple) -> Value:
     if sizes and len(x.shape) == 4 and x.shape[1:] == (
         sizes[0] * sizes[1], sizes[2] * sizes[3], sizes[4]
     ):  # fmt: skip
-        return replace(made, later=Split(x))
+        return replace(made, later=Split(bare(x)))
     groups = _groups(x.shape, target)
     stored = _regrouped(x.perm, x.shape, groups) if groups else None
     if stored is not None:
@@ -132,9 +133,14 @@ def reshaped(graph: Graph, x: Value, target: tuple) -> Value:
     if len(target) == 2 and x.perm[0] == 0 and target[0] == x.shape[0]:
         places = np.arange(math.prod(x.shape[1:])).reshape(x.shape[1:])
         order = places.transpose([axis - 1 for axis in x.perm[1:]]).ravel()
-        return replace(made, later=Flat(replace(x, scale=np.ones(1), shift=np.zeros(1)), order))
+        return replace(made, later=Flat(bare(x), order))
     made.name = graph.reshaped(graph.name(x, raw=True), target)
     return made
+
+
+def bare(value: Value) -> Value:
+    """Returns the value as it is stored, for one whose scale and shift wait elsewhere."""
+    return replace(value, scale=np.ones(1), shift=np.zeros(1), axis=-1)
 
 
 def _waiting(graph: Graph, x: Value, target: tuple) -> dict[str, Any]:
@@ -249,7 +255,8 @@ REDUCTIONS |= {"reduce_prod": "ReduceProd"}
 def reduction(graph: Graph, step: Step, x: Value) -> Value:
     """Sums, products and extremes over axes."""
     axes, op = tuple(step.params["axes"]), REDUCTIONS[step.name]
-    if isinstance(x.later, Split) and axes == (2, 4) and op in ("ReduceMax", "ReduceSum"):
+    pools = isinstance(x.later, Split) and axes == (2, 4) and not x.waits
+    if pools and op in ("ReduceMax", "ReduceSum"):
         return _pooled(graph, step, x.later.source, (x.shape[2], x.shape[4]))
     x = graph.settle(graph.full(x))
     perm = without(x.perm, axes)

@@ -1,5 +1,6 @@
 """A traced function as a plain list of steps, with the functions that ONNX has as a whole."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,9 @@ class Traced:
 
 
 def constant(array: Any) -> Value:
-    """Returns an array as a constant."""
+    """Returns an array as a constant; random keys have no form here."""
+    if jax.dtypes.issubdtype(getattr(array, "dtype", None), jax.dtypes.extended):
+        return Value(tuple(array.shape), array.dtype)
     array = np.asarray(array)
     return Value(array.shape, array.dtype, const=array)
 
@@ -67,7 +70,9 @@ def steps_of(traced: core.ClosedJaxpr, arguments: list[Value]) -> tuple[list[Tra
         for eqn in closed.jaxpr.eqns:
             taken = [read(atom) for atom in eqn.invars]
             inner = next((eqn.params[key] for key in INSIDE if key in eqn.params), None)
-            if eqn.primitive.name in CALLS and inner is not None:
+            if all(0 in var.aval.shape for var in eqn.outvars):
+                known |= {var: _empty(var.aval) for var in eqn.outvars}
+            elif eqn.primitive.name in CALLS and inner is not None:
                 is_closed = isinstance(inner, core.ClosedJaxpr)
                 inner = inner if is_closed else core.ClosedJaxpr(inner, ())
                 yield from inline(inner, taken, *around, eqn)
@@ -82,9 +87,15 @@ def steps_of(traced: core.ClosedJaxpr, arguments: list[Value]) -> tuple[list[Tra
     return _needed(_recognised(steps), results), list(results)
 
 
+def _empty(aval: Any) -> Value:
+    shape = tuple(aval.shape)
+    array = np.zeros([size if isinstance(size, int) else 1 for size in shape], aval.dtype)
+    return Value(shape, array.dtype, const=array)
+
+
 def _step(eqn: core.JaxprEqn) -> Step:
     shapes = [tuple(var.aval.shape) for var in eqn.outvars]
-    dtypes = [np.dtype(var.aval.dtype) for var in eqn.outvars]
+    dtypes = [var.aval.dtype for var in eqn.outvars]  # of JAX's own for random keys
     params = {**eqn.params, "primitive": eqn.primitive, "bind": eqn.params}
     return Step(eqn.primitive.name, params, shapes, dtypes)
 
@@ -101,8 +112,8 @@ def _needed(steps: list[Traced], results: list) -> list[Traced]:
 
 # --- what ONNX has as a whole ------------------------------------------------------------------
 #
-# A pattern is (operation, pattern of each input); "x" is any array, the same at each place, "#.." a
-# constant, and "*" anything.
+# A pattern is (operation, pattern of each input); "x" and "*.." are any array, the same at each
+# place, and "#.." is a constant.
 
 MEAN = ("div", ("reduce_sum", "x"), "#count")
 VARIANCE = ("sub", ("div", ("reduce_sum", ("square", "x")), "#count"), ("square", MEAN))
@@ -144,9 +155,10 @@ def _matches(pattern: Any, atom: Any, makers: dict, found: dict[str, Any]) -> bo
     """Whether an array was made as a pattern says; `found` gets what its names stand for."""
     if isinstance(pattern, str):
         if pattern.startswith("#"):
-            if isinstance(atom, int) or (pattern in found and found[pattern].const != atom.const):
+            known = found.get(pattern, atom)
+            if isinstance(atom, int) or not np.array_equal(known.const, atom.const):
                 return False
-        elif pattern == "x" and found.get("x", atom) != atom:
+        elif pattern in found and not _same(found[pattern], atom):
             return False
         found[pattern] = atom
         return True
@@ -169,14 +181,23 @@ def _matches(pattern: Any, atom: Any, makers: dict, found: dict[str, Any]) -> bo
     return False
 
 
+def _same(one: int | Value, other: int | Value) -> bool:
+    return one == other if isinstance(one, int) else one is other
+
+
+def _number(value: Value) -> float:
+    return float(value.const.ravel()[0]) if value.const.size == 1 else math.nan
+
+
 def _layer_norm(last: Traced, found: dict, makers: dict) -> Traced | None:
     shape = last.step.shapes[0]
     width, scale, bias = shape[-1], found["#scale"].const, found["#bias"].const
-    if {scale.shape, bias.shape} != {(width,)} or float(found["#count"].const) != width:
+    count, zero, epsilon = (_number(found[name]) for name in ("#count", "#zero", "#epsilon"))
+    if {scale.shape, bias.shape} != {(width,)} or (count, zero) != (width, 0):
         return None
-    if float(found["#zero"].const) != 0 or found["axes"] != {(len(shape) - 1,)}:
+    if math.isnan(epsilon) or found["axes"] != {(len(shape) - 1,)}:
         return None
-    params = {"epsilon": float(found["#epsilon"].const)}
+    params = {"epsilon": epsilon}
     step = replace(last.step, name="layer_norm", params=params)
     return replace(last, step=step, taken=[found["x"], found["#scale"], found["#bias"]])
 
@@ -193,7 +214,7 @@ def _softmax(last: Traced, found: dict, makers: dict) -> Traced | None:
 
 
 def _gelu(last: Traced, found: dict, makers: dict) -> Traced | None:
-    half, root = float(found["#half"].const), float(found["#root"].const)
-    if half != 0.5 or abs(root - 0.5**0.5) > 1e-6:
+    half, root = _number(found["#half"]), _number(found["#root"])
+    if half != 0.5 or not abs(root - 0.5**0.5) <= 1e-6:
         return None
     return replace(last, step=replace(last.step, name="gelu", params={}), taken=[found["x"]])

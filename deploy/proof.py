@@ -7,15 +7,21 @@ import numpy as np
 from analysis.runs import evenly_spaced
 from errors import UserError
 
-IMAGES, BATCHES = 128, (32, 7)  # of the test part; images at once
+IMAGES, BATCHES = 128, (32, 7, 1)  # of the test part; images at once
+ALONE = 3  # images that are asked one by one
 TOLERANCE = 1e-3  # of the standard deviation of the numbers compared
 ODD_ONES = 0.02  # share of the images whose neighbours may change: equal distances are rounded
+# Of the standard deviation of the logits that a run stored, wherever it was trained: multiplying
+# with the 10 bits of TF32 moved them by up to 0.003, with the 7 of bfloat16 by up to 0.02. Weights
+# of another seed move nearly every image by more than 0.2.
+OF_THE_RUN = {"float32": 0.05, "bfloat16": 0.2}
+ODD_OF_THE_RUN, ODD_VOTES_OF_THE_RUN = 0.02, 0.1  # shares of the images that may be further off
 
 Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def some_images(images: np.ndarray) -> np.ndarray:
-    """Returns up to IMAGES of the images, evenly spaced: uint8 [N, S, S, 3]."""
+    """Returns up to IMAGES of the images, or of what belongs to each, evenly spaced: [N, ...]."""
     return np.asarray(images[evenly_spaced(len(images), IMAGES)])
 
 
@@ -29,22 +35,30 @@ def answered(answer: Answer, images: np.ndarray, size: int) -> dict[str, np.ndar
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
-def prove(ours: Answer, theirs: Answer, images: np.ndarray, *, votes: bool = False) -> dict:
+def prove(
+    ours: Answer,
+    theirs: Answer,
+    images: np.ndarray,
+    *,
+    votes: bool = False,
+    stored: np.ndarray | None = None,
+    dtype: str = "float32",
+) -> dict:
     """Compares two forms of a model on images; returns what was found, as plain values.
 
     Args:
       ours, theirs: as `answers.answers`, compiled; `theirs` is also asked in smaller batches.
       images: uint8 [N, S, S, 3].
       votes: of the model's answers, a few may differ: it counts votes of neighbours.
+      stored: logits [N, K] that its run stored, wherever it computed, in `dtype`.
 
     Raises:
       UserError: they differ by more than rounding does.
     """
-    expected = answered(ours, images, BATCHES[0])
-    few = images[: BATCHES[1]]
-    both = [(expected, answered(theirs, images, BATCHES[0]))]
-    small = {key: array[: len(few)] for key, array in expected.items()}
-    both.append((small, answered(theirs, few, BATCHES[1])))
+    expected, both = answered(ours, images, BATCHES[0]), []
+    for size, count in zip(BATCHES, (len(images), BATCHES[1], ALONE), strict=True):
+        wanted = {key: array[:count] for key, array in expected.items()}
+        both.append((wanted, answered(theirs, images[:count], size)))
     spread = {key: float(array.std()) for key, array in expected.items()}
     largest = relative = 0.0
     odd = np.zeros(len(images), bool)
@@ -74,7 +88,33 @@ def prove(ours: Answer, theirs: Answer, images: np.ndarray, *, votes: bool = Fal
             f"{len(images)} images, {changed.sum()} predictions changed; nothing was written. "
             "Another format may be sound; please report the architecture"
         )
+    if stored is not None:
+        proof |= _against_the_run(both[0][1]["logits"], stored, OF_THE_RUN[dtype], votes)
     return proof
+
+
+def _against_the_run(
+    logits: np.ndarray, stored: np.ndarray, tolerance: float, votes: bool
+) -> dict[str, float]:
+    """Compares with what a run stored; raises UserError where that was another model."""
+    gap = np.full(len(stored), np.inf)
+    if logits.shape == stored.shape:
+        gap = np.abs(logits.astype(np.float64) - stored).max(axis=1)
+    odd = int((gap > tolerance * stored.std()).sum())
+    changed = int((logits.argmax(axis=1) != stored.argmax(axis=1)).sum())
+    share = ODD_VOTES_OF_THE_RUN if votes else ODD_OF_THE_RUN
+    if odd > max(1, share * len(stored)):
+        raise UserError(
+            f"the run's weights do not give the answers that it stored: in {odd} of {len(stored)} "
+            f"test images a logit differs by more than {100 * tolerance:.0f} % of the standard "
+            f"deviation, {changed} predictions changed; nothing was written. weights.safetensors "
+            "or predictions_test.npz is of another run: copy this one again, or train it again"
+        )
+    return {
+        "stored_largest_difference": float(gap.max()),
+        "stored_changed_predictions": changed,
+        "stored_tolerance": tolerance,
+    }
 
 
 def describe(proof: dict) -> str:
@@ -83,5 +123,7 @@ def describe(proof: dict) -> str:
         f"{proof['images']} test images: the largest difference of a logit is "
         f"{proof['largest_difference']:.2g}, of any output {proof['relative_difference']:.1e} of "
         f"its standard deviation (tolerance {proof['tolerance']:.0e}); "
-        f"{proof['changed_predictions']} predictions changed"
+        f"{proof['changed_predictions']} predictions changed. Of those that the run stored "
+        f"when it was trained, {proof['stored_changed_predictions']} differ; the largest "
+        f"difference of a logit is {proof['stored_largest_difference']:.2g}"
     )

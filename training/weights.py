@@ -51,6 +51,10 @@ def find_weights(run_dir: Path) -> Path:
     except (OSError, ValueError, KeyError):
         complete = False
     best = sorted((run_dir / "checkpoints").glob("best-*[0-9]")) if complete else []
+    if complete and not best:
+        raise UserError(
+            f"{path} is missing: copy it from where the run was trained, or train that run again"
+        )
     if not best:
         raise UserError(f"run:{run_dir} is not the directory of a complete run")
     from training.checkpoint import restore  # Orbax takes a second to import

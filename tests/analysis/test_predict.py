@@ -328,9 +328,15 @@ def call(monkeypatch, tmp_path):
 def test_mistakes_are_told_before_anything_is_computed(moved, call, tmp_path, monkeypatch):
     run, photos = moved
     monkeypatch.setattr(command, "predict", None)  # calling it would fail
+    (tmp_path / "program").mkdir()
+    for name in ("model.onnx", "other.stablehlo", "README.md"):
+        (tmp_path / "program" / name).write_bytes(b"program")
     for arguments, options, message in (
         ((run,), {}, "usage"),
         ((tmp_path / "absent", photos), {}, "absent is not the directory of a complete run"),
+        ((tmp_path / "program", photos), {}, "model.onnx is a compiled model, which deploy.serve"),
+        ((tmp_path / "program/other.stablehlo", photos), {}, "export that with --format=safetens"),
+        ((tmp_path / "program/README.md", photos), {}, "README.md is no file of weights"),
         ((run, tmp_path / "absent.png"), {}, "absent.png does not exist"),
         ((run, photos), {"output": str(tmp_path / "no/t.csv")}, "cannot write --output="),
         ((run, photos), {"output": str(tmp_path)}, "is no file"),
@@ -339,7 +345,7 @@ def test_mistakes_are_told_before_anything_is_computed(moved, call, tmp_path, mo
     ):
         with pytest.raises(UserError, match=message):
             call(*arguments, **options)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [tmp_path / "program"]
 
 
 def test_command_writes_a_row_an_image_and_says_by_its_exit_code(moved, call, tmp_path, capsys):

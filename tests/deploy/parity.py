@@ -25,7 +25,11 @@ from models import MODELS
 from models.classifier import Classifier, in_mode
 from models.knn import Knn
 
-FACTS = {"temperature": 1.0, "review_thresholds": [{"target": 0.95, "confidence": 0.5}]}
+FACTS = {
+    "temperature": 1.0,
+    "review_thresholds": [{"target": 0.95, "confidence": 0.5}],
+    **{"class_names": [], "image_size": 0, "data": {}},
+}
 REMEMBERED = 2_500  # images of the nearest neighbours
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from configs import digits
 from deploy import card as card_of
 from deploy import export, onnx_ops
 from deploy.load import load
+from deploy.onnx_graph import with_metadata
 from errors import UserError
 from experiment.files import write_json
 from experiment.grid import expand
@@ -347,7 +349,10 @@ def test_the_licence_is_that_of_the_first_weights(tmp_path):
 
 def test_a_known_licence_stands_in_the_front_matter(workdir):
     run = load_run(workdir / "linear/seed0")
-    text = card_of.model_card(run, predictor_of(run), "BSD-3-Clause")
+    made = predictor_of(run)
+    made = replace(made, facts=made.facts | {"compute_dtype": "int8"})  # as if compressed
+    text = card_of.model_card(run, made, "BSD-3-Clause")
+    assert "| trained in | float32 |" in text
     assert "license: bsd-3-clause\n" in text and "Licence of the weights: BSD-3-Clause.\n" in text
 
 
@@ -396,12 +401,17 @@ def test_command_exports_and_refuses(workdir, tmp_path, monkeypatch, capsys):
     assert export.main(["", str(workdir / "linear/seed0"), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert str(tmp_path / "out") in said and "0 predictions changed" in said
+    assert "Of those that the run stored when it was trained, 0 differ" in said
     assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "model.safetensors"]
     with pytest.raises(UserError, match="usage"):
         export.main(["", "x"])
     with pytest.raises(UserError, match="not the directory of a complete run"):
         export.main(["", str(workdir), str(tmp_path / "other")])
     trial = shutil.copytree(workdir / "linear/seed0", tmp_path / "linear/seed1")
+    (trial / "weights.safetensors").unlink()
+    shutil.rmtree(trial / "checkpoints", ignore_errors=True)
+    with pytest.raises(UserError, match="weights.safetensors is missing: copy it"):
+        export.main(["", str(trial), str(tmp_path / "other")])
     summary = json.loads((trial / "summary.json").read_text())
     write_json(trial / "summary.json", summary | {"status": "pruned"})
     with pytest.raises(UserError, match=r"not the directory of a complete run \(pruned"):
@@ -436,6 +446,7 @@ def test_a_program_answers_as_the_run_and_says_so(workdir, programs, form):
     proof = facts["proof"]
     assert proof["images"] == len(images) and proof["changed_predictions"] == 0
     assert 0 < proof["relative_difference"] < 1e-4 < proof["tolerance"]
+    assert proof["stored_changed_predictions"] == 0 and proof["stored_largest_difference"] < 1e-4
     assert program.threshold(0.95) == predictor_of(run).threshold(0.95)
     content = file.read_bytes()
     assert str(ROOT).encode() not in content and str(workdir).encode() not in content
@@ -486,11 +497,32 @@ def test_a_run_of_bfloat16_is_exported_in_float32_and_says_so(
     assert load(tmp_path / "out").facts["compute_dtype"] == "float32"
 
 
+@pytest.mark.parametrize("model, dtype", [("linear", "float32"), ("knn", "bfloat16")])
+def test_weights_of_another_run_are_noticed(workdir, tmp_path, model, dtype):
+    run_dir = shutil.copytree(workdir / model / "seed0", tmp_path / model / "seed0")
+    stored = read_own(run_dir / "weights.safetensors")
+    arrays = stored.pop("arrays")
+    arrays |= {name: array[::-1] for name, array in arrays.items() if array.ndim > 1}
+    write_own(run_dir / "weights.safetensors", arrays, stored | {"compute_dtype": dtype})
+    with pytest.raises(UserError, match="weights do not give the answers that it stored"):
+        export.export_run(load_run(run_dir), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_models_do_not_share_a_folder(workdir, programs, tmp_path):
     folder = shutil.copytree(programs, tmp_path / "cnn")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match="is an export of cnn/seed0, and one card cannot tell"):
         export.export_run(load_run(workdir / "linear/seed0"), folder, "onnx")
+    compressed, run = tmp_path / "int8", load_run(workdir / "cnn/seed0")
+    compressed.mkdir()
+    facts = json.dumps(load(folder / "model.onnx").facts | {"method": "int8"})
+    content = with_metadata(before["model.onnx"], {"archcompare": facts})
+    (compressed / "model.onnx").write_bytes(content)
+    for form in ("onnx", "safetensors"):
+        with pytest.raises(UserError, match="compress made with --method=int8: name another"):
+            export.export_run(run, compressed, form)
+    assert (compressed / "model.onnx").read_bytes() == content
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -499,7 +531,7 @@ def test_two_models_do_not_share_a_folder(workdir, programs, tmp_path):
 def test_what_fails_leaves_nothing_and_what_was_there(
     workdir, exports, tmp_path, monkeypatch, exists, why
 ):
-    folder, before = tmp_path / "out", {}
+    folder, before = tmp_path / "new/out", {}
     if exists:
         shutil.copytree(exports / "linear", folder)
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -516,7 +548,7 @@ def test_what_fails_leaves_nothing_and_what_was_there(
         message = "cannot export to .* No space left on device"
     with pytest.raises(UserError, match=message):
         export.export_run(load_run(workdir / "linear/seed0"), folder, "onnx")
-    assert folder.exists() == exists
+    assert folder.exists() == folder.parent.exists() == exists
     assert {path.name: path.read_bytes() for path in folder.glob("*")} == before
 
 

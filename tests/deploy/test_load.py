@@ -1,5 +1,8 @@
 """A model in any form, and mistakes on the way to it."""
 
+import json
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from analysis.answers import WIDTH, answering
 from deploy.load import load, package
 from errors import UserError
 from models import create_model
+from tests.deploy.parity import FACTS
 
 
 def test_answers_hold_the_logits_and_numbers_of_every_image():
@@ -25,6 +29,23 @@ def test_a_file_that_is_lost_or_no_model_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match=name):
         load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "program, facts, message",
+    [
+        (b"", FACTS, "is damaged"),
+        (b"xx" * 100, FACTS, "is damaged"),
+        (b"", {"temperature": 1.0}, "KeyError.'review_thresholds'.*not written by deploy.export"),
+        (b"", [], "not written by deploy.export"),
+    ],
+)
+def test_programs_that_are_damaged_or_of_others_are_refused(tmp_path, program, facts, message):
+    with zipfile.ZipFile(tmp_path / "model.stablehlo", "w") as members:
+        members.writestr("program.bin", program)
+        members.writestr("facts.json", json.dumps(facts))
+    with pytest.raises(UserError, match=rf"model.stablehlo .*{message}"):
+        load(tmp_path)
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
