@@ -35,7 +35,7 @@ from analysis.predict import CARD, Predictor, predictor_of
 from analysis.runs import FinishedRun, load_run
 from deploy.card import licence_of, model_card, short_name
 from deploy.load import FACTS, FILES, ONNX, PROGRAM, STABLEHLO, WEIGHTS, facts_in, load, package
-from deploy.proof import describe, prove, some_images
+from deploy.proof import BATCHES, describe, prove, some_images
 from errors import UserError
 from experiment.command import arguments, output_folder, run_command
 from models import Classifier
@@ -111,6 +111,8 @@ def _write_proven(
     write(file, facts)
     ours, theirs = _expected(model, temperature), load(file).answer
     options = {"stored": stored, "dtype": made.facts["compute_dtype"]}
+    if facts["format"] == "safetensors":  # weights, of one program
+        options["batches"] = BATCHES[:1]
     proof = prove(ours, theirs, images, votes=not model.trained_by_gradient, **options)
     write(file, facts | {"proof": proof})
     return proof

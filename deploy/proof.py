@@ -1,6 +1,6 @@
 """Does a model give the same answers in another form? Images decide, not trust."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -40,6 +40,7 @@ def prove(
     theirs: Answer,
     images: np.ndarray,
     *,
+    batches: Sequence[int] = BATCHES,
     votes: bool = False,
     stored: np.ndarray | None = None,
     dtype: str = "float32",
@@ -47,16 +48,18 @@ def prove(
     """Compares two forms of a model on images; returns what was found, as plain values.
 
     Args:
-      ours, theirs: as `answers.answers`, compiled; `theirs` is also asked in smaller batches.
+      ours, theirs: as `answers.answers`, compiled.
       images: uint8 [N, S, S, 3].
+      batches: images at once; the first of both, and of all images, the others of `theirs` alone.
       votes: of the model's answers, a few may differ: it counts votes of neighbours.
       stored: logits [N, K] that its run stored, wherever it computed, in `dtype`.
 
     Raises:
       UserError: they differ by more than rounding does.
     """
-    expected, both = answered(ours, images, BATCHES[0]), []
-    for size, count in zip(BATCHES, (len(images), BATCHES[1], ALONE), strict=True):
+    expected, both = answered(ours, images, batches[0]), []
+    for size in batches:
+        count = len(images) if size == batches[0] else max(size, ALONE)
         wanted = {key: array[:count] for key, array in expected.items()}
         both.append((wanted, answered(theirs, images[:count], size)))
     spread = {key: float(array.std()) for key, array in expected.items()}
@@ -75,7 +78,7 @@ def prove(
     changed = expected["logits"].argmax(axis=1) != both[0][1]["logits"].argmax(axis=1)
     proof = {
         "images": len(images),
-        "batch_sizes": sorted({min(size, len(images)) for size in BATCHES}),
+        "batch_sizes": sorted({min(size, len(images)) for size in batches}),
         "largest_difference": float(largest),
         "relative_difference": float(relative),
         "changed_predictions": int(changed.sum()),

@@ -119,6 +119,7 @@ def test_an_export_knows_what_its_run_knew(workdir, exports, name):
     run, file = load_run(workdir / name / "seed0"), exports / name / "model.safetensors"
     ours, theirs = predictor_of(run), load_predictor(file)
     assert theirs.facts.items() >= ours.facts.items()
+    assert theirs.facts["proof"]["batch_sizes"] == [32]  # weights are one program
     assert [t["target"] for t in theirs.facts["review_thresholds"]] == [0.9, 0.95, 0.99]
     assert ours.model.preprocessing == theirs.model.preprocessing
     facts = read_own(file)
