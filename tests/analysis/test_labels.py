@@ -86,7 +86,7 @@ def test_what_a_person_fills_in_is_written_kept_and_taken_back(workdir):
 
 
 def test_a_review_that_is_not_there_is_named(workdir):
-    with pytest.raises(UserError, match="^missing.csv: need the filled-in"):
+    with pytest.raises(UserError, match="^missing.csv does not exist: give the filled-in"):
         labels.take_review(comparison_of(workdir), Path("missing.csv"))
 
 
