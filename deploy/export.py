@@ -1,8 +1,8 @@
 """A folder to hand on: a model that knows its use, proven to answer as its run does, and its card.
 
-    python -m deploy.export RUN OUT --format=onnx          # runs with ONNX Runtime alone
-    python -m deploy.export RUN OUT --format=stablehlo     # runs with JAX alone: CPU, CUDA, TPU
-    python -m deploy.export RUN OUT                        # weights, for this project
+    python -m deploy.export RUN OUT --format=onnx        # runs with ONNX Runtime alone
+    python -m deploy.export RUN OUT --format=stablehlo   # with jax and flatbuffers: CPU, CUDA, TPU
+    python -m deploy.export RUN OUT                      # weights, for this project
 
 ONNX and StableHLO take pixels, uint8 [B, S, S, 3] in batches of any size; preprocessing and weights
 are inside, and with --probabilities the softmax with the run's temperature. Every file states class
@@ -70,7 +70,7 @@ def export_run(
     others = _others(folder, FORMATS[form], facts)
     images = _images_of(run, data_path)
     if form != "safetensors":
-        facts["compute_dtype"] = "float32"
+        facts |= {"compute_dtype": "float32", "probabilities": probabilities}
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     stored = some_images(run.test["logits"])
     try:
@@ -243,7 +243,8 @@ def _stablehlo(model: Classifier, side: int, temperature: float | None) -> Write
 
 def main(argv: list[str]) -> int:
     """Exports a run into a folder."""
-    given = arguments(argv, "deploy.export RUN OUT [--format=onnx|stablehlo|safetensors]", 2, 2)
+    usage = "deploy.export RUN OUT [--format=FORMAT] [--probabilities] [--data=PATH]"
+    given = arguments(argv, usage, 2, 2)
     run_dir, folder = (Path(path).expanduser() for path in given)
     run, form = load_run(run_dir), FORMAT.value
     if form != "safetensors" and run.config.get("compute_dtype", "float32") != "float32":

@@ -479,6 +479,8 @@ def test_probabilities_are_those_of_the_fitted_temperature(workdir, tmp_path):
     wanted = softmax(found["logits"], program.facts["temperature"])
     assert program.facts["temperature"] != 1
     np.testing.assert_allclose(found["probabilities"], wanted, atol=1e-6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "model.onnx also\n`probabilities` [B, 10]" in card
     with pytest.raises(UserError, match="--probabilities is of onnx and stablehlo"):
         export.export_run(run, tmp_path / "out", probabilities=True)
 
