@@ -330,7 +330,9 @@ def describe(row: dict) -> str:
             )
             used = " to ".join(milliseconds(row[f"{n}_cpu"]) for n in names)
             where = "1 thread" if threads else "all cores"
-            lines.append(f"ms, {plural(batch, 'image')}, {where}: {times}; of processors: {used}")
+            lines.append(
+                f"ms (quartiles), {plural(batch, 'image')}, {where}: {times}; of processors: {used}"
+            )
     return "\n".join([*lines, *filter(None, [busy(pd.Series([row["cores_had"]]))])])
 
 
