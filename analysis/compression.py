@@ -187,9 +187,9 @@ def _columns(rows: pd.DataFrame) -> dict:
         "points (95 %)": [
             f"{points(d)} ({of})" for d, of in zip(rows.difference, ends, strict=True)
         ],
+        "established": rows.established.map({True: "yes", False: "no"}),
         "MB": [f"{a} → {b}" for a, b in zip(*megabytes, strict=True)],
         "size": [factor(row) for _, row in rows.iterrows()],
-        "established": rows.established.map({True: "yes", False: "no"}),
         "changed": rows.changed.map("{:,}".format),
         "ms": _times(rows, 1, 1),
         **({"machine": rows.cpu} if rows.cpu.nunique() > 1 else {}),

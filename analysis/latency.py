@@ -27,9 +27,10 @@ READ = {  # columns that the report reads; the file has more
     **dict.fromkeys([*PERCENTILES, "cores_used", "device_memory_mb"], float),
 }
 HOW = (
-    "Each call is timed from pixels, uint8, to logits and features, in a process that may use so "
-    "many cores; models take turns. CPU ms: the mean processor time of a call, which other "
-    "processes do not lengthen. {file} holds more: memory, first calls, decoding, other settings.",
+    "Each call is timed from pixels, uint8, to logits and features, in a process that may use as "
+    "many cores as threads; models take turns. CPU ms: the mean processor time of a call, which "
+    "other processes do not lengthen. {file} holds more: memory, first calls, decoding, "
+    "other settings.",
     "Accuracy and cost times predictions in JAX, with all that the machine has: another model may "
     "be the fastest there.",
 )
