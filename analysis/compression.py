@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from analysis.compare import Comparison
 from analysis.latency import busy
 from analysis.page.section import Details, Section, as_table
-from analysis.page.tables import NONE, decimal, intervals, p_value, percent, points, times
+from analysis.page.tables import NONE, decimal, intervals, p_value, percent, points
 from analysis.runs import FinishedRun
 from analysis.uncertainty import Family
 from analysis.verdict import listed
@@ -42,6 +42,7 @@ CAPTION = (
     "Before → after, on the test images; points: the difference of the accuracies; changed: other "
     "predictions; ms: one image, one thread."
 )
+QUARTILES = "Before → after: median, and in brackets quartiles."
 HOW = (
     "Before: the float32 ONNX model of the run, in ONNX Runtime; after: the compressed one, there "
     "as well. Both answer the whole test part; MB are 1,000,000 bytes.",
@@ -115,8 +116,9 @@ def factor(row: dict | pd.Series) -> str:
     """Returns in words how the size of the file changed."""
     ratio = row["bytes_before"] / row["bytes_after"]
     if ratio >= SMALLER:
-        return f"{times(ratio)} times smaller"
-    return "not smaller" if ratio > 1 / SMALLER else f"{times(1 / ratio)} times larger"
+        size = 10 ** (2 - math.floor(math.log10(ratio)))  # to three digits, never upwards
+        return f"{math.floor(ratio * size + 1e-9) / size:,.10g} times smaller"
+    return "not smaller" if ratio > 1 / SMALLER else f"{milliseconds(1 / ratio)} times larger"
 
 
 def read_rows(workdir: Path) -> pd.DataFrame:
@@ -165,7 +167,7 @@ def compression_section(comparison: Comparison) -> Section | None:
         tables=[as_table(_columns(rows), CAPTION)],
         details=[
             Details("Predictions that changed", table=as_table(_changed(rows))),
-            Details("Speed at other batches and threads", table=as_table(_speeds(rows))),
+            Details("Speed at other batches and threads", table=as_table(_speeds(rows), QUARTILES)),
             Details("How it is measured", [line.format(**said) for line in HOW]),
         ],
         warnings=warnings,
@@ -179,8 +181,6 @@ def _columns(rows: pd.DataFrame) -> dict:
     return {
         "model": rows.run,
         "method": rows.method,
-        "MB": [f"{a} → {b}" for a, b in zip(*megabytes, strict=True)],
-        "size": [factor(row) for _, row in rows.iterrows()],
         "accuracy %": [
             f"{percent(r.accuracy_before)} → {percent(r.accuracy_after)}" for r in rows.itertuples()
         ],
@@ -188,6 +188,8 @@ def _columns(rows: pd.DataFrame) -> dict:
             f"{points(d)} ({of})" for d, of in zip(rows.difference, ends, strict=True)
         ],
         "established": rows.established.map({True: "yes", False: "no"}),
+        "MB": [f"{a} → {b}" for a, b in zip(*megabytes, strict=True)],
+        "size": [factor(row) for _, row in rows.iterrows()],
         "changed": rows.changed.map("{:,}".format),
         "ms": _times(rows, 1, 1),
         **({"machine": rows.cpu} if rows.cpu.nunique() > 1 else {}),
@@ -254,12 +256,11 @@ def _current(rows: pd.DataFrame, runs: dict[str, FinishedRun]) -> tuple[pd.DataF
 
 
 def _finding(rows: pd.DataFrame) -> str:
-    """How much smaller each method makes files, and which models lost accuracy."""
+    """How much smaller each method makes files, what is not faster, and what lost accuracy."""
     ratio, sizes = rows.bytes_before / rows.bytes_after, []
     for method, of in ratio.groupby(rows.method, sort=False):
         least, most = (factor(rows.loc[of.agg(place)]) for place in ("idxmin", "idxmax"))
-        span = f"{least.removesuffix(' times smaller')} to {most}" if least != most else most
-        sizes.append(f"{method} is {span}")
+        sizes.append(f"{method} is {_span(least, most)}")
     lost = rows[rows.established & (rows.difference < 0)]
     names = [f"{r.run} as {r.method} ({points(r.difference)} points)" for r in lost.itertuples()]
     text = f"A loss of accuracy is established for {listed(names)}"
@@ -270,4 +271,27 @@ def _finding(rows: pd.DataFrame) -> str:
         of = "of the others" if names else "by the 95 % intervals"
         worst = decimal(100 * max(0.0, -open_rows.ci95_low.min()), 2)
         text += f"; {of}, it may be up to {worst} points"
-    return f"{', '.join(sizes)}. {text}."
+    return f"{', '.join(sizes)}. {_not_faster(rows)}{text}."
+
+
+def _span(least: str, most: str) -> str:
+    """Returns two answers of `factor` as one."""
+    if least == most:
+        return most
+    if "not smaller" in (least, most):
+        return f"at most {most if least == 'not smaller' else least}"
+    both = least.endswith("smaller") == most.endswith("smaller")
+    return f"{least.rsplit(' times ', 1)[0] if both else least} to {most}"
+
+
+def _not_faster(rows: pd.DataFrame) -> str:
+    """Returns a sentence on methods that gain no time with one image and one thread, or ""."""
+    before, after = (rows.get(speed_name(1, 1, side)) for side in SIDES)
+    if before is None or after is None:  # rows of older versions
+        return ""
+    slow = rows[before / after < SMALLER]
+    parts = []
+    for method, of in slow.groupby("method", sort=False):
+        every = len(of) == (rows.method == method).sum()
+        parts.append(method if every else f"{method} of {', '.join(of.run)}")
+    return f"Not faster with one image and one thread: {'; '.join(parts)}. " if parts else ""

@@ -26,6 +26,14 @@ READ = {  # columns that the report reads; the file has more
     **dict.fromkeys(["threads", "batch", "calls"], int),
     **dict.fromkeys([*PERCENTILES, "cores_used", "device_memory_mb"], float),
 }
+HOW = (
+    "Each call is timed from pixels, uint8, to logits and features, in a process that may use as "
+    "many cores as threads; models take turns. CPU ms: the mean processor time of a call, which "
+    "other processes do not lengthen. {file} holds more: memory, first calls, decoding, "
+    "other settings.",
+    "Accuracy and cost times predictions in JAX, with all that the machine has: another model may "
+    "be the fastest there.",
+)
 
 
 def read_latencies(path: Path) -> pd.DataFrame:
@@ -101,10 +109,10 @@ def latency_section(comparison: Comparison) -> Section | None:
         warnings.append(f"Not shown, for measured on another machine: {more}.")
     title = f"p50 at batch 1, ms ({setting})"
     single = rows[rows.batch == 1].groupby("label", sort=False)
-    costs = single.p50_ms.median().to_dict()
+    costs = single.p50_ms.median().dropna().to_dict()  # NaN: too few calls
     if rows.date[rows.batch == 1].nunique() > 1:
         warnings.append(f"{title}: measured in several calls of deploy.profile, so not in turn.")
-    warnings += filter(None, [disturbed(rows)])
+    shared = [remark for remark in [disturbed(rows)] if remark]
     finding = f"Milliseconds of one call, measured by deploy.profile: {setting}."
     if len(costs) > 1:
         low, high = min(costs, key=costs.get), max(costs, key=costs.get)
@@ -112,11 +120,21 @@ def latency_section(comparison: Comparison) -> Section | None:
         finding += f"{costs[high]:.3g} ms."
     shown = rows.sort_values(["batch", "p50_ms"])
     cells = {name.replace("_", ", "): shown[name].map(scaled) for name in PERCENTILES}
+    if "cpu_ms" in shown:  # not in tables of older versions
+        cells["CPU ms"] = shown.cpu_ms.map(scaled)
+    caption = f"Of {rows.machine.iloc[0]}. {NONE}: too few calls for that percentile."
+    if absent := [label for label in comparison.groups if label not in set(rows.label)]:
+        caption += f" Not profiled so: {', '.join(absent)}."
     table = as_table(
-        {"model": shown.label, "images": shown.batch, "calls": shown.calls, **cells},
-        f"Of {rows.machine.iloc[0]}. {NONE}: too few calls for that percentile.",
+        {"model": shown.label, "images": shown.batch, "calls": shown.calls, **cells}, caption
     )
-    return Section(tables=[table], warnings=warnings, finding=finding, data={AXES: {title: costs}})
+    return Section(
+        text=[*(line.format(file=FILE) for line in HOW), *shared],
+        tables=[table],
+        warnings=warnings + shared,
+        finding=finding,
+        data={AXES: {title: costs}},
+    )
 
 
 def _one_setting(rows: pd.DataFrame) -> tuple[pd.DataFrame, str, str]:

@@ -1,6 +1,7 @@
 """A smaller model, and what that cost: size, accuracy and speed, each beside the float32 model.
 
-    python -m deploy.compress RUN OUT --method=int8|int8_dynamic|float16|bfloat16 [--data=PATH]
+    python -m deploy.compress RUN OUT --method=int8|int8_dynamic|float16|bfloat16
+        [--calibration=128] [--data=PATH]
 
 OUT gets model.onnx and its model card, and is used as an export is. `int8` calibrates on
 --calibration training images. Float32 and compressed model both answer the whole test part in ONNX
@@ -45,7 +46,8 @@ from analysis.compression import (
 from analysis.costs import time_in_turn
 from analysis.evaluate import temperature_of
 from analysis.forward import load_data, load_images
-from analysis.latency import busy
+from analysis.latency import FILE as LATENCY
+from analysis.latency import busy, version_of
 from analysis.page.tables import p_value, percent
 from analysis.predict import CARD, Predictor, predictor_of
 from analysis.runs import FinishedRun, load_run
@@ -79,14 +81,16 @@ def compress_run(
     `calibration` is about how many training images int8 looks at.
     """
     choose("--method", method, METHODS)
-    check_folder(folder, method)
+    check_folder(folder, method, run)
     for name in ("onnx", "onnxruntime"):
         package(name, "onnx")
     workdir = run.path.resolve().parents[1]
-    output_folder((workdir / FILE).parent, "WORKDIR/deploy")
-    read_rows(workdir)  # a damaged file is said now, not after minutes
+    with saying(f"cannot write to {workdir / FILE}"):  # said now, not after minutes
+        place = output_folder((workdir / FILE).parent, "WORKDIR/deploy")
+        tempfile.TemporaryFile(dir=place).close()
+    read_rows(workdir)
     with saying(f"cannot read the images of {run.path}"):
-        dataset = load_data(run, data_path)
+        dataset = data_of(run, data_path)
         images = calibration_images(dataset, calibration) if method == "int8" else None
     existed = folder.exists()
     try:
@@ -129,16 +133,34 @@ def publish(files: dict[str, Path], folder: Path, smaller: FinishedRun, row: dic
     os.replace(card, folder / CARD)
 
 
-def check_folder(folder: Path, method: str) -> None:
-    """Raises UserError for a folder that holds anything but an earlier result of this method."""
+def data_of(run: FinishedRun, data_path: str) -> Dataset:
+    """Returns the run's images; raises UserError with the option that says where they are."""
+    try:
+        return load_data(run, data_path)
+    except UserError as error:
+        raise UserError(
+            f"compression needs the run's images: {error}\nSay where they lie now with --data=PATH."
+        ) from error
+
+
+def check_folder(folder: Path, method: str, run: FinishedRun) -> None:
+    """Raises UserError for a folder that holds anything but an earlier result of the same."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder: name a new one")
     names = sorted(path.name for path in folder.glob("[!.]*"))  # .git may publish it
+    others = sorted(set(names) - {ONNX, CARD, LATENCY.name})  # deploy.profile writes the last
     stated = facts_in(folder / ONNX) if ONNX in names else {}
-    if names and (set(names) - {ONNX, CARD} or stated.get("method") != method):
+    if others or (names and "method" not in stated):
         raise UserError(
-            f"{folder} is not empty and holds no {method} model alone (it holds "
-            f"{', '.join(names[:3])}): name a new folder, or empty it"
+            f"{folder} is not empty and no earlier result of deploy.compress (it holds "
+            f"{', '.join((others or names)[:3])}): name a new folder, or empty it"
+        )
+    found = stated.get("run"), stated.get("method"), stated.get("run_version")
+    if names and found[1:] != (method, version_of(run)):
+        trained = " as it was trained before or elsewhere" * (found[:2] == (run.name, method))
+        raise UserError(
+            f"{folder / ONNX} is {found[0]} as {found[1]}{trained}, and would be replaced: "
+            "name a new folder, or delete that file"
         )
 
 
@@ -308,13 +330,15 @@ def describe(row: dict) -> str:
             )
             used = " to ".join(milliseconds(row[f"{n}_cpu"]) for n in names)
             where = "1 thread" if threads else "all cores"
-            lines.append(f"ms, {plural(batch, 'image')}, {where}: {times}; of processors: {used}")
+            lines.append(
+                f"ms (quartiles), {plural(batch, 'image')}, {where}: {times}; of processors: {used}"
+            )
     return "\n".join([*lines, *filter(None, [busy(pd.Series([row["cores_had"]]))])])
 
 
 def main(argv: list[str]) -> int:
     """Compresses a run into a folder."""
-    given = arguments(argv, "deploy.compress RUN OUT --method=METHOD [--data=PATH]", 2, 2)
+    given = arguments(argv, __doc__.split("python -m ")[1].split("\n\n")[0], 2, 2)
     run_dir, folder = (Path(path).expanduser() for path in given)
     run = load_run(run_dir)
     row = compress_run(run, folder, METHOD.value, DATA.value, CALIBRATION_FLAG.value)

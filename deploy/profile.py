@@ -150,7 +150,8 @@ def subjects_of(path: Path, runtimes: list[str], given: list[bytes], folder: Pat
     else:
         predictor = load(path)
         facts, path, version = predictor.facts, predictor.file, predictor.version
-        name, model = f"{path.parent.name}/{path.name}", facts["model"]
+        method = f" ({facts['method']})" if "method" in facts else ""
+        name, model = f"{path.parent.name}/{path.name}{method}", facts["model"] + method
         table = path.with_name(FILE.name)
         own = "onnx" if path.suffix == ".onnx" else "jax"
         if own not in runtimes:
@@ -243,12 +244,13 @@ def printed(rows: list[dict]) -> str:
     frame = pd.DataFrame(columns)
     frame = frame.loc[:, (frame != NONE).any()]
     last = rows[-1]
+    decoded = table.groupby("decoded", sort=False).run.unique()
     lines = [
         frame.to_string(index=False),
         f"{last['machine']}; {last['versions']}; {last['date']}; load average "
         f"{last['load_average']} before.",
-        f"Decoded: {', '.join(dict.fromkeys(table.decoded))}. {NONE}: too few calls for it (p50 "
-        "takes 5, p90 29, p99 299; more --seconds), or not known.",
+        *(f"Decoded for {', '.join(names)}: {text}." for text, names in decoded.items()),
+        f"{NONE}: not known, or too few calls (p50 takes 5, p90 29, p99 299; more --seconds).",
     ]
     return "\n".join([*lines, *filter(None, [disturbed(table)])])
 
@@ -363,7 +365,7 @@ def main(argv: list[str]) -> int:
     """Measures runs and files; returns 1 if one of them could not be."""
     if not math.isfinite(SECONDS_FLAG.value):
         raise UserError(f"--seconds={SECONDS_FLAG.value}: give a number")
-    usage = "deploy.profile RUN_OR_FILE... [--batches=1,8,32] [--threads=1,0] [--output=FILE.csv]"
+    usage = __doc__.split("python -m ")[1].split("\n\n")[0]
     paths = arguments(argv, usage, least=1, most=None)
     plan = Plan(
         batches=numbers("batches", BATCHES.value, least=1),

@@ -30,33 +30,35 @@ def write_photos(
 
     `facts` are those of `predict.decode_image`. Raises UserError if none given can be read.
     """
-    images, what = given, "photos of --photos"
+    images, what, why = given, "photos of --photos", "for a file has no photos"
     if not given and run:
-        images, what = _test_photos(run)
+        images, what, why = _test_photos(run)
     sound = [image for image in images if _sound(facts, image)]
     if given and not sound:
         raise UserError("--photos: none of the images looked at can be read; give other photos")
     if not sound:
         side, draw = facts["image_size"], np.random.default_rng(0)
         noise = draw.integers(0, 256, (8, side, side, 3), np.uint8)
-        sound, what = [_jpeg(image) for image in noise], f"random JPEG, {side}x{side}"
+        sound = [_jpeg(image) for image in noise]
+        what = f"random JPEG, {side}x{side}, {why}; --photos=FOLDER gives others"
     folder.mkdir()
     for i, image in enumerate(sound):
         (folder / f"{i:03d}").write_bytes(image)
     return folder, what
 
 
-def _test_photos(run: FinishedRun) -> tuple[list[bytes], str]:
-    """Returns test images as they are stored, arrays as JPEG, in words, too; none without data."""
+def _test_photos(run: FinishedRun) -> tuple[list[bytes], str, str]:
+    """Returns test images as stored, arrays as JPEG, in words, too; none without data, and why."""
+    why = "for no test image can be read"
     try:
         listing = list_source(ConfigDict(run.config["data"]))
         rows = {name: row for row, name in enumerate(listing.ids)}
         known = [rows[name] for name in run.test["ids"].tolist() if name in rows]
         images = [listing.read(known[i]) for i in evenly_spaced(len(known), MOST)]
-    except (UserError, OSError):
-        return [], ""
+    except (UserError, OSError) as error:
+        return [], "", f"{why} ({' '.join(str(error).split())[:200]})"
     what = "the run's test images" + ", as JPEG" * any(not isinstance(x, bytes) for x in images)
-    return [x if isinstance(x, bytes) else _jpeg(x) for x in images], what
+    return [x if isinstance(x, bytes) else _jpeg(x) for x in images], what, why
 
 
 def _jpeg(image: np.ndarray) -> bytes:

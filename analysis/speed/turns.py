@@ -142,7 +142,7 @@ def time_in_turn(
             if ready:
                 steps = ready.get("steps") or steps_within(seconds, ready)
                 timings[side] = Timing(steps=steps, ready=ready)
-                say(f"{side}: ready, first step {ready['compile_seconds']:.1f} s")
+                say(f"{side}: ready, first call {ready['compile_seconds']:.2g} s")
         sides = list(commands)
         for number in range(repeats):
             first = number % len(sides)

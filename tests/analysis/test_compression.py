@@ -105,7 +105,13 @@ def test_the_page_shows_what_was_measured_and_hides_no_loss(workdir):
     assert "<h2>Compression</h2>" not in report.write_report(workdir, models=False).page.read_text()
     write_rows(
         workdir,
-        row_of("cnn/seed0", "int8", (60, 30, 0, 10), weights=digest_of(workdir, "cnn/seed0")),
+        row_of(
+            "cnn/seed0",
+            "int8",
+            (60, 30, 0, 10),
+            weights=digest_of(workdir, "cnn/seed0"),
+            **{speed_name(1, 1, "after"): 2.0},
+        ),  # fmt: skip
         row_of("mlp/seed0", "int8", weights=digest_of(workdir, "mlp/seed0")),
         row_of("mlp/seed0", "float16", size=(4e6, 4.1e6), weights=digest_of(workdir, "mlp/seed0")),
     )
@@ -113,7 +119,8 @@ def test_the_page_shows_what_was_measured_and_hides_no_loss(workdir):
     page = made.page.read_text()
     assert "<h2>Compression</h2>" in page and "Compression:" not in made.text
     finding = (
-        "int8 is 4 times smaller, float16 is not smaller. A loss of accuracy is established for "
+        "int8 is 4 times smaller, float16 is not smaller. Not faster with one image and one "
+        "thread: int8 of mlp/seed0; float16. A loss of accuracy is established for "
         "cnn/seed0 as int8 (-30.00 points); of the others, it may be up to "
     )
     assert finding in page
@@ -123,10 +130,28 @@ def test_the_page_shows_what_was_measured_and_hides_no_loss(workdir):
         "not smaller",
         "90.00 → 60.00",
         "-30.00 (-",
-        "2.5 → 2.5",
+        "2.5 → 2",
     ):
         assert cell in page, cell
     assert "2.5 (2.25 to 3) → 2.5 (2.25 to 3)" in page and "a CPU, 2 cores" in page
+
+
+def test_sizes_are_never_rounded_to_more_and_spans_are_sentences():
+    def said(*after):
+        rows = [row_of("mlp/seed0", "int8", size=(4e6, 4e6 / ratio)) for ratio in after]
+        return compression._finding(pd.DataFrame(rows)).split(". ")[0]
+
+    assert (
+        said(3.9999) == "int8 is 3.99 times smaller"
+        and said(12345) == "int8 is 12,300 times smaller"
+    )
+    assert said(1.9, 3.5) == "int8 is 1.9 to 3.5 times smaller"
+    assert said(1, 1.9) == "int8 is at most 1.9 times smaller"
+    assert said(1, 0.5) == "int8 is at most 2 times larger"
+    assert said(0.5, 1.5) == "int8 is 2 times larger to 1.5 times smaller"
+    rows = pd.DataFrame([row_of("mlp/seed0", "int8")])
+    rows = rows.drop(columns=[name for name in rows if name.startswith("ms_")])
+    assert "faster" not in compression._finding(rows)
 
 
 def test_rows_of_other_weights_and_of_runs_that_are_gone_are_named(workdir):

@@ -30,7 +30,7 @@ def row(workdir, model, p50, **changes):
     known = {
         "run": f"{model}/seed0", "runtime": "onnx", "threads": 1, "batch": 1, "machine": "here",
         "version": version, "date": "2026-01-02", "calls": 300, "p50_ms": p50, "p90_ms": 2 * p50,
-        "p99_ms": float("nan"), "cores_used": 0.99, "device_memory_mb": float("nan"),
+        "p99_ms": float("nan"), "cpu_ms": 0.7, "cores_used": 0.99, "device_memory_mb": float("nan"),
     }  # fmt: skip
     return known | changes
 
@@ -60,7 +60,10 @@ def test_two_models_of_one_setting_make_an_axis(workdir):
     section = latency_section(comparison)
     assert section.data == {AXES: {TITLE: {"cnn": 4.0, "mlp": 1.0}}} and not section.warnings
     assert "mlp answers one image fastest, in 1 ms; cnn slowest, in 4 ms" in section.finding
-    assert section.tables[0].rows[0] == ["mlp", "1", "300", "1", "2", "–"]
+    assert section.tables[0].rows[0] == ["mlp", "1", "300", "1", "2", "–", "0.7"]
+    assert section.tables[0].columns[-1] == "CPU ms"
+    assert section.tables[0].caption.endswith("Not profiled so: linear.")
+    assert str(FILE) in " ".join(section.text) and "in JAX" in " ".join(section.text)
     plot = next(p for p in pareto.plots(comparison, [section]) if p.title == TITLE)
     assert plot.missing == ["linear"] and {p.model for p in plot.points} == {"cnn", "mlp"}
     page = render(comparison, [replace(section, title="Latency", chart="pareto")])
@@ -109,6 +112,15 @@ def test_rows_of_a_model_that_changed_are_left_out_with_a_warning(workdir):
     assert section_of(workdir).tables == [] and "cnn/seed0" in section_of(workdir).warnings[0]
 
 
+def test_a_model_of_too_few_calls_is_neither_fastest_nor_an_axis(workdir):
+    few = row(workdir, "linear", float("nan"))
+    write(workdir, few, row(workdir, "cnn", 4.0), row(workdir, "mlp", 1.0))
+    assert axes(workdir) == {TITLE: {"cnn": 4.0, "mlp": 1.0}}
+    section = section_of(workdir)
+    assert "mlp answers one image fastest" in section.finding
+    assert "Not profiled" not in section.tables[0].caption
+
+
 def test_what_was_not_timed_in_turn_is_said_to_be_so(workdir):
     write(workdir, row(workdir, "cnn", 4.0), row(workdir, "mlp", 1.0, date="2026-01-03"))
     assert "several calls of deploy.profile, so not in turn" in section_of(workdir).warnings[0]
@@ -117,7 +129,9 @@ def test_what_was_not_timed_in_turn_is_said_to_be_so(workdir):
 def test_calls_that_shared_their_core_are_said_to_be_so(workdir):
     rows = [row(workdir, "cnn", 4.0), row(workdir, "mlp", 1.0, cores_used=0.41)]
     write(workdir, *rows)
-    assert "had 41 to 99 % of the cores that they asked for" in section_of(workdir).warnings[0]
+    section = section_of(workdir)
+    assert "had 41 to 99 % of the cores that they asked for" in section.warnings[0]
+    assert section.text[-1] == section.warnings[0]  # where the milliseconds are read, too
     write(workdir, *(r | {"device_memory_mb": 9.0} for r in rows))  # it waits for an accelerator
     assert not section_of(workdir).warnings
 

@@ -168,8 +168,16 @@ def test_mistakes_are_named_before_compute_and_leave_nothing(run, tmp_path, monk
             compress.compress_run(run, out, "int8")
     gone = replace(run, config=json.loads(json.dumps(run.config)))
     gone.config["data"] |= {"source": "folder", "path": str(tmp_path / "gone")}
-    with pytest.raises(UserError, match="gone"):
+    with pytest.raises(UserError, match="(?s)needs the run's images.*gone.* --data=PATH"):
         compress.compress_run(gone, out, "int8")
+
+    def read_only(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(compress, "data_of", None)  # nor does it come so far
+    monkeypatch.setattr(compress.tempfile, "TemporaryFile", read_only)
+    with pytest.raises(UserError, match="cannot write to .*compression.csv: read-only"):
+        compress.compress_run(run, out, "int8")
     assert not out.exists()
 
 
@@ -181,9 +189,25 @@ def test_folders_of_others_are_left_alone(run, tmp_path, file):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_model_of_another_method_is_not_overwritten(run, written):
-    with pytest.raises(UserError, match="holds no int8 model alone"):
-        compress.compress_run(run, written[0] / "float16", "int8")
+def test_only_the_same_run_as_the_same_method_is_replaced(run, written, tmp_path):
+    folder = shutil.copytree(written[0] / "float16", tmp_path / "out")
+    (folder / "latency.csv").write_text("of deploy.profile")
+    compress.check_folder(folder, "float16", run)
+    other = shutil.copytree(run.path, tmp_path / "runs/mlp/seed1")
+    again = shutil.copytree(run.path, tmp_path / "again/cnn/seed0")
+    for path in (other, again):
+        (path / "weights.safetensors").write_bytes(b"others")
+    for one, method, why in (
+        (run, "int8", "cnn/seed0 as float16, and"),
+        (load_run(other), "float16", "cnn/seed0 as float16"),
+        (load_run(again), "float16", "as float16 as it was trained before or elsewhere, and"),
+    ):
+        with pytest.raises(UserError, match=f"model.onnx is .*{why}.* would be replaced"):
+            compress.compress_run(one, folder, method)
+    (folder / "README.md").write_text("mine")
+    (folder / "model.onnx").unlink()
+    with pytest.raises(UserError, match="no earlier result of deploy.compress .*README.md"):
+        compress.check_folder(folder, "float16", run)
 
 
 def test_only_what_cannot_be_written_is_called_so(run, tmp_path, monkeypatch):

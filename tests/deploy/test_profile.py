@@ -89,7 +89,9 @@ def test_a_row_tells_everything_of_a_model_in_its_surroundings(run_dir, measured
     assert row["run"] == "linear/seed0" and row["calls"] == 10 and row["p50_ms"] == 1
     assert math.isnan(row["p90_ms"]) and row["images_per_second"] == 4000
     assert row["first_call_ms"] == 500 and row["of_which_compiling_ms"] == 250
-    assert row["decode_p50_ms"] == 2 and row["decoded"] == "random JPEG, 8x8"
+    assert row["decode_p50_ms"] == 2
+    why = row["decoded"].removeprefix("random JPEG, 8x8, for no test image can be read (")
+    assert "\n" not in why and why.endswith("); --photos=FOLDER gives others")
     assert row["memory_mb"] == 300 and math.isnan(row["preprocess_p50_ms"])
     assert row["cores_used"] == pytest.approx(0.2) and row["cpu_ms"] == pytest.approx(0.2)
     assert "jax" in row["versions"]
@@ -100,7 +102,10 @@ def test_a_row_tells_everything_of_a_model_in_its_surroundings(run_dir, measured
     assert stored.p50_ms.tolist() == [1.0] * 4 and set(KEY) < set(stored)
     text = profile.printed(rows)
     assert row["path"] == str(run_dir)
-    assert "linear/seed0" in text and "p99" in text and "random JPEG" in text and "nan" not in text
+    assert "linear/seed0" in text and "p99" in text and "nan" not in text
+    text = profile.printed([row, row | {"run": "out/model.onnx", "decoded": "photos"}])
+    assert "Decoded for linear/seed0: random JPEG" in text
+    assert "Decoded for out/model.onnx: photos." in text
 
 
 def test_rows_of_the_same_kind_are_replaced_and_others_kept(run_dir, measured):
@@ -246,7 +251,10 @@ def test_photos_are_those_of_the_test_part_or_of_a_folder(run_dir, tmp_path):
     assert what == "photos of --photos" and len(list(folder.iterdir())) == 4
     folder, what = write_photos(tmp_path / "random", facts, None, [])
     image = decode_image(facts, next(folder.iterdir()).read_bytes())
-    assert what == "random JPEG, 8x8" and np.ptp(image) > 100
+    assert (
+        what.startswith("random JPEG, 8x8, for a file has no photos; --photos")
+        and np.ptp(image) > 100
+    )
 
 
 def test_a_worker_times_each_call_of_each_part(run_dir, tmp_path, monkeypatch):
@@ -267,9 +275,10 @@ def test_a_worker_times_each_call_of_each_part(run_dir, tmp_path, monkeypatch):
         assert answer["seconds"] == sum(answer["parts"]["network"])
 
 
-def test_a_run_becomes_onnx_with_its_preprocessing_apart(run_dir, tmp_path):
+def test_a_run_becomes_onnx_with_its_preprocessing_apart(run_dir, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     (folder := tmp_path / "0").mkdir()
+    (again := tmp_path / "1").mkdir()
     run, onnx = profile.subjects_of(run_dir, ["jax", "onnx"], [], folder)
     assert profile.converted(run) == run
     onnx = profile.converted(onnx)
@@ -284,6 +293,12 @@ def test_a_run_becomes_onnx_with_its_preprocessing_apart(run_dir, tmp_path):
     (own,) = profile.subjects_of(onnx.path, ["jax", "onnx"], [], tmp_path)
     assert own.runtime == "onnx" and own.table == folder / "latency.csv"
     assert own.run == "0/model.onnx"  # files of two folders have two names
+    known, model = load(onnx.path), profile.load
+    known = replace(known, facts=known.facts | {"method": "int8"})
+    monkeypatch.setattr(profile, "load", lambda _: known)
+    (own,) = profile.subjects_of(onnx.path, ["onnx"], [], again)
+    assert own.run == "0/model.onnx (int8)" and own.model == "linear (int8)"
+    monkeypatch.setattr(profile, "load", model)
     with pytest.raises(UserError, match="runs in onnx, which --runtime leaves out"):
         profile.subjects_of(onnx.path, ["jax"], [], tmp_path)
 
