@@ -16,9 +16,9 @@ from configs import base
 from data.lazy import LazyImages
 from errors import UserError
 from input_pipeline import Dataset, load_dataset
-from models import Classifier, create_model
+from models import Classifier
 from models.weights.own import read_own
-from training.weights import find_weights
+from training.weights import classifier_from, find_weights
 
 
 def use_compilation_cache(cache_dir: str) -> None:
@@ -37,18 +37,6 @@ def cache_dir_of(run: FinishedRun) -> str:
     except OSError:  # the run was moved here from another machine
         return base.get_config().runtime.cache_dir
     return str(path)
-
-
-def classifier_from(file: Path, facts: dict) -> Classifier:
-    """Returns the model, in evaluation mode, of a file of weights and the facts that it states."""
-    return create_model(
-        facts["model"],
-        facts["num_classes"],
-        weights=f"archcompare:{file}",
-        image_size=facts["image_size"],
-        dtype=facts["compute_dtype"],
-        **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
-    )
 
 
 def load_classifier(run: FinishedRun) -> Classifier:

@@ -40,7 +40,6 @@ from analysis.answer_log import Answer, AnswerLog
 from analysis.answers import answering
 from analysis.confidence import least_probability, sets_of_classes, softmax
 from analysis.evaluate import sets_fitted_to, temperature_of, threshold_of
-from analysis.forward import classifier_from
 from analysis.runs import FinishedRun, load_run
 from data.decoding import MAX_PIXELS, resize, to_rgb
 from data.sources import SUFFIXES
@@ -49,7 +48,7 @@ from experiment.command import arguments, run_command
 from experiment.files import plain
 from models import Classifier
 from models.weights.own import read_own
-from training.weights import find_weights
+from training.weights import classifier_from, find_weights
 
 WEIGHTS, CARD = "model.safetensors", "README.md"  # what an export writes
 PROGRAMS = (".onnx", ".stablehlo")

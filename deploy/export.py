@@ -30,7 +30,7 @@ from absl import flags
 
 from analysis.answers import answering, answers
 from analysis.confidence import softmax
-from analysis.forward import classifier_from, load_images
+from analysis.forward import load_images
 from analysis.predict import CARD, Predictor, predictor_of
 from analysis.runs import FinishedRun, load_run
 from deploy.card import licence_of, model_card, short_name
@@ -42,6 +42,7 @@ from models import Classifier
 from models.classifier import blame
 from models.lowering import plain_lowering
 from models.weights.own import KEY, arrays_of, write_own
+from training.weights import classifier_from
 
 FORMATS = {"safetensors": WEIGHTS, "onnx": ONNX, "stablehlo": STABLEHLO}
 PLATFORMS = ("cpu", "cuda", "tpu")

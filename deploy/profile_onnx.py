@@ -8,12 +8,12 @@ import jax
 import numpy as np
 
 from analysis.answers import answering, answers
-from analysis.forward import classifier_from
 from analysis.predict import decode_image, predictor_of
 from analysis.runs import FinishedRun
 from deploy.load import ONNX, load, package
 from deploy.proof import prove
 from models.weights.own import KEY
+from training.weights import classifier_from
 
 
 def write_onnx(run: FinishedRun, photos: Path) -> tuple[Path, Path]:

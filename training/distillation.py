@@ -24,14 +24,14 @@ from experiment.checks import TAUGHT, check_taught, check_teachers, teachers_of
 from experiment.fields import flatten
 from experiment.files import read_json, write_json
 from input_pipeline import Dataset
-from models import MODELS, Classifier, create_model
+from models import MODELS, Classifier
 from models.classifier import merge_model, split_model
 from models.weights.own import read_own
 from training.programs import Outline
 from training.record import RunRecord
 from training.steps import forward
 from training.stored_features import StoredOutputs, logits_megabytes, stored_views
-from training.weights import find_weights
+from training.weights import classifier_from, find_weights
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,7 @@ class Teacher:
 
     def model(self) -> Classifier:
         """Returns the network, in evaluation mode."""
-        facts = self.facts
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["fields"].items()}
-        return create_model(
-            facts["model"],
-            facts["num_classes"],
-            weights=f"archcompare:{self.file}",
-            image_size=facts["image_size"],
-            dtype=facts["compute_dtype"],
-            **fields,
-        )
+        return classifier_from(self.file, self.facts)
 
 
 def note_teachers(config: ConfigDict, dataset: Dataset, run_dirs: list[Path]) -> dict:

@@ -1,4 +1,4 @@
-"""The file of weights that a finished run leaves, made now for runs of older versions."""
+"""The file of weights that a finished run leaves, made now for older runs, and its model."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from errors import UserError
 from experiment.files import read_json
+from models import Classifier, create_model
 from models.weights.own import WEIGHTS, write_own
 
 DATA = ("resize", "interpolation", "background", "max_pixels")  # how a photo becomes pixels
@@ -63,3 +64,15 @@ def find_weights(run_dir: Path) -> Path:
     arrays = {key.partition("/")[2]: array for key, array in stored.items()}
     save_weights(run_dir, arrays, config, dataset["class_names"], summary)
     return path
+
+
+def classifier_from(file: Path, facts: dict) -> Classifier:
+    """Returns the model, in evaluation mode, of a file of weights and the facts that it states."""
+    return create_model(
+        facts["model"],
+        facts["num_classes"],
+        weights=f"archcompare:{file}",
+        image_size=facts["image_size"],
+        dtype=facts["compute_dtype"],
+        **{key: tuple(v) if isinstance(v, list) else v for key, v in facts["fields"].items()},
+    )
