@@ -57,6 +57,7 @@ class _Item:
     pixels: np.ndarray | None = None
     decode: float = 0.0
     since: float = 0.0  # in the queue
+    held: bool = True  # it takes a place
 
     def give(self, result: Answer | Exception) -> None:
         if not self.future.set_running_or_notify_cancel():
@@ -139,8 +140,7 @@ class Worker:
             text = "it needs more memory than there is"
             if not isinstance(error, MemoryError):
                 text = message_of(error).replace(OVER, "")
-            item.give(Unreadable(text))
-            self._release(1)
+            self._finish(item, Unreadable(text))
             return
         finally:
             item.content = b""
@@ -151,10 +151,16 @@ class Worker:
             self._queue.append(item)
             self._changed.notify_all()
 
-    def _release(self, count: int) -> None:
+    def _finish(self, item: _Item, result: Answer | Exception | None = None) -> None:
+        """Frees an item's place, once, and then gives its answer: who has one may ask again."""
         with self._changed:
-            self._held -= count
+            if not item.held:
+                return
+            item.held = False
+            self._held -= 1
             self._changed.notify_all()
+        if result is not None:
+            item.give(result)
 
     def _work(self) -> None:
         try:
@@ -170,10 +176,9 @@ class Worker:
                 self._answer([item for item in items if not item.future.cancelled()])
             except Exception as error:  # noqa: BLE001 - the next batch may be well
                 for item in items:
-                    if not item.future.done():
-                        item.give(error)
-            finally:
-                self._release(len(items))
+                    self._finish(item, error)
+            for item in items:  # whoever asked has gone
+                self._finish(item)
 
     def _warm_up(self) -> None:
         side, size = self.predictor.facts["image_size"], 1
@@ -211,7 +216,8 @@ class Worker:
         self.metrics.batch.labels(self.name).observe(count)
         for i, item in enumerate(items):
             if not np.isfinite(probabilities[i]).all():
-                item.give(Unreadable("the model has no answer: what it computes is no number"))
+                text = "the model has no answer: what it computes is no number"
+                self._finish(item, Unreadable(text))
                 continue
             waited = began - item.since
             self.metrics.waited.labels(self.name).observe(waited)
@@ -224,7 +230,7 @@ class Worker:
                 answer.heat_map = self._heat_map(images[i], int(probabilities[i].argmax()))
                 answer.explain = time.perf_counter() - began_map
                 self.metrics.explain.labels(self.name).observe(answer.explain)
-            item.give(answer)
+            self._finish(item, answer)
 
     def _padded(self, images: np.ndarray) -> np.ndarray:
         """Returns a batch of one of the sizes that the model was compiled for."""

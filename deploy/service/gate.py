@@ -182,8 +182,7 @@ class _Exchange:
         self.length = int(length) if length.isdigit() else 0
         self.ended = not self.length and b"transfer-encoding" not in headers
         self.ambiguous = {b"content-length", b"transfer-encoding"} <= headers.keys()
-        # With its body, for a sign to send it; and a body without a sure end is not read.
-        self.waits = b"expect" in headers or self.ambiguous
+        self.waits = b"expect" in headers  # with its body, for a sign to send it
         scope.setdefault("state", {})
 
     async def receive(self) -> bytes:
@@ -209,7 +208,9 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.started, self.status = True, message["status"]
             headers = [*message.get("headers", ()), *HEADERS, (b"x-request-id", self.id.encode())]
-            if not self.ended:  # else whoever sends slowly would keep the connection
+            # Else whoever sends slowly would keep the connection, and what follows a body whose
+            # end is not sure would be read as a request.
+            if not self.ended or self.ambiguous:
                 headers.append((b"connection", b"close"))
             message = message | {"headers": headers}
         elif not message.get("more_body"):

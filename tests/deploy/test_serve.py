@@ -68,9 +68,15 @@ def predictor(folder):
 
 @pytest.fixture(scope="module")
 def server(predictor):
-    with running(
-        predictor, header_timeout_s=0.6, body_timeout_s=0.6, max_megapixels=1, max_batch=2
-    ) as server:
+    with running(predictor, max_megapixels=1, max_batch=2) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hasty(tmp_path_factory):
+    """A server that waits for nobody long."""
+    folder = tmp_path_factory.mktemp("hasty")
+    with running(fake(folder=folder), header_timeout_s=1.5, body_timeout_s=1.5) as server:
         yield server
 
 
@@ -294,13 +300,12 @@ def test_the_name_of_a_file_is_only_repeated(server, name):
         assert answer.status_code == 400
 
 
-def test_slow_and_endless_senders_are_sent_away(server):
+def test_slow_and_endless_senders_are_sent_away(hasty):
     head = b"POST /v1/models/m/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
     slow = {
         "nothing at all": (),
         "half a head": (b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: 1",),
         "half a body": (head + b"Content-Length: 1000\r\n\r\n", b"\x89PNG"),
-        "two lengths": (head + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", b"0\r\n\r\n"),
         "half a chunk": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"100\r\nabc"),
         "a body that nobody asked for": (b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", b"x"),
         "a head after an answer": (b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", b"", b"GET /heal"),
@@ -308,23 +313,33 @@ def test_slow_and_endless_senders_are_sent_away(server):
     }  # fmt: skip
     with ThreadPoolExecutor(8) as pool:
         found = dict(
-            zip(slow, pool.map(lambda parts: raw(server.port, *parts), slow.values()), strict=True)
+            zip(slow, pool.map(lambda parts: raw(hasty.port, *parts), slow.values()), strict=True)
         )
     assert found.pop("without end").startswith(b"HTTP/1.1 413")
-    assert found.pop("two lengths").startswith(b"HTTP/1.1 400")
     first, second = found.pop("a head after an answer").split(b'{"alive":true}')
     assert first.startswith(b"HTTP/1.1 200") and second.startswith(b"HTTP/1.1 408")
     for name, answer in found.items():
         assert answer.startswith(b"HTTP/1.1 408"), (name, answer)
-    assert raw(server.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n").startswith(b"HTTP/1.1 400")
-    assert predict(server, png()).status_code == 200
+    assert raw(hasty.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n").startswith(b"HTTP/1.1 400")
+    assert predict(hasty, png()).status_code == 200
 
 
-def test_a_client_that_never_reads_is_cut_off(server):
+def test_what_follows_a_body_of_two_lengths_is_no_request(server):
+    head = b"POST /v1/models/m/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    body, begun = b"0\r\n\r\n", head + b"Transfer-Encoding: chunked\r\n\r\n"
+    together, late = (begun + body + ask,), (begun, b"", body + ask)
+    # However the body meets the answer, the connection ends with the answer, not with a reset.
+    for parts in (together, late, *[(begun, body)] * 100):
+        answer = raw(server.port, *parts)
+        assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_client_that_never_reads_is_cut_off(hasty):
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.connect(("127.0.0.1", server.port))
-        mine, kept = connection.getsockname()[1], server.server_state.connections
+        connection.connect(("127.0.0.1", hasty.port))
+        mine, kept = connection.getsockname()[1], hasty.server_state.connections
         ports = lambda: {one.client[1] for one in list(kept)}  # noqa: E731
         while mine not in ports():
             time.sleep(0.01)
@@ -344,7 +359,8 @@ def test_a_client_that_leaves_disturbs_nobody(server):
             b"POST /v1/models/m/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nab"
         )
     assert predict(server, png()).status_code == 200
-    assert server.gate.pending == 0
+    while server.gate.pending:
+        time.sleep(0.01)
 
 
 # --- keys and rates -------------------------------------------------------------------------------
@@ -403,12 +419,12 @@ def test_a_bucket_holds_the_burst_and_fills_at_the_rate():
 
 
 def test_above_its_rate_a_key_is_asked_to_wait(tmp_path):
-    with running(fake(folder=tmp_path), rate=0.5, burst=2) as server:
+    with running(fake(folder=tmp_path), rate=0.1, burst=2) as server:
         found = [requests.get(f"{server.url}/v1/models") for _ in range(3)]
         assert [one.status_code for one in found] == [200, 200, 429]
         count = {"route": "/v1/models", "model": "", "status": "429"}
         assert server.metrics.registry.get_sample_value("archcompare_requests_total", count) == 1
-        assert 1 <= int(found[2].headers["Retry-After"]) <= 2
+        assert 1 <= int(found[2].headers["Retry-After"]) <= 10
         assert requests.get(f"{server.url}/healthz").status_code == 200
 
 
@@ -500,12 +516,13 @@ def test_a_compiled_model_meets_only_the_sizes_it_was_warmed_up_for(tmp_path):
 
 def test_an_answer_that_takes_too_long_is_a_504_and_its_place_is_free_again(tmp_path):
     slow = Slow(tmp_path)
-    with running(fake(slow, tmp_path), timeout_s=0.3) as server:
+    with running(fake(slow, tmp_path), timeout_s=1) as server:
         slow.may.clear()
         assert predict(server, png()).status_code == 504
         slow.may.set()
-        assert predict(server, png()).status_code == 200
-        assert server.service.workers["m"]._held == 0
+        for _ in range(100):  # whoever has an answer finds its place free
+            assert predict(server, png()).status_code == 200
+            assert server.service.workers["m"]._held == 0
 
 
 def test_a_client_that_leaves_gives_its_place_back(tmp_path):
@@ -513,10 +530,13 @@ def test_a_client_that_leaves_gives_its_place_back(tmp_path):
     with running(fake(slow, tmp_path)) as server:
         slow.may.clear()
         slow.sizes.clear()
-        with pytest.raises(requests.Timeout):
-            predict(server, png(), timeout=0.2)
+        head = b"POST /v1/models/m/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(png()) + png())
+            while not slow.sizes:
+                time.sleep(0.01)
         worker = server.service.workers["m"]
-        assert slow.sizes and worker._held == 1
+        assert worker._held == 1
         slow.may.set()
         assert predict(server, png()).status_code == 200
         while worker._held:
