@@ -31,8 +31,8 @@ from deploy.service.keys import new_key, read_keys
 from deploy.service.limits import Buckets, Limits
 from deploy.service.run import listen
 from errors import UserError
+from tests.browser import BROWSER, Browser
 from tests.conftest import ROOT, paint
-from tests.deploy.browser import BROWSER, Browser
 from tests.deploy.serving import CLASSES, fake, running, write_model
 
 TIFF_BOMB = b"II*\0\x08\0\0\0\x02\0\0\x01\x04\0\x01\0\0\0\0\0\0\x40\x01\x01\x04\0\x01\0\0\0\0\0\0\x40\0\0\0\0"

@@ -3,12 +3,12 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+from tests.browser import BROWSER, Browser
+
 ACTIONS = """
 try {
 const rows = () => all("#summary tbody tr:not(.off) .name").map(part => part.textContent);
@@ -103,3 +103,18 @@ def test_the_script_sorts_filters_hides_compares_and_finds_photos(page, tmp_path
     assert seen["values"] == [1020, 0.0001, 99, None, 2.5, 20000, None]  # JSON has no infinity
     assert seen["capped"] == [30, "Show all 35 rows"] and seen["uncapped"] == 35
     assert "the same" in seen["same"] and seen["tip"] and seen["reachable"] == 0 and seen["open"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is installed")
+def test_an_open_menu_fits_a_telephone(page, tmp_path):
+    menus = "[...document.querySelectorAll('details:has(> .menu)')]"
+    with Browser(tmp_path / "profile", 420, 800) as browser:
+        browser.call("Page.navigate", url=page.as_uri())
+        browser.until(f"{menus}.length > 3")
+        browser.run("document.querySelectorAll('.chapter').forEach(one => { one.open = true })")
+        browser.run(
+            f"{menus}.forEach(one => one.querySelector('label').append(' long'.repeat(30)))"
+        )
+        for i in range(browser.run(f"{menus}.length")):
+            browser.run(f"{menus}.forEach((one, i) => {{ one.open = i === {i} }})")
+            assert browser.run("document.documentElement.scrollWidth") <= 420
