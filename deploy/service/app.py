@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as RouteError
 
@@ -26,6 +26,7 @@ from deploy.service.gate import Gate
 from deploy.service.limits import Limits
 from deploy.service.metrics import Metrics
 from deploy.service.replies import about, images_of, row
+from deploy.service.schemas import HEALTH, IMAGES, KEYED, MODELS, PREDICT, READY, describe
 from errors import UserError
 from experiment.files import plain
 
@@ -95,7 +96,7 @@ def create_app(service: Service, keys: dict[str, str], local: bool = False) -> G
     add_feedback(app, service.workers, service.recorder)
     _add_errors(app)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=MODELS)
     async def models() -> JSONResponse:
         """What is served, and how much a request may hold."""
         limits = {name: getattr(service.limits, name) for name in ("max_body_mb", "max_images")}
@@ -112,6 +113,7 @@ def create_app(service: Service, keys: dict[str, str], local: bool = False) -> G
     async def page() -> HTMLResponse:
         return HTMLResponse(text, headers={"Content-Security-Policy": policy})
 
+    describe(app, bool(keys))
     return gate
 
 
@@ -132,13 +134,13 @@ def policy_of(page: str) -> str:
 
 def _add_health(app: FastAPI, service: Service, gate: Gate) -> None:
     @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz")
+    @app.get("/healthz", responses=HEALTH)
     async def healthz() -> dict:
         """Whether the process lives."""
         return {"alive": True}
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz")
+    @app.get("/readyz", responses=READY)
     async def readyz() -> JSONResponse:
         """Whether requests are welcome."""
         states = [worker.state for worker in service.workers.values()]
@@ -147,7 +149,7 @@ def _add_health(app: FastAPI, service: Service, gate: Gate) -> None:
         body = {"ready": ready, "draining": gate.draining, "models": counts}
         return JSONResponse(body | {"log": service.recorder.state}, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=KEYED, response_class=PlainTextResponse)
     async def metrics() -> Response:
         """What Prometheus reads."""
         text = generate_latest(service.metrics.registry)
@@ -174,13 +176,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _add_predict(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/models/{name}/predict")
+    @app.post("/v1/models/{name}/predict", responses=PREDICT, openapi_extra={"requestBody": IMAGES})
     async def predict(
         request: Request,
         name: str,
         top: Annotated[int, Query(ge=1)] = 5,
-        target: Annotated[float | None, Query()] = None,
-        explain: Annotated[Literal["gradcam"] | None, Query()] = None,
+        target: Annotated[float, Query()] = None,
+        explain: Annotated[Literal["gradcam"], Query()] = None,
     ) -> Response:
         """Classes and confidence of one image (the body) or many (multipart/form-data).
 

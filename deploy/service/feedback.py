@@ -12,20 +12,20 @@ from fastapi.responses import JSONResponse
 
 from deploy.service.batching import Worker
 from deploy.service.events import Recorder, say
+from deploy.service.schemas import FEEDBACK
 
 ENTRIES, SIZE = 1000, 2**18  # of a request; bytes
 HASH = re.compile(r"[0-9a-f]{64}")
 ENTRY = {
     "type": "object",
     "required": ["image", "label"],
-    "properties": {"image": {"type": "string"}, "label": {"type": "string"}},
-}
-BODY = {
-    "required": True,
-    "content": {
-        "application/json": {"schema": {"anyOf": [ENTRY, {"type": "array", "items": ENTRY}]}}
+    "properties": {
+        "image": {"type": "string", "pattern": f"^{HASH.pattern}$"},
+        "label": {"type": "string"},
     },
 }
+LIST = {"type": "array", "items": ENTRY, "minItems": 1, "maxItems": ENTRIES}
+BODY = {"required": True, "content": {"application/json": {"schema": {"anyOf": [ENTRY, LIST]}}}}
 
 
 def corrections_in(kind: str, content: bytes, classes: set[str]) -> list[tuple[str, str]]:
@@ -68,7 +68,7 @@ def add_feedback(app: FastAPI, workers: dict[str, Worker], recorder: Recorder) -
     """Adds the route."""
     classes = {name for worker in workers.values() for name in worker.facts["class_names"]}
 
-    @app.post("/v1/feedback", openapi_extra={"requestBody": BODY})
+    @app.post("/v1/feedback", responses=FEEDBACK, openapi_extra={"requestBody": BODY})
     async def feedback(request: Request) -> JSONResponse:
         """The true classes of images that were predicted, known by their hash.
 

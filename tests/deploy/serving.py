@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from starlette.routing import Match
 
 from analysis.predict import Predictor
 from deploy.service.app import Service, create_app, load_workers
@@ -47,6 +49,44 @@ def fake(answer=None, folder: Path = Path()) -> Predictor:
     return Predictor(dict(FACTS), file, answer or mean)
 
 
+class Described:
+    """An ASGI application that notes which answers of another are not as /openapi.json says."""
+
+    def __init__(self, gate):
+        self.gate, self.wrong = gate, []
+
+    async def __call__(self, scope, receive, send):
+        async def told(message):
+            if message["type"] == "http.response.start":
+                answer.update(status=message["status"], headers=dict(message["headers"]))
+            else:
+                answer["body"] += message.get("body", b"")
+            await send(message)
+
+        answer = {"status": 0, "body": b""}
+        await self.gate(scope, receive, told)
+        if answer["status"] and (fault := self.fault(scope, answer)):
+            self.wrong.append(f"{scope['method']} {scope['path']}: {answer['status']} {fault}")
+
+    def fault(self, scope, answer) -> str:
+        routes = self.gate.app.router.routes
+        route = next((one for one in routes if one.matches(scope)[0] is Match.FULL), None)
+        kind = answer["headers"].get(b"content-type", b"").partition(b";")[0].decode()
+        if not getattr(route, "include_in_schema", False) or scope["path"] == "/openapi.json":
+            return "" if answer["status"] < 400 or kind == "application/json" else f"is {kind}"
+        stated = route.responses.get(answer["status"], {} if answer["status"] == 200 else None)
+        if stated is None:
+            return "is no status that it states"
+        if kind != "application/json":
+            kinds = (*stated.get("content", ()), route.response_class.media_type)
+            return "" if kind in kinds else f"may not be {kind}"
+        try:
+            TypeAdapter(stated["model"]).validate_json(answer["body"], strict=True)
+        except ValidationError as error:
+            return str(error)
+        return ""
+
+
 @contextlib.contextmanager
 def running(predictor, keys=(), log=None, local=False, **limits):
     """Serves a model as "m" on a free port; gives the server, with its `url`, `port`, `metrics`."""
@@ -57,6 +97,7 @@ def running(predictor, keys=(), log=None, local=False, **limits):
     recorder = Recorder(log, metrics)
     service = Service(load_workers({"m": predictor}, limits, metrics), limits, metrics, recorder)
     server = Server(create_app(service, dict(keys), local), limits.header_timeout_s, 20)
+    server.config.app = described = Described(server.gate)
     server.port, server.metrics = bound.getsockname()[1], metrics
     server.url, server.service = f"http://127.0.0.1:{server.port}", service
     thread = threading.Thread(target=server.run, args=([bound],))
@@ -69,3 +110,4 @@ def running(predictor, keys=(), log=None, local=False, **limits):
         server.servers[0].get_loop().call_soon_threadsafe(server.stop)
         thread.join(30)
         assert not thread.is_alive()
+        assert not described.wrong

@@ -138,8 +138,21 @@ def test_what_is_served_is_told(server, predictor):
     assert found["limits"] == {"max_body_mb": 1, "max_images": 3}
     assert requests.get(f"{server.url}/healthz").json() == {"alive": True}
     assert requests.get(f"{server.url}/readyz").json()["ready"]
-    paths = requests.get(f"{server.url}/openapi.json").json()["paths"]
-    assert {"/v1/models/{name}/predict", "/v1/feedback"} <= set(paths)
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_the_schema_names_bodies_answers_and_keys(tmp_path, keyed):
+    keys = read_keys("", new_key("alice")[1]) if keyed else {}
+    with running(fake(folder=tmp_path), keys) as server:  # which holds every answer against it
+        found = server.gate.app.openapi()
+    predict = found["paths"]["/v1/models/{name}/predict"]["post"]
+    assert {"image/*", "multipart/form-data"} <= set(predict["requestBody"]["content"])
+    content = predict["responses"]["200"]["content"]
+    assert content["application/json"]["schema"] == {"$ref": "#/components/schemas/Prediction"}
+    assert "image/png" in content and "503" in predict["responses"]
+    assert ("security" in predict) == keyed
+    assert "security" not in found["paths"]["/healthz"]["get"]
+    assert "HTTPValidationError" not in found["components"]["schemas"]
 
 
 def test_a_heat_map_comes_as_a_picture_alone_or_in_the_answer(server):
