@@ -1,6 +1,6 @@
 """Holds exported programs of every architecture against our own, at their own sizes.
 
-    python -m tests.deploy.parity [--only=vit] [--images=128]      # the table (an hour on two cores)
+    python -m tests.deploy.parity [--only=vit] [--images=128]      # the table (13 minutes on two cores)
 
 Weights are random: trained ones differ in no operation. The table has the largest difference of any
 output as a share of its standard deviation, the predictions that changed, and the size of the graph.

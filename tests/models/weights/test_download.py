@@ -93,10 +93,11 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def closed() -> str:
-    """The address of a port that nobody listens on."""
+def closed(monkeypatch) -> str:
+    """The address of a port that nobody listens on; it is not tried again and again."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
@@ -215,10 +216,8 @@ def test_a_missing_file(server, name):
 
 
 def test_no_network(closed, folder):
-    start = time.monotonic()
     with pytest.raises(UserError) as caught:
         url_file(f"{closed}/a/model.h5", sha256=SHA256)
-    assert time.monotonic() - start < 3
     path = folder / closed.removeprefix("http://").replace(":", "_") / "a/model.h5"
     for text in (f"{closed}/a/model.h5", str(path), "family:path"):
         assert text in str(caught.value)
@@ -292,10 +291,8 @@ def test_a_damaged_file_of_the_hub_is_fetched_anew(server, monkeypatch):
 
 def test_a_file_put_there_by_hand(folder, monkeypatch, closed):
     monkeypatch.setenv("HF_ENDPOINT", closed)
-    start = time.monotonic()
     with pytest.raises(UserError) as caught:
         fetch()
-    assert time.monotonic() - start < 5
     path = folder / "timm--tiny" / COMMIT / "model.safetensors"
     for text in (f"{closed}{HUB_FILE}", str(path), "family:path"):
         assert text in str(caught.value)
