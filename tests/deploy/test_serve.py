@@ -87,9 +87,9 @@ def predict(server, *images: bytes, query: str = "", **options):
     )
 
 
-def raw(port: int, *parts: bytes, wait: float = 5) -> bytes:
+def raw(port: int, *parts: bytes) -> bytes:
     """What the server sends until it closes the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=wait) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         for part in parts:
             time.sleep(0.0 if part else 0.3)
             connection.sendall(part)
