@@ -12,15 +12,14 @@ from fastapi.responses import JSONResponse
 
 from deploy.service.batching import Worker
 from deploy.service.events import Recorder, say
-from deploy.service.schemas import FEEDBACK
+from deploy.service.schemas import FEEDBACK, HASH
 
 ENTRIES, SIZE = 1000, 2**18  # of a request; bytes
-HASH = re.compile(r"[0-9a-f]{64}")
 ENTRY = {
     "type": "object",
     "required": ["image", "label"],
     "properties": {
-        "image": {"type": "string", "pattern": f"^{HASH.pattern}$"},
+        "image": {"type": "string", "pattern": f"^{HASH}$"},
         "label": {"type": "string"},
     },
 }
@@ -54,7 +53,7 @@ def _fault(entry: object, classes: set[str]) -> str:
     if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
         return 'send {"image": hash, "label": class}, or a list of these'
     image, label = entry["image"], entry["label"]
-    if not (isinstance(image, str) and HASH.fullmatch(image)):
+    if not (isinstance(image, str) and re.fullmatch(HASH, image)):
         return "image must be the 64 hexadecimal digits that its prediction came with"
     if not isinstance(label, str):
         return "label must be the name of a class"

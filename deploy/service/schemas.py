@@ -7,7 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deploy.service.gate import PUBLIC
 
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file as sent")]
+HASH = "[0-9a-f]{64}"
+Hash = Annotated[str, Field(pattern=f"^{HASH}$", description="SHA-256 of the file as sent")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -98,8 +99,8 @@ class Served(_Exact):
     explain: list[str]
 
 
-class Limits(_Exact):
-    """Of a request."""
+class RequestLimits(_Exact):
+    """How much a request may hold."""
 
     max_body_mb: float
     max_images: int
@@ -109,7 +110,7 @@ class Models(_Exact):
     """What is served."""
 
     models: list[Served]
-    limits: Limits
+    limits: RequestLimits
     feedback: bool = Field(description="whether corrections are taken")
 
 
